@@ -1,0 +1,40 @@
+# Finds what the library needs. A missing package is named with the Debian package that has it.
+function(stretto_need what found debian)
+  if(NOT ${found})
+    message(FATAL_ERROR "stretto needs ${what}, which was not found. "
+                        "On Debian or Ubuntu: apt-get install ${debian}")
+  endif()
+endfunction()
+
+find_package(Threads REQUIRED)
+find_package(absl CONFIG QUIET)
+stretto_need("Abseil" absl_FOUND libabsl-dev)
+find_package(spdlog CONFIG QUIET)
+stretto_need("spdlog" spdlog_FOUND "libspdlog-dev libfmt-dev")
+find_package(nlohmann_json CONFIG QUIET)
+stretto_need("nlohmann-json" nlohmann_json_FOUND nlohmann-json3-dev)
+
+find_package(PkgConfig QUIET)
+stretto_need("pkg-config" PkgConfig_FOUND pkg-config)
+foreach(item "openblas;libopenblas-dev" "libisal;libisal-dev" "libxxhash;libxxhash-dev"
+             "libpcre2-8;libpcre2-dev" "libutf8proc;libutf8proc-dev")
+  list(GET item 0 module)
+  list(GET item 1 debian)
+  string(MAKE_C_IDENTIFIER ${module} id)
+  pkg_check_modules(STRETTO_${id} QUIET IMPORTED_TARGET ${module})
+  stretto_need("${module}" STRETTO_${id}_FOUND ${debian})
+endforeach()
+
+set(STRETTO_WITH_MPI OFF)
+if(NOT STRETTO_MPI STREQUAL "OFF")
+  enable_language(C)
+  find_package(MPI QUIET COMPONENTS C)
+  if(MPI_C_FOUND)
+    set(STRETTO_WITH_MPI ON)
+  elseif(STRETTO_MPI STREQUAL "ON")
+    stretto_need("MPI (STRETTO_MPI=ON)" MPI_C_FOUND "libopenmpi-dev openmpi-bin")
+  else()
+    message(STATUS "stretto: MPI was not found; ranks run over TCP or as threads only "
+                   "(apt-get install libopenmpi-dev openmpi-bin)")
+  endif()
+endif()

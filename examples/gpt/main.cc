@@ -1,0 +1,168 @@
+// Trains a GPT- or Llama-family model from one configuration file:
+//
+//   mpirun -np 2 stretto-gpt configs/quickstart.json --set steps=500 --set optimizer.lr=1e-3
+//
+// Exit codes: 0 finished, 1 failed, 2 wrong usage or configuration, 75 asked to stop by SIGTERM or
+// SIGUSR1 and saved (start again to go on).
+#include <unistd.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "stretto/comm/world.h"
+#include "stretto/core/log.h"
+#include "stretto/observe/metrics.h"
+#include "stretto/observe/signals.h"
+#include "stretto/train/trainer.h"
+
+namespace {
+
+constexpr int kFailed = 1, kUsage = 2, kRequeue = 75;
+constexpr char kHelp[] =
+    "usage: stretto-gpt CONFIG.json [--set section.name=value]...\n"
+    "       mpirun -np RANKS stretto-gpt ...\n"
+    "The fields of the configuration are listed in docs/config.md.\n";
+
+// Adds the files and lines that the configuration asks for; rank 0 only.
+absl::Status AddSinks(stretto::Trainer& trainer) {
+  const stretto::TrainConfig& config = trainer.config();
+  trainer.AddSink(std::make_unique<stretto::ConsoleSink>(
+      stdout,
+      stretto::ConsoleOptions{.total_steps = config.steps, .log_every = config.metrics.log_every}));
+  const int64_t first_step = trainer.step() + 1;
+  if (config.metrics.json) {
+    STRETTO_ASSIGN_OR_RETURN(
+        auto sink,
+        stretto::JsonLinesSink::Open(absl::StrCat(config.output, "/metrics.jsonl"), first_step));
+    trainer.AddSink(std::move(sink));
+  }
+  if (config.metrics.tensorboard) {
+    STRETTO_ASSIGN_OR_RETURN(
+        auto sink,
+        stretto::TensorBoardSink::Open(absl::StrCat(config.output, "/tensorboard"), first_step));
+    trainer.AddSink(std::move(sink));
+  }
+  return absl::OkStatus();
+}
+
+// The configuration as it was resolved, and the banner.
+absl::Status WriteBanner(const stretto::Trainer& trainer) {
+  stretto::TrainConfig config = trainer.config();
+  const std::string path = absl::StrCat(config.output, "/config.json");
+  const std::string text = stretto::PrintConfig(stretto::ConfigRef(&config));
+  std::FILE* file = std::fopen(path.c_str(), "w");
+  const bool written = file != nullptr && std::fputs(text.c_str(), file) >= 0;
+  if (file != nullptr && std::fclose(file) != 0) file = nullptr;
+  if (file == nullptr || !written) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot write ", path, "; check that the directory is writable and not full"));
+  }
+  std::printf("%s", trainer.Describe().c_str());
+  std::printf("configuration in %s\n", path.c_str());
+  return absl::OkStatus();
+}
+
+absl::Status WriteCurve(const stretto::TrainConfig& config) {
+  if (!config.metrics.curve || !config.metrics.json) return absl::OkStatus();
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<stretto::LossPoint> points,
+                           stretto::ReadLossPoints(absl::StrCat(config.output, "/metrics.jsonl")));
+  const std::string path = absl::StrCat(config.output, "/loss.svg");
+  STRETTO_RETURN_IF_ERROR(stretto::WriteLossCurve(path, points, config.output));
+  std::printf("loss curve in %s\n", path.c_str());
+  return absl::OkStatus();
+}
+
+absl::StatusOr<stretto::RunResult> Train(stretto::World& world,
+                                         const stretto::TrainConfig& requested) {
+  STRETTO_ASSIGN_OR_RETURN(auto trainer, stretto::Trainer::Create(world, requested));
+  const stretto::TrainConfig& config = trainer->config();
+  const bool first = world.rank() == 0;
+  absl::Status outputs;
+  if (first) {
+    std::error_code ignored;
+    std::filesystem::create_directories(config.output, ignored);
+    outputs = WriteBanner(*trainer);
+    if (outputs.ok()) outputs = AddSinks(*trainer);
+    std::fflush(stdout);
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("opening the outputs", outputs));
+
+  STRETTO_ASSIGN_OR_RETURN(const stretto::RunResult result, trainer->Run());
+  if (first) {
+    const absl::Status curve = WriteCurve(config);
+    if (!curve.ok()) stretto::LogWarning(std::string(curve.message()));
+  }
+  if (result == stretto::RunResult::kFinished && config.sample.tokens > 0) {
+    STRETTO_ASSIGN_OR_RETURN(const std::string text,
+                             trainer->Sample(config.sample.prompt, config.sample.tokens,
+                                             config.sample.temperature, config.sample.top_k));
+    if (first)
+      std::printf("--- sample ---\n%s%s\n---\n", config.sample.prompt.c_str(), text.c_str());
+  }
+  return result;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::string path;
+  std::vector<std::string> sets;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--help" || argument == "-h") {
+      std::printf("%s", kHelp);
+      return 0;
+    }
+    if (argument == "--set" && i + 1 < argc) {
+      sets.push_back(argv[++i]);
+    } else if (argument.rfind("--set=", 0) == 0) {
+      sets.push_back(argument.substr(6));
+    } else if (argument.rfind("-", 0) == 0 || !path.empty()) {
+      std::fprintf(stderr, "stretto-gpt: did not expect '%s'\n%s", argument.c_str(), kHelp);
+      return kUsage;
+    } else {
+      path = argument;
+    }
+  }
+  if (path.empty()) {
+    std::fprintf(stderr, "stretto-gpt: name a configuration file\n%s", kHelp);
+    return kUsage;
+  }
+
+  stretto::TrainConfig config;
+  const absl::Status loaded = stretto::LoadConfig(path, sets, stretto::ConfigRef(&config));
+  if (!loaded.ok()) {
+    std::fprintf(stderr, "stretto-gpt: %s\n", std::string(loaded.message()).c_str());
+    return kUsage;
+  }
+
+  int code = 0;
+  {
+    auto world = stretto::World::Create({.timeout = std::chrono::milliseconds(static_cast<int64_t>(
+                                             config.runtime.timeout_seconds * 1000))});
+    if (!world.ok()) {
+      std::fprintf(stderr, "stretto-gpt: %s\n", std::string(world.status().message()).c_str());
+      return kFailed;
+    }
+    stretto::SetLogRank((*world)->rank(), (*world)->size());
+    auto signals = stretto::StopSignals::Install();
+    const absl::StatusOr<stretto::RunResult> result = Train(**world, config);
+    if (!result.ok()) {
+      // Every rank says what it knows: after a communication error it may be the only one left.
+      std::fprintf(stderr, "stretto-gpt: rank %d: %s\n", (*world)->rank(),
+                   std::string(result.status().message()).c_str());
+      std::fflush(nullptr);
+      // Other ranks may be gone, and MPI cannot be finalised then.
+      _exit(absl::IsInvalidArgument(result.status()) ? kUsage : kFailed);
+    }
+    if (*result == stretto::RunResult::kRequested) {
+      if ((*world)->rank() == 0) std::printf("asked to stop: saved, exit code %d\n", kRequeue);
+      code = kRequeue;
+    }
+  }
+  return code;
+}

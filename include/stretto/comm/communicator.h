@@ -1,0 +1,116 @@
+// Collectives and point-to-point over groups of ranks, issued in one order and progressed without
+// blocking.
+#ifndef STRETTO_COMM_COMMUNICATOR_H_
+#define STRETTO_COMM_COMMUNICATOR_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "stretto/comm/mesh.h"
+#include "stretto/comm/recorder.h"
+#include "stretto/comm/world.h"
+#include "stretto/core/stream.h"
+#include "stretto/core/tensor.h"
+
+namespace stretto {
+
+enum class ReduceOp : uint8_t { kSum, kMax, kMin };
+
+// A group known to the communicator; ids are the same on all its ranks. Copyable value.
+struct Group {
+  int id = -1;
+  std::string name;  // "dp"; appears in messages
+  RankList ranks;    // ring order
+  int index = 0;     // this rank's place in `ranks`
+  int size() const { return static_cast<int>(ranks.size()); }
+};
+
+// An operation in flight. Tickets count up from 1; 0 is "already done".
+using Ticket = int64_t;
+
+// The one door to other ranks (contracts 3 and 4). Operations are submitted in the same order by
+// all ranks of a group; they are posted when `after` has happened and proceed whenever Progress()
+// or Wait() runs, several at a time. Reductions add in group order 0, 1, ..., n-1, in f64 for f64
+// and in f32 for f32 and bf16 (rounded once at the end), so that the bits depend neither on timing
+// nor on the transport. Tensors are contiguous and stay untouched until the ticket is done. After
+// the first operations of a shape nothing is allocated.
+//
+// An error (peer gone, time-out) is sticky: every later call returns it. A time-out asks the
+// control plane who is missing and says "rank 3 never entered reduce_scatter(dp) seq 17 [grad
+// bucket 2]; its last finished operation was ...".
+class Communicator {
+ public:
+  // `world` outlives the communicator. Several on one world do not disturb each other.
+  explicit Communicator(World& world);
+  ~Communicator();
+
+  World& world();
+  // Makes a group known; all ranks of the world call this in the same order with their own list
+  // (groups along one mesh axis partition the world; a rank outside passes any list it is in).
+  absl::StatusOr<Group> MakeGroup(const std::string& name, const RankList& ranks);
+  const Group& all() const;  // every rank, by rank; id 0
+
+  // In place: every rank ends with the reduction. f64, f32, bf16, i32, i64.
+  Ticket AllReduce(const Group& g, Tensor data, ReduceOp op, const std::string& label,
+                   Event after = {});
+  // `input` has size() * output.elements() elements; rank i of the group receives the sum of
+  // everybody's i-th part. `output` may be the i-th part of `input`.
+  Ticket ReduceScatter(const Group& g, Tensor output, Tensor input, const std::string& label,
+                       Event after = {});
+  // `output` has size() * input.elements() elements, parts in group order. `input` may be this
+  // rank's part of `output`.
+  Ticket AllGather(const Group& g, Tensor output, Tensor input, const std::string& label,
+                   Event after = {});
+  Ticket Broadcast(const Group& g, Tensor data, int root_index, const std::string& label,
+                   Event after = {});
+  // Elements `send_counts[i]` from send_offsets[i] go to rank i of the group. Counts are host
+  // values.
+  Ticket AllToAll(const Group& g, Tensor output, const std::vector<int64_t>& receive_counts,
+                  Tensor input, const std::vector<int64_t>& send_counts, const std::string& label,
+                  Event after = {});
+  // Point to point inside a group; `peer` is an index in the group. Several sends and receives in
+  // flight between the same two ranks match in the order of submission.
+  Ticket Send(const Group& g, Tensor data, int peer, const std::string& label, Event after = {});
+  Ticket Receive(const Group& g, Tensor data, int peer, const std::string& label, Event after = {});
+
+  // A bucket: several reduce-scatters (or all-gathers) as one recorded operation, e.g. one for each
+  // parameter of a transformer block. `outputs[i]` and `inputs[i]` as in ReduceScatter / AllGather.
+  Ticket ReduceScatterMany(const Group& g, const std::vector<Tensor>& outputs,
+                           const std::vector<Tensor>& inputs, const std::string& label,
+                           Event after = {});
+  Ticket AllGatherMany(const Group& g, const std::vector<Tensor>& outputs,
+                       const std::vector<Tensor>& inputs, const std::string& label,
+                       Event after = {});
+
+  // Advances whatever can advance; never blocks. Called between pieces of compute.
+  void Progress();
+  // True also after an error, so that polling loops end; Wait or status() then says why.
+  bool Done(Ticket ticket);
+  // Blocks until the ticket is done, or fails: at once when a rank of the group died or failed, and
+  // after WorldOptions::timeout otherwise.
+  absl::Status Wait(Ticket ticket);
+  // Work enqueued on `stream` from now on sees the result.
+  absl::Status Wait(Stream& stream, Ticket ticket);
+  absl::Status WaitAll();
+  // The sticky error.
+  absl::Status status() const;
+
+  FlightRecorder& recorder();
+  // Payload bytes this rank sent for operations on groups called `name` since the start.
+  int64_t BytesSent(const std::string& group_name) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+// Dumps the flight recorders of this process when it receives SIGUSR2, to `directory`, from a
+// thread that also works while the rank hangs in a wait. One per process.
+absl::Status InstallFlightDumpOnSignal(Communicator& communicator, const std::string& directory);
+
+}  // namespace stretto
+
+#endif  // STRETTO_COMM_COMMUNICATOR_H_

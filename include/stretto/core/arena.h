@@ -1,0 +1,41 @@
+// One allocation per memory class, made once.
+#ifndef STRETTO_CORE_ARENA_H_
+#define STRETTO_CORE_ARENA_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "stretto/core/device.h"
+#include "stretto/core/status.h"
+
+namespace stretto {
+
+// Owns `bytes` of zeroed memory on a device, aligned to 4096 bytes. Movable, not copyable.
+class Arena {
+ public:
+  Arena() = default;
+  // `name` appears in messages and reports. Returns RESOURCE_EXHAUSTED with the size and the name
+  // when the memory cannot be had. CPU arenas are page-backed (mmap), so untouched pages cost
+  // nothing; `prefault` touches them all.
+  static absl::StatusOr<Arena> Create(Device device, const std::string& name, int64_t bytes,
+                                      bool prefault = false);
+  ~Arena();
+  Arena(Arena&& other) noexcept;
+  Arena& operator=(Arena&& other) noexcept;
+
+  std::byte* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+  const std::string& name() const { return name_; }
+
+ private:
+  void Release();
+  Device device_;
+  std::string name_;
+  std::byte* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_CORE_ARENA_H_

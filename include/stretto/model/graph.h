@@ -1,0 +1,170 @@
+// What a model is made of once it is declared: slots, parameters and layers as plain data, and the
+// list of actions that a micro-batch runs through.
+#ifndef STRETTO_MODEL_GRAPH_H_
+#define STRETTO_MODEL_GRAPH_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "stretto/core/dtype.h"
+#include "stretto/core/memory_plan.h"
+#include "stretto/core/status.h"
+
+namespace stretto {
+
+class Layer;
+
+// A value of [tokens, width], and, unless declared without, its gradient of the same shape and
+// type.
+struct SlotId {
+  int value = -1;
+  bool valid() const { return value >= 0; }
+  bool operator==(const SlotId&) const = default;
+};
+struct ParamId {
+  int value = -1;
+  bool valid() const { return value >= 0; }
+  bool operator==(const ParamId&) const = default;
+};
+struct ConstantId {
+  int value = -1;
+  bool valid() const { return value >= 0; }
+};
+
+// Which halves of a layer's work touch a slot.
+enum Use : unsigned {
+  kInForward = 1u,
+  kInBackwardInput = 2u,
+  kInBackwardWeight = 4u,
+};
+
+enum class SlotKind : uint8_t {
+  kActivation,  // an output that other layers read; has a gradient
+  kSaved,       // written by a layer's forward pass for its own backward pass; no gradient
+  kScratch,     // holds nothing between the declared uses
+  kInput,       // filled from outside the graph (tests, pipeline boundaries)
+};
+
+struct SlotInfo {
+  std::string name;
+  SlotKind kind = SlotKind::kActivation;
+  int64_t width = 0;        // elements per token
+  int64_t fixed_bytes = 0;  // further bytes that do not depend on the tokens (scratch)
+  DType dtype = DType::kF32;
+  int producer = -1;                      // layer; -1 for kInput
+  unsigned own_uses = 0;                  // how the producer itself uses the value after writing it
+  unsigned grad_uses = 0;                 // how the producer uses the gradient (it is read there)
+  bool cheap = false;                     // worth recomputing under Recompute::kNormsAndActivations
+  bool boundary = false;                  // kept under Recompute::kBlock
+  bool modified_by_reader = false;        // its only reader changes it in place (RoPE on q and k)
+  bool recompute_source = false;          // while this is kept its layer recomputes from it alone
+  bool grad_changed_by_producer = false;  // the producer's B adds to the gradient in place
+  bool keep_to_end = false;               // readable after the last forward action
+  struct Reader {
+    int layer;
+    unsigned uses;
+    bool writes_grad;  // the layer's BackwardInput writes this slot's gradient
+  };
+  std::vector<Reader> readers;  // ascending layer
+  // Gradients that the reader `share_layer` leaves equal to this slot's gradient: see
+  // Builder::ShareGradient.
+  int share_with = -1;
+  int share_layer = -1;
+};
+
+enum class Init : uint8_t { kZeros, kOnes, kNormal };
+
+struct ParameterSpec {
+  std::string name;
+  std::vector<int64_t> shape;  // [rows] or [rows, columns]
+  Init init = Init::kNormal;
+  double std = 0.02;         // kNormal
+  bool weight_decay = true;  // by convention matrices decay, biases and norm weights do not
+};
+
+struct ParameterInfo {
+  ParameterSpec spec;
+  std::vector<int> layers;  // that use it, ascending
+  int64_t rows() const { return spec.shape[0]; }
+  int64_t columns() const { return spec.shape.size() > 1 ? spec.shape[1] : 1; }
+  int64_t elements() const { return rows() * columns(); }
+};
+
+// A table that never changes after set-up, e.g. cosines and sines.
+struct ConstantInfo {
+  std::string name;
+  int64_t rows = 0, columns = 0;
+  DType dtype = DType::kF32;
+  std::function<double(int64_t row, int64_t column)> value;
+};
+
+enum class ActionKind : uint8_t {
+  kForward,         // F
+  kRecompute,       // R: forward again, for what backward needs and was dropped
+  kBackwardInput,   // B
+  kBackwardWeight,  // W
+};
+struct Action {
+  ActionKind kind = ActionKind::kForward;
+  int layer = 0;
+  bool operator==(const Action&) const = default;
+};
+
+enum class Recompute : uint8_t {
+  kNone,                 // everything is kept
+  kNormsAndActivations,  // outputs of norms and element-wise activations are dropped
+  kBlock,                // everything inside a transformer block is dropped
+};
+const char* Name(Recompute recompute);
+
+// A declared model. Immutable after Builder::Finish.
+struct Graph {
+  DType dtype = DType::kF32;
+  std::vector<std::unique_ptr<Layer>> layers;  // in forward order
+  std::vector<std::string> layer_names;
+  std::vector<int> layer_block;  // transformer block of a layer, -1 outside
+  std::vector<SlotInfo> slots;
+  std::vector<ParameterInfo> parameters;
+  std::vector<ConstantInfo> constants;
+
+  Graph();
+  ~Graph();
+  Graph(Graph&&) noexcept;
+  Graph& operator=(Graph&&) noexcept;
+
+  int64_t ParameterElements() const;
+  // Readable listing: layers with their slots and parameters.
+  std::string Describe() const;
+};
+
+// The actions of one micro-batch. Backward starts with the last layer; W follows its B unless
+// `defer_weights`, in which case all W come after all B (in the same order).
+struct ActionList {
+  std::vector<Action> actions;
+  std::vector<bool> dropped;  // by slot: the value is dropped after forward and recomputed
+  bool training = true;
+};
+ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_weights = false);
+// Forward only.
+ActionList EvaluationActions(const Graph& graph);
+std::string Describe(const Graph& graph, const ActionList& list);
+
+// Where the slots of one frame lie.
+struct FrameLayout {
+  int64_t token_capacity = 0;
+  std::vector<int64_t> forward_offset;   // by slot, for F; -1: not there
+  std::vector<int64_t> backward_offset;  // by slot, for R, B and W
+  std::vector<int64_t> grad_offset;      // by slot; -1: no gradient
+  std::vector<uint8_t> grad_shared;  // by slot: its gradient lies where share_with's gradient lies
+  MemoryPlan plan;
+  int64_t bytes() const { return plan.arena_bytes; }
+};
+absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& actions,
+                                      int64_t token_capacity);
+
+}  // namespace stretto
+
+#endif  // STRETTO_MODEL_GRAPH_H_

@@ -1,0 +1,238 @@
+// Layers with explicit backward in two halves, and what they are given to work with.
+#ifndef STRETTO_MODEL_LAYER_H_
+#define STRETTO_MODEL_LAYER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "stretto/core/arena.h"
+#include "stretto/core/status.h"
+#include "stretto/core/tensor.h"
+#include "stretto/model/graph.h"
+#include "stretto/ops/ops.h"
+
+namespace stretto {
+
+class Builder;
+class Frame;
+class Run;
+
+// One differentiable piece of a model. Inputs and outputs are slots; the constructor receives the
+// input slots, Declare declares everything else. Forward and the two backward halves only enqueue
+// work on run.ops().stream and keep no state of their own: everything lives in the frame.
+//
+// BackwardInput writes the gradients of all input slots that have one (frame.Grad(x).present()),
+// adding when frame.AccumulateGrad(x). BackwardWeight writes the gradients of the parameters
+// through run.Gradient(p) and may run much later, in any order with other layers' BackwardWeight.
+class Layer {
+ public:
+  virtual ~Layer() = default;
+  virtual const char* kind() const = 0;  // "linear", "norm", ...
+  virtual absl::Status Declare(Builder& b) = 0;
+  virtual void Forward(Run& run, Frame& frame) const = 0;
+  // Forward again for the slots that were dropped. frame.Dropped(slot) says which.
+  virtual void Recompute(Run& run, Frame& frame) const { Forward(run, frame); }
+  virtual void BackwardInput(Run& run, Frame& frame) const = 0;
+  virtual void BackwardWeight(Run& run, Frame& frame) const = 0;
+};
+
+// How a linear layer's weight is meant to be cut when a tensor axis exists.
+enum class Role : uint8_t {
+  kColumn,  // output features are cut
+  kRow,     // input features are cut; outputs are summed
+  kReplicated,
+};
+
+struct LinearOptions {
+  bool bias = false;
+  double init_std = 0.02;
+};
+struct NormOptions {
+  bool rms = true;
+  double eps = 1e-5;
+};
+struct AttentionOptions {
+  int64_t heads = 1, kv_heads = 1, head_dim = 1;
+  bool qk_norm = false;
+  double norm_eps = 1e-6;
+  bool rotary = false;
+  int64_t max_positions = 0;
+  std::function<double(int64_t i)> inverse_frequency;  // of rotary pair i in [0, head_dim / 2)
+};
+
+// One strategy for each role; an axis of size 1 gets the local one (design: parallelism never
+// touches model code). Replace a member to inject another.
+struct Strategies {
+  std::function<std::unique_ptr<Layer>(SlotId x, Role role, int64_t in, int64_t out,
+                                       const LinearOptions& options, SlotId* y)>
+      linear;
+  std::function<std::unique_ptr<Layer>(SlotId qkv, const AttentionOptions& options, SlotId* o)>
+      attention;
+};
+Strategies LocalStrategies();
+
+// Collects the declaration of a model. The convenience calls at the top add a standard layer and
+// return its output slot.
+class Builder {
+ public:
+  explicit Builder(DType dtype, Strategies strategies = LocalStrategies());
+  ~Builder();
+
+  // Adds a layer under `name` (prefixes its parameters and slots) and calls its Declare.
+  absl::Status Add(const std::string& name, std::unique_ptr<Layer> layer);
+
+  // Each returns an invalid slot after an error, which Finish reports; so model code needs no
+  // checks.
+  SlotId Input(const std::string& name, int64_t width);  // filled from outside
+  SlotId Embedding(const std::string& name, int64_t vocabulary, int64_t width, int64_t positions,
+                   double init_std, ParamId* table = nullptr);  // positions 0: none learned
+  SlotId Linear(const std::string& name, Role role, SlotId x, int64_t in, int64_t out,
+                const LinearOptions& options = {});
+  SlotId Norm(const std::string& name, SlotId x, const NormOptions& options = {});
+  // sum = x + branch and norm(sum), as one layer. Returns {sum, norm}.
+  std::pair<SlotId, SlotId> AddNorm(const std::string& name, SlotId x, SlotId branch,
+                                    const NormOptions& options = {});
+  SlotId Gelu(const std::string& name, SlotId x);
+  SlotId Swiglu(const std::string& name, SlotId gate_up);
+  SlotId Attention(const std::string& name, SlotId qkv, const AttentionOptions& options);
+  // Head and loss over `vocabulary` entries in chunks of at most `chunk` (0: one chunk). `tied` is
+  // the embedding's table, or invalid for weights of its own. Returns the head's weight.
+  ParamId LossHead(const std::string& name, SlotId x, int64_t vocabulary, int64_t chunk,
+                   ParamId tied, double init_std);
+  // Layers added between BeginBlock and EndBlock belong to one transformer block (recompute unit).
+  void BeginBlock();
+  void EndBlock();
+  // True while no layer has been added to the open block.
+  bool AtBlockStart() const { return block_ >= 0 && block_layers_ == 0; }
+
+  absl::StatusOr<Graph> Finish();
+
+  // --- For Declare ---
+  DType dtype() const { return graph_.dtype; }
+  DType accumulate_type() const;
+  int64_t Width(SlotId slot) const;
+  // The layer reads `slot` in the given halves and, unless told otherwise, writes its gradient.
+  void Reads(SlotId slot, unsigned uses, bool writes_grad = true);
+  struct OutputOptions {
+    unsigned value_uses = 0;  // halves in which this layer itself reads its output again
+    unsigned grad_uses = kInBackwardInput | kInBackwardWeight;  // ... reads the output's gradient
+    bool cheap = false;                                         // see SlotInfo
+    bool boundary = false;
+    bool recompute_source = false;
+    bool grad_changed_by_producer = false;
+  };
+  SlotId Output(const std::string& name, int64_t width, const OutputOptions& options);
+  // Written in forward, read in `uses`; no gradient.
+  SlotId Saved(const std::string& name, int64_t width, DType dtype, unsigned uses);
+  // Undefined content at the first of `uses`, kept from there to the last.
+  SlotId Scratch(const std::string& name, int64_t width, DType dtype, unsigned uses,
+                 int64_t fixed_bytes = 0);
+  // The layer changes `slot` in place in Forward; it must be the slot's only reader.
+  void ModifiesInPlace(SlotId slot);
+  // After this layer's BackwardInput grad(input) equals grad(output): the planner may give both the
+  // same memory when their lifetimes allow it. The layer copies unless
+  // frame.Grad(input).data == frame.Grad(output).data.
+  void ShareGradient(SlotId input, SlotId output);
+  ParamId Parameter(ParameterSpec spec);
+  // Uses a parameter that another layer declared (tied weights).
+  void UsesParameter(ParamId param);
+  ConstantId Constant(ConstantInfo info);  // the same name returns the same constant
+  // Keeps a slot readable after forward (the final hidden state, for sampling).
+  void KeepToEnd(SlotId slot);
+  // Records an error; the first one is returned by Finish.
+  void Fail(absl::Status error);
+
+ private:
+  Graph graph_;
+  Strategies strategies_;
+  absl::Status status_;
+  std::string prefix_;
+  int current_ = -1;
+  int block_ = -1;
+  int blocks_ = 0;
+  int block_layers_ = 0;
+};
+
+// The tokens of a micro-batch on the device, and their document boundaries.
+struct TokenViews {
+  int64_t tokens = 0;
+  Tensor ids, targets;  // i32 [tokens]
+  Tensor positions;     // i32 [tokens], restarting at each document
+  Tensor weights;       // f32 [tokens]
+  Tensor cu_seqlens;    // i32 [documents + 1]
+  int64_t max_length = 0;
+};
+
+// The planned activation memory of one micro-batch in flight, with that micro-batch's tokens.
+class Frame {
+ public:
+  Frame(const Graph* graph, const ActionList* actions, const FrameLayout* layout, std::byte* memory)
+      : graph_(graph), actions_(actions), layout_(layout), memory_(memory) {}
+
+  TokenViews tokens;
+
+  Tensor Value(SlotId slot) const;  // [tokens, width]
+  // [tokens, width], or absent for slots without a gradient.
+  Tensor Grad(SlotId slot) const;
+  // True when grad(slot) already holds another reader's contribution, for the running layer.
+  bool AccumulateGrad(SlotId slot) const;
+  bool Dropped(SlotId slot) const { return actions_->dropped[slot.value]; }
+  bool training() const { return actions_->training; }
+
+  void Begin(const Action& action) { action_ = action; }  // executor only
+
+ private:
+  const Graph* graph_;
+  const ActionList* actions_;
+  const FrameLayout* layout_;
+  std::byte* memory_;
+  Action action_;
+};
+
+// What a running layer works with besides its frame. Neither knows a model.
+class Run {
+ public:
+  explicit Run(ops::Context ops) : ops_(ops) {}
+
+  ops::Context ops() const { return ops_; }
+  Tensor Parameter(ParamId id) const { return parameters_[id.value]; }
+  Tensor Constant(ConstantId id) const { return constants_[id.value]; }
+  // Where a parameter's gradient goes, and whether something is there already in this step.
+  struct Target {
+    Tensor tensor;
+    bool accumulate = false;
+  };
+  Target Gradient(ParamId id) {
+    Target t{gradients_[id.value], touched_[id.value] != 0};
+    touched_[id.value] = 1;
+    return t;
+  }
+  // f64 [2]: sum of token losses and of token weights of this step so far.
+  Target LossTotal() {
+    Target t{loss_total_, loss_touched_};
+    loss_touched_ = true;
+    return t;
+  }
+
+  // --- For whoever drives the step ---
+  void SetStorage(std::vector<Tensor> parameters, std::vector<Tensor> gradients,
+                  std::vector<Tensor> constants, Tensor loss_total);
+  // Nothing has been accumulated yet.
+  void BeginStep();
+  bool Touched(ParamId id) const { return touched_[id.value] != 0; }
+  bool loss_touched() const { return loss_touched_; }
+
+ private:
+  ops::Context ops_;
+  std::vector<Tensor> parameters_, gradients_, constants_;
+  std::vector<uint8_t> touched_;
+  Tensor loss_total_;
+  bool loss_touched_ = false;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_MODEL_LAYER_H_

@@ -1,0 +1,39 @@
+// GPT-2, Llama 3, Qwen2 and Qwen3 dense, built from one set of layers.
+#ifndef STRETTO_MODEL_MODEL_H_
+#define STRETTO_MODEL_MODEL_H_
+
+#include <cstdint>
+#include <string>
+
+#include "stretto/core/rng.h"
+#include "stretto/core/status.h"
+#include "stretto/core/tensor.h"
+#include "stretto/model/config.h"
+#include "stretto/model/graph.h"
+#include "stretto/model/layer.h"
+
+namespace stretto {
+
+struct ModelOptions {
+  DType dtype = DType::kF32;
+  int64_t loss_chunk = 0;  // vocabulary columns of logits that exist at once; 0: all
+  Strategies strategies = LocalStrategies();
+};
+
+struct Model {
+  ModelConfig config;
+  Graph graph;
+  SlotId final_hidden;  // [tokens, hidden], normalised; what the head reads
+  ParamId head;         // [vocabulary, hidden]
+};
+
+// `config` must be resolved (ModelConfig::Resolve).
+absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& options = {});
+
+// Writes rows [first_row, first_row + rows.rows()) of a parameter's initial value to `rows`
+// (contiguous, on the host). Values depend on (seed, name, element) only, never on the layout.
+void InitialValues(const ParameterSpec& spec, uint64_t seed, int64_t first_row, Tensor rows);
+
+}  // namespace stretto
+
+#endif  // STRETTO_MODEL_MODEL_H_

@@ -1,0 +1,218 @@
+// Backends are tables: one abstract class for each kernel family, implemented by kernels/cpu and
+// kernels/cuda. Nothing above ops/ knows which backend runs.
+//
+// All functions only enqueue on the stream; operands are views whose shapes ops/ops.h has checked.
+// Row strides are honoured for every matrix operand. "acc" means: add to what the output holds
+// instead of overwriting it. Arithmetic is done in f32 for f32 and bf16, in f64 for f64.
+#ifndef STRETTO_OPS_KERNELS_H_
+#define STRETTO_OPS_KERNELS_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "stretto/core/device.h"
+#include "stretto/core/dtype.h"
+#include "stretto/core/status.h"
+#include "stretto/core/stream.h"
+#include "stretto/core/tensor.h"
+
+namespace stretto {
+
+// y = x w^T + bias. Weights are [out, in], as in torch.nn.Linear.
+class LinearKernels {
+ public:
+  virtual ~LinearKernels() = default;
+  virtual void Forward(Stream& s, Tensor y,  // [tokens, out]
+                       Tensor x,             // [tokens, in]
+                       Tensor w,             // [out, in]
+                       Tensor bias           // [out] or absent
+  ) const = 0;
+  // dx (acc)= dy w
+  virtual void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor w, bool acc) const = 0;
+  // dw (acc)= dy^T x, and db (acc)= column sums of dy when present. dw, db: f32 for f32 and bf16
+  // operands, f64 for f64.
+  virtual void BackwardWeight(Stream& s, Tensor dw, Tensor db, Tensor dy, Tensor x,
+                              bool acc) const = 0;
+};
+
+// LayerNorm and RMSNorm over rows, with the residual addition in front fused in. An operand x of
+// [tokens, heads, head_dim] with weight [head_dim] is normalised head by head (QK-norm): y, h, dx
+// and dy then have x's shape and the statistics are [tokens, heads].
+class NormKernels {
+ public:
+  virtual ~NormKernels() = default;
+  // h = x + residual when `residual` is present (h absent otherwise and the norm reads x), then
+  // y = (h - mean) * rstd * weight + bias   (LayerNorm: mean and bias present)
+  // y = h * rstd * weight                   (RMSNorm: mean and bias absent)
+  // Variance is the biased one; statistics are f32 (f64 for f64), [rows].
+  virtual void Forward(Stream& s, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x,
+                       Tensor residual, Tensor weight, Tensor bias, double eps) const = 0;
+  // dx (acc)= gradient of the norm with respect to h.
+  virtual void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
+                             Tensor weight, bool acc) const = 0;
+  // dweight (acc)= , dbias (acc)= (absent for RMSNorm). f32 / f64 as in LinearKernels.
+  virtual void BackwardWeight(Stream& s, Tensor dweight, Tensor dbias, Tensor dy, Tensor h,
+                              Tensor mean, Tensor rstd, bool acc) const = 0;
+};
+
+class ActivationKernels {
+ public:
+  virtual ~ActivationKernels() = default;
+  // y = gelu(x), tanh form.
+  virtual void GeluForward(Stream& s, Tensor y, Tensor x) const = 0;
+  virtual void GeluBackward(Stream& s, Tensor dx, Tensor dy, Tensor x, bool acc) const = 0;
+  // y = silu(gate) * up, where x = [gate | up] side by side: x [tokens, 2 f], y [tokens, f].
+  virtual void SwigluForward(Stream& s, Tensor y, Tensor x) const = 0;
+  virtual void SwigluBackward(Stream& s, Tensor dx, Tensor dy, Tensor x, bool acc) const = 0;
+};
+
+// Rotary position embedding, rotate-half order (Hugging Face), with optional per-head RMS norm of
+// queries and keys in front (QK-norm).
+class RotaryKernels {
+ public:
+  virtual ~RotaryKernels() = default;
+  // y = rope(x) for `x` [tokens, heads, head_dim]; y may be x. cos and sin are tables
+  // [positions, head_dim / 2] (f32; f64 for f64); row `positions[t]` rotates token t. `inverse`
+  // rotates back, which is the backward pass.
+  virtual void Apply(Stream& s, Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin,
+                     bool inverse) const = 0;
+};
+
+// Which tokens see which. Sequences (documents) are packed back to back; sequence i owns the query
+// rows [cu_q[i], cu_q[i+1]) and the key rows [cu_k[i], cu_k[i+1]).
+struct AttentionShape {
+  Tensor cu_q;        // i32 [sequences + 1]
+  Tensor cu_k;        // i32 [sequences + 1]; the same tensor as cu_q for ordinary self-attention
+  int64_t max_q = 0;  // longest query sequence
+  int64_t max_k = 0;
+  bool causal = true;  // query j of a sequence sees keys 0..j of it; needs equal lengths
+  double scale = 0;    // multiplies q k^T
+};
+
+// Variable-length attention with grouped-query heads; never builds a T x T matrix.
+class AttentionKernels {
+ public:
+  virtual ~AttentionKernels() = default;
+  // q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], o like q,
+  // lse [tokens, heads] (f32; f64 for f64): log of the sum of exponentials of the scaled scores.
+  virtual void Forward(Stream& s, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
+                       const AttentionShape& shape) const = 0;
+  // dq, dk, dv overwritten. `delta` [tokens, heads] is scratch of lse's type.
+  virtual void Backward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o,
+                        Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
+                        const AttentionShape& shape) const = 0;
+};
+
+class EmbeddingKernels {
+ public:
+  virtual ~EmbeddingKernels() = default;
+  // y[t] = table[ids[t]] (+ positions_table[positions[t]] when present). ids, positions i32
+  // [tokens]. An id outside the table fails the stream with the id and its row.
+  virtual void Forward(Stream& s, Tensor y, Tensor ids, Tensor table, Tensor positions,
+                       Tensor positions_table) const = 0;
+  // dtable (acc)= rows of dy summed by id, in ascending token order (deterministic). dtable
+  // f32/f64.
+  virtual void Backward(Stream& s, Tensor dtable, Tensor dy, Tensor ids, bool acc) const = 0;
+};
+
+// Softmax cross-entropy over a vocabulary cut into chunks of columns. Per token the kernels keep a
+// running maximum, a running sum of exponentials and the target's logit, so logits of one chunk are
+// all that ever exists.
+class LossKernels {
+ public:
+  virtual ~LossKernels() = default;
+  // Folds logits [tokens, columns] of vocabulary columns [first, first + columns) into `state`
+  // [tokens, 3] (max, sum, target logit; f32, f64 for f64). `start` begins a new state; the target
+  // logit is -inf until the target's column has been folded.
+  virtual void Fold(Stream& s, Tensor state, Tensor logits, Tensor targets, int64_t first,
+                    bool start) const = 0;
+  // losses[t] = weight[t] * (log-sum-exp - target logit) (same type as state), total[0] (acc)=
+  // their sum, total[1] (acc)= the sum of weights; total is f64 [2]. weights f32 [tokens] or absent
+  // (1). Tokens of weight 0 contribute nothing whatever their target; a token of another weight
+  // whose target was in no chunk fails the stream with its row, and with the id when `targets` is
+  // present (they serve for nothing else).
+  virtual void Finish(Stream& s, Tensor losses, Tensor total, Tensor state, Tensor weights,
+                      bool acc, Tensor targets) const = 0;
+  // logits <- weight * (softmax - onehot(target)), in place, for the chunk starting at `first`.
+  virtual void Backward(Stream& s, Tensor logits, Tensor state, Tensor targets, Tensor weights,
+                        int64_t first) const = 0;
+};
+
+// Scalars of one optimizer step that never leave the device: f64[kCount].
+struct StepScalars {
+  enum : int {
+    kLossSum = 0,         // sum of token losses, all ranks
+    kTokens = 1,          // sum of token weights, all ranks (N_global)
+    kSumSquares = 2,      // sum of squares of the summed (not yet divided) gradients, all ranks
+    kStop = 3,            // ranks that were asked to stop
+    kSeenTokens = 4,      // tokens that went through the model, all ranks
+    kSquaredLengths = 5,  // sum of squared sequence lengths, all ranks (attention work)
+    kReduced = 6,         // the first kReduced are summed over ranks
+    kGradNorm = 6,        // sqrt(kSumSquares) / kTokens
+    kScale = 7,  // what gradients are multiplied by: 1 / kTokens, times the clip coefficient
+    kSkip = 8,   // 1: the update is skipped (non-finite norm or loss, or a spike)
+    kCount = 16,
+  };
+};
+
+struct AdamWArgs {
+  Tensor param;    // model type; written
+  Tensor master;   // f32 master weights, or absent (param itself is f32 / f64)
+  Tensor grad;     // f32 / f64, sums over tokens
+  Tensor m, v;     // f32 / f64
+  Tensor scalars;  // f64 [StepScalars::kCount]
+  double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
+  int64_t step = 1;  // 1-based, for bias correction
+};
+
+class OptimizerKernels {
+ public:
+  virtual ~OptimizerKernels() = default;
+  // total[0] (acc)= sum of squares of x, accumulated in f64 in a fixed order. total is f64 [1].
+  virtual void SumSquares(Stream& s, Tensor total, Tensor x, bool acc) const = 0;
+  // Fills kGradNorm, kScale and kSkip from kLossSum, kTokens and kSumSquares. max_norm <= 0: no
+  // clipping. kSkip is set when the loss or the norm is not finite, when kTokens is 0, or when
+  // max_loss > 0 and the mean loss exceeds it.
+  virtual void PrepareStep(Stream& s, Tensor scalars, double max_norm, double max_loss) const = 0;
+  // Decoupled weight decay (Loshchilov & Hutter 2019); does nothing when kSkip is set.
+  virtual void AdamW(Stream& s, const AdamWArgs& args) const = 0;
+};
+
+class ElementwiseKernels {
+ public:
+  virtual ~ElementwiseKernels() = default;
+  virtual void Zero(Stream& s, Tensor x) const = 0;
+  // y = x, converting between f64, f32 and bf16.
+  virtual void Copy(Stream& s, Tensor y, Tensor x) const = 0;
+  // y += x, same conversions.
+  virtual void Add(Stream& s, Tensor y, Tensor x) const = 0;
+};
+
+// Everything a backend can do. Owned by the backend, lives for the whole program, stateless.
+struct KernelTable {
+  const char* name = "";  // "cpu", "cuda"
+  DeviceKind device = DeviceKind::kCpu;
+  bool (*supports)(DType) = nullptr;  // model types
+  const LinearKernels* linear = nullptr;
+  const NormKernels* norm = nullptr;
+  const ActivationKernels* activation = nullptr;
+  const RotaryKernels* rotary = nullptr;
+  const AttentionKernels* attention = nullptr;
+  const EmbeddingKernels* embedding = nullptr;
+  const LossKernels* loss = nullptr;
+  const OptimizerKernels* optimizer = nullptr;
+  const ElementwiseKernels* elementwise = nullptr;
+};
+
+// The table for a device; UNIMPLEMENTED names the backends that were built.
+absl::StatusOr<const KernelTable*> KernelsFor(Device device);
+
+// Type of gradients, statistics and optimizer state for a model type: f64 for f64, else f32.
+constexpr DType AccumulateType(DType model) {
+  return model == DType::kF64 ? DType::kF64 : DType::kF32;
+}
+
+}  // namespace stretto
+
+#endif  // STRETTO_OPS_KERNELS_H_

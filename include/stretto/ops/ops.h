@@ -1,0 +1,65 @@
+// Shape-checked operations. Each function checks its operands (types, shapes, device) and then
+// makes one virtual call into the backend's table. A mismatch fails the stream with a sentence that
+// names the operation and the operands (Stream::status, sticky) and enqueues nothing.
+//
+// The operand order, shapes and meanings are those of ops/kernels.h.
+#ifndef STRETTO_OPS_OPS_H_
+#define STRETTO_OPS_OPS_H_
+
+#include "stretto/core/stream.h"
+#include "stretto/core/tensor.h"
+#include "stretto/ops/kernels.h"
+
+namespace stretto::ops {
+
+// The stream and the table that work goes to; cheap to copy.
+struct Context {
+  Stream* stream = nullptr;
+  const KernelTable* kernels = nullptr;
+};
+
+void Linear(Context c, Tensor y, Tensor x, Tensor w, Tensor bias);
+void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc);
+void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, bool acc);
+
+void Norm(Context c, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Tensor residual,
+          Tensor weight, Tensor bias, double eps);
+void NormBackwardInput(Context c, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
+                       Tensor weight, bool acc);
+void NormBackwardWeight(Context c, Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean,
+                        Tensor rstd, bool acc);
+
+void Gelu(Context c, Tensor y, Tensor x);
+void GeluBackward(Context c, Tensor dx, Tensor dy, Tensor x, bool acc);
+void Swiglu(Context c, Tensor y, Tensor x);
+void SwigluBackward(Context c, Tensor dx, Tensor dy, Tensor x, bool acc);
+
+void Rope(Context c, Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin, bool inverse);
+
+void Attention(Context c, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
+               const AttentionShape& shape);
+void AttentionBackward(Context c, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o,
+                       Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
+                       const AttentionShape& shape);
+
+void Embedding(Context c, Tensor y, Tensor ids, Tensor table, Tensor positions,
+               Tensor positions_table);
+void EmbeddingBackward(Context c, Tensor dtable, Tensor dy, Tensor ids, bool acc);
+
+void LossFold(Context c, Tensor state, Tensor logits, Tensor targets, int64_t first, bool start);
+void LossFinish(Context c, Tensor losses, Tensor total, Tensor state, Tensor weights, bool acc,
+                Tensor targets = {});
+void LossBackward(Context c, Tensor logits, Tensor state, Tensor targets, Tensor weights,
+                  int64_t first);
+
+void SumSquares(Context c, Tensor total, Tensor x, bool acc);
+void PrepareStep(Context c, Tensor scalars, double max_norm, double max_loss);
+void AdamW(Context c, const AdamWArgs& args);
+
+void Zero(Context c, Tensor x);
+void Copy(Context c, Tensor y, Tensor x);
+void Add(Context c, Tensor y, Tensor x);
+
+}  // namespace stretto::ops
+
+#endif  // STRETTO_OPS_OPS_H_

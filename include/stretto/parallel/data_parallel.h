@@ -1,0 +1,130 @@
+// Data parallelism with ZeRO-1: where parameters and gradients live, how gradients are summed over
+// ranks while backward still runs, and how updated parameters come back under the next forward.
+#ifndef STRETTO_PARALLEL_DATA_PARALLEL_H_
+#define STRETTO_PARALLEL_DATA_PARALLEL_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "stretto/comm/communicator.h"
+#include "stretto/core/arena.h"
+#include "stretto/core/budget.h"
+#include "stretto/core/state.h"
+#include "stretto/model/graph.h"
+#include "stretto/model/layer.h"
+#include "stretto/parallel/executor.h"
+
+namespace stretto {
+
+struct DataParallelOptions {
+  // false: all gradient communication happens after backward and all gathers before forward.
+  bool overlap = true;
+  // A bucket is closed when its gradients reach this size.
+  int64_t bucket_bytes = 25 << 20;
+};
+
+// The rows of one parameter that this rank updates: views into the storages. Rows are cut evenly,
+// rank i has rows [i * p, (i + 1) * p) with p = ceil(rows / ranks); the last may have fewer or
+// none.
+struct ParameterShard {
+  ParamId param;
+  int64_t first_row = 0;
+  Tensor value;  // [rows of the shard, columns], model type
+  Tensor grad;   // the same rows of the summed gradient, f32 or f64
+};
+
+// How rows are cut: pure, so that planners and checkpoints agree with the runtime.
+struct RowCut {
+  int64_t part = 0;   // rows of a full part; storage holds ranks * part rows
+  int64_t first = 0;  // of this rank
+  int64_t count = 0;  // real rows of this rank, 0 <= count <= part
+};
+RowCut CutRows(int64_t rows, int ranks, int index);
+
+// Parameters by the order in which backward completes their gradients, cut into buckets.
+std::vector<std::vector<int>> MakeBuckets(const Graph& graph, int64_t bucket_bytes);
+
+// Bytes of parameter and gradient storage for `ranks` ranks, padding included.
+struct StorageBytes {
+  int64_t parameters = 0, gradients = 0;
+};
+StorageBytes DataParallelStorage(const Graph& graph, int ranks);
+
+// One step:
+//   BeginStep(run)
+//   for each micro-batch: Execute(..., hooks(last micro-batch))
+//   FinishGradients(run)        summed gradients are in shards()[i].grad, on all ranks
+//   ... the optimizer updates shards()[i].value ...
+//   GatherParameters()          returns at once; the next forward waits layer by layer
+class DataParallel {
+ public:
+  // Reserves its arenas from `budget` and draws initial values from `seed`.
+  static absl::StatusOr<std::unique_ptr<DataParallel>> Create(Communicator& comm,
+                                                              const Group& group,
+                                                              const Graph& graph, Stream& stream,
+                                                              const KernelTable& kernels,
+                                                              uint64_t seed, Budget& budget,
+                                                              const DataParallelOptions& options);
+  ~DataParallel();
+
+  const std::vector<ParameterShard>& shards() const { return shards_; }
+  const Group& group() const { return group_; }
+  // Full parameter and gradient of this rank: [rows, columns] or [rows].
+  Tensor Parameter(ParamId id) const { return parameters_[id.value]; }
+  Tensor Gradient(ParamId id) const { return gradients_[id.value]; }
+
+  // Gives `run` its parameters, gradients and constants. `loss_total` is f64 [2].
+  void Attach(Run* run, Tensor loss_total) const;
+
+  void BeginStep(Run& run);
+  // Hooks for one micro-batch of the step. After the last one gradients of finished layers leave.
+  ActionHooks& hooks(bool last_micro_batch);
+  // Sends what has not left yet (all of it on a rank without micro-batches) and waits for the sums.
+  absl::Status FinishGradients(Run& run);
+  absl::Status GatherParameters();
+  // Waits until all parameters are complete on this rank (before evaluation, export, sampling).
+  absl::Status WaitParameters();
+
+  // Adds the parameters, each rank owning its shard, under their names.
+  absl::Status Register(StateRegistry* registry) const;
+  int64_t bytes() const;
+  // Seconds that this rank has spent waiting for gradients and parameters since the last call.
+  double TakeExposedSeconds();
+
+ private:
+  class Hooks;
+  absl::Status TimedWait(Ticket* ticket);
+  struct Bucket {
+    std::vector<int> params;
+    int ready_layer = 0;  // complete after this layer's BackwardWeight
+    std::vector<Tensor> grad_inputs, grad_outputs, value_inputs, value_outputs;
+    std::string reduce_label, gather_label;
+    Ticket reduce = 0, gather = 0;
+    bool submitted = false;
+  };
+  DataParallel(Communicator& comm, const Group& group, const Graph& graph, Stream& stream,
+               const KernelTable& kernels, const DataParallelOptions& options);
+  void SubmitReduce(Run& run, Bucket& bucket);
+  absl::Status WaitLayer(int layer);
+
+  Communicator& comm_;
+  Group group_;
+  const Graph& graph_;
+  Stream& stream_;
+  ops::Context ops_;
+  DataParallelOptions options_;
+  Arena parameter_arena_, gradient_arena_, constant_arena_;
+  std::vector<Tensor> parameters_, gradients_, constants_;
+  std::vector<ParameterShard> shards_;
+  std::vector<Bucket> buckets_;
+  std::vector<std::vector<int>> layer_buckets_;  // whose parameters a layer's forward needs
+  std::unique_ptr<Hooks> plain_hooks_, last_hooks_;
+  Run* run_ = nullptr;
+  double exposed_seconds_ = 0;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_PARALLEL_DATA_PARALLEL_H_

@@ -1,0 +1,50 @@
+// What a run will hold in memory and send over the wire, from its configuration alone: no device,
+// no data and no other rank is needed.
+#ifndef STRETTO_TRAIN_MEMORY_H_
+#define STRETTO_TRAIN_MEMORY_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "stretto/core/status.h"
+#include "stretto/model/model.h"
+#include "stretto/train/config.h"
+
+namespace stretto {
+
+struct NamedBytes {
+  std::string name;
+  int64_t bytes = 0;
+};
+
+// The plan of one rank. Frames are planned by the same functions that the trainer runs.
+struct RunPlan {
+  Model model;
+  ActionList train_actions, evaluation_actions;
+  FrameLayout train_frame, evaluation_frame;
+  int64_t micro_batch_tokens = 0;  // capacity of a frame
+  std::vector<NamedBytes> arenas;  // parameters, gradients, constants, optimizer state, activations
+  int64_t arena_bytes = 0;         // their sum
+
+  // Payload bytes that this rank sends in one step, by purpose.
+  int64_t gradient_bytes_sent = 0;
+  int64_t parameter_bytes_sent = 0;
+  int64_t scalar_bytes_sent = 0;
+
+  // The arenas as a table.
+  std::string MemoryTable() const;
+};
+
+// `config` must be resolved for `ranks` ranks. `index` is the rank's place in the data-parallel
+// group.
+absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index);
+
+absl::StatusOr<Recompute> ParseRecompute(const std::string& name);
+
+// "1.25 GiB", "640 KiB".
+std::string HumanBytes(int64_t bytes);
+
+}  // namespace stretto
+
+#endif  // STRETTO_TRAIN_MEMORY_H_

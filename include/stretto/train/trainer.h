@@ -1,0 +1,67 @@
+// The trainer loop: everything that one training run needs, set up from one configuration.
+#ifndef STRETTO_TRAIN_TRAINER_H_
+#define STRETTO_TRAIN_TRAINER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "stretto/comm/world.h"
+#include "stretto/core/status.h"
+#include "stretto/model/model.h"
+#include "stretto/observe/metrics.h"
+#include "stretto/observe/step_stats.h"
+#include "stretto/train/config.h"
+
+namespace stretto {
+
+// How Run() ended.
+enum class RunResult : uint8_t {
+  kFinished,   // all steps done
+  kRequested,  // SIGTERM or SIGUSR1: saved and left early; start again to go on
+};
+
+// Created by all ranks of the world with the same configuration (checked). Owns model, storage,
+// optimizer, data and outputs. Not thread-safe.
+class Trainer {
+ public:
+  // Resolves `config`, reads the data's headers, plans memory, restores the newest checkpoint when
+  // configured. All ranks return an error when one does.
+  static absl::StatusOr<std::unique_ptr<Trainer>> Create(World& world, const TrainConfig& config);
+  ~Trainer();
+
+  // One optimizer step on the global batch. Allocates nothing after the third call.
+  absl::StatusOr<StepStats> Step();
+  // Steps until config.steps with evaluation, checkpoints, metrics and signal handling.
+  absl::StatusOr<RunResult> Run();
+  // Mean loss in nats per token over the first config.evaluate.samples validation samples, the same
+  // on all ranks.
+  absl::StatusOr<double> Evaluate();
+  // Continues `prompt` on rank 0 (empty on the others): text of up to `tokens` new tokens.
+  absl::StatusOr<std::string> Sample(const std::string& prompt, int64_t tokens, double temperature,
+                                     int64_t top_k);
+  absl::Status
+  Save();  // asynchronous when configured; errors of it surface in the next Save or Finish
+  absl::Status Finish();
+
+  // Sinks receive every step on rank 0; added before Run.
+  void AddSink(std::unique_ptr<MetricsSink> sink);
+
+  int64_t step() const;  // completed steps
+  const TrainConfig& config() const;
+  const Model& model() const;
+  // Memory by arena, the mesh and the resolved sizes, for the banner.
+  std::string Describe() const;
+  // A parameter's value on this rank, complete (tests, export).
+  absl::StatusOr<Tensor> Parameter(const std::string& name);
+
+ private:
+  struct Impl;
+  explicit Trainer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_TRAIN_TRAINER_H_

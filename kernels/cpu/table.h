@@ -1,0 +1,14 @@
+// The CPU backend's only door.
+#ifndef STRETTO_KERNELS_CPU_TABLE_H_
+#define STRETTO_KERNELS_CPU_TABLE_H_
+
+#include "stretto/ops/kernels.h"
+
+namespace stretto {
+
+// Never null; lives for the whole program.
+const KernelTable* CpuKernels();
+
+}  // namespace stretto
+
+#endif  // STRETTO_KERNELS_CPU_TABLE_H_

@@ -1,0 +1,103 @@
+#include "stretto/core/arena.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "src/core/format.h"
+
+namespace stretto {
+namespace {
+
+constexpr int64_t kPageBytes = 4096;
+constexpr int64_t kHugePageBytes = int64_t{4} << 20;  // from here on huge pages pay
+
+// The mapped size. An empty arena owns a page too, so that data() is never null: a Tensor without
+// data means "absent".
+int64_t MappedBytes(int64_t bytes) {
+  return (std::max<int64_t>(bytes, 1) + kPageBytes - 1) / kPageBytes * kPageBytes;
+}
+
+// Writes to every page. The kernel does it in one call from Linux 5.14 on, and reports an error
+// where touching would end the process.
+int Prefault(std::byte* data, int64_t bytes) {
+#ifdef MADV_POPULATE_WRITE
+  if (madvise(data, static_cast<size_t>(bytes), MADV_POPULATE_WRITE) == 0) return 0;
+  if (errno == ENOMEM || errno == EFAULT) return errno;
+#endif
+  for (int64_t i = 0; i < bytes; i += kPageBytes) {
+    *static_cast<volatile std::byte*>(data + i) = std::byte{0};
+  }
+  return 0;
+}
+
+}  // namespace
+
+absl::StatusOr<Arena> Arena::Create(Device device, const std::string& name, int64_t bytes,
+                                    bool prefault) {
+  if (bytes < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("the arena \"", name, "\" was asked for ", bytes,
+                                                   " bytes; ask for zero or more"));
+  }
+  if (device.kind != DeviceKind::kCpu) {
+    return absl::UnimplementedError(
+        absl::StrCat("the arena \"", name, "\" was asked for on ", Name(device),
+                     ", but this build has no backend for it; use cpu"));
+  }
+  const auto exhausted = [&](int error) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("the arena \"", name, "\" of ", HumanBytes(bytes), " (", bytes, " bytes) on ",
+                     Name(device), " could not be allocated: ", strerror(error),
+                     "; shrink the model or the micro-batch, or raise the memory limit"));
+  };
+  if (bytes > std::numeric_limits<int64_t>::max() - kPageBytes) return exhausted(ENOMEM);
+  const int64_t mapped = MappedBytes(bytes);
+  void* memory = mmap(nullptr, static_cast<size_t>(mapped), PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) return exhausted(errno);
+  Arena arena;
+  arena.device_ = device;
+  arena.name_ = name;
+  arena.data_ = static_cast<std::byte*>(memory);
+  arena.bytes_ = bytes;
+#ifdef MADV_HUGEPAGE
+  // Advice only: kernels without transparent huge pages refuse it, which costs speed and no more.
+  if (mapped >= kHugePageBytes) madvise(memory, static_cast<size_t>(mapped), MADV_HUGEPAGE);
+#endif
+  if (prefault) {
+    if (int error = Prefault(arena.data_, mapped); error != 0) return exhausted(error);
+  }
+  return arena;
+}
+
+Arena::~Arena() { Release(); }
+
+Arena::Arena(Arena&& other) noexcept
+    : device_(other.device_),
+      name_(std::move(other.name_)),
+      data_(std::exchange(other.data_, nullptr)),
+      bytes_(std::exchange(other.bytes_, 0)) {}
+
+Arena& Arena::operator=(Arena&& other) noexcept {
+  if (this == &other) return *this;
+  Release();
+  device_ = other.device_;
+  name_ = std::move(other.name_);
+  data_ = std::exchange(other.data_, nullptr);
+  bytes_ = std::exchange(other.bytes_, 0);
+  return *this;
+}
+
+void Arena::Release() {
+  if (data_ != nullptr) munmap(data_, static_cast<size_t>(MappedBytes(bytes_)));
+  data_ = nullptr;
+  bytes_ = 0;
+}
+
+}  // namespace stretto

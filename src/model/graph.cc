@@ -1,0 +1,348 @@
+#include "stretto/model/graph.h"
+
+#include <algorithm>
+#include <map>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "stretto/model/layer.h"
+
+namespace stretto {
+
+Graph::Graph() = default;
+Graph::~Graph() = default;
+Graph::Graph(Graph&&) noexcept = default;
+Graph& Graph::operator=(Graph&&) noexcept = default;
+
+int64_t Graph::ParameterElements() const {
+  int64_t n = 0;
+  for (const ParameterInfo& p : parameters) n += p.elements();
+  return n;
+}
+
+std::string Graph::Describe() const {
+  std::string out;
+  for (size_t l = 0; l < layers.size(); ++l) {
+    absl::StrAppendFormat(&out, "%4d  %-10s %s\n", static_cast<int>(l), layers[l]->kind(),
+                          layer_names[l].c_str());
+    for (const SlotInfo& s : slots) {
+      if (s.producer == static_cast<int>(l)) {
+        absl::StrAppendFormat(&out, "          -> %s [tokens, %d] %s\n", s.name.c_str(), s.width,
+                              stretto::Name(s.dtype));
+      }
+    }
+  }
+  return out;
+}
+
+const char* Name(Recompute recompute) {
+  switch (recompute) {
+    case Recompute::kNone:
+      return "none";
+    case Recompute::kNormsAndActivations:
+      return "norms";
+    case Recompute::kBlock:
+      return "block";
+  }
+  return "?";
+}
+
+namespace {
+
+// Which values are worth dropping after forward, before asking whether backward needs them.
+bool Droppable(const Graph& graph, const SlotInfo& slot, Recompute recompute) {
+  if (slot.producer < 0 || graph.layer_block[slot.producer] < 0 || slot.keep_to_end) return false;
+  switch (recompute) {
+    case Recompute::kNone:
+      return false;
+    case Recompute::kNormsAndActivations:
+      return slot.cheap && slot.kind == SlotKind::kActivation;
+    case Recompute::kBlock:
+      return !slot.boundary && slot.kind != SlotKind::kScratch;
+  }
+  return false;
+}
+
+// A layer whose recompute source is kept does not read its inputs when it runs again.
+bool RecomputeReadsInputs(const Graph& graph, const ActionList& list, int layer) {
+  for (size_t s = 0; s < graph.slots.size(); ++s) {
+    const SlotInfo& slot = graph.slots[s];
+    if (slot.producer == layer && slot.recompute_source && !list.dropped[s]) return false;
+  }
+  return true;
+}
+
+unsigned BackwardUses(const SlotInfo& slot) {
+  unsigned uses = slot.own_uses;
+  for (const SlotInfo::Reader& r : slot.readers) uses |= r.uses;
+  return uses & (kInBackwardInput | kInBackwardWeight);
+}
+
+}  // namespace
+
+ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_weights) {
+  const int layers = static_cast<int>(graph.layers.size());
+  ActionList list;
+  list.dropped.assign(graph.slots.size(), false);
+
+  // What each layer writes and reads in forward.
+  std::vector<std::vector<int>> outputs(layers), inputs(layers);
+  for (size_t s = 0; s < graph.slots.size(); ++s) {
+    const SlotInfo& slot = graph.slots[s];
+    if (slot.producer >= 0) outputs[slot.producer].push_back(static_cast<int>(s));
+    for (const SlotInfo::Reader& r : slot.readers) {
+      if (r.uses & kInForward) inputs[r.layer].push_back(static_cast<int>(s));
+    }
+    list.dropped[s] = Droppable(graph, slot, recompute);
+  }
+
+  // From the last layer back: a layer runs again when something it dropped is needed in backward,
+  // by the backward halves themselves or as an input of another layer that runs again.
+  std::vector<bool> needed(graph.slots.size(), false), again(layers, false);
+  for (size_t s = 0; s < graph.slots.size(); ++s) needed[s] = BackwardUses(graph.slots[s]) != 0;
+  for (int l = layers - 1; l >= 0; --l) {
+    bool run = false;
+    for (int s : outputs[l]) run |= list.dropped[s] && needed[s];
+    // A value that was changed in place after it was written has to be changed again.
+    for (int s : inputs[l]) {
+      run |= graph.slots[s].modified_by_reader && list.dropped[s] && needed[s];
+    }
+    if (!run) continue;
+    again[l] = true;
+    if (!RecomputeReadsInputs(graph, list, l)) continue;
+    for (int s : inputs[l]) {
+      needed[s] = true;
+      // A layer that changes its input in place can only run again on a fresh input.
+      if (graph.slots[s].modified_by_reader && graph.slots[s].producer >= 0) list.dropped[s] = true;
+    }
+  }
+  for (size_t s = 0; s < graph.slots.size(); ++s) {
+    if (!needed[s]) list.dropped[s] = false;  // it dies after forward anyway
+  }
+
+  for (int l = 0; l < layers; ++l) list.actions.push_back({ActionKind::kForward, l});
+  std::vector<Action> weights;
+  for (int l = layers - 1; l >= 0; --l) {
+    const int block = graph.layer_block[l];
+    const bool block_ends_here =
+        block >= 0 && (l == layers - 1 || graph.layer_block[l + 1] != block);
+    if (block_ends_here) {
+      int first = l;
+      while (first > 0 && graph.layer_block[first - 1] == block) --first;
+      for (int r = first; r <= l; ++r) {
+        if (again[r]) list.actions.push_back({ActionKind::kRecompute, r});
+      }
+    }
+    list.actions.push_back({ActionKind::kBackwardInput, l});
+    (defer_weights ? weights : list.actions).push_back({ActionKind::kBackwardWeight, l});
+  }
+  list.actions.insert(list.actions.end(), weights.begin(), weights.end());
+  return list;
+}
+
+ActionList EvaluationActions(const Graph& graph) {
+  ActionList list;
+  list.training = false;
+  list.dropped.assign(graph.slots.size(), false);
+  for (size_t l = 0; l < graph.layers.size(); ++l) {
+    list.actions.push_back({ActionKind::kForward, static_cast<int>(l)});
+  }
+  return list;
+}
+
+std::string Describe(const Graph& graph, const ActionList& list) {
+  std::string out;
+  for (const Action& a : list.actions) {
+    const char letter = "FRBW"[static_cast<int>(a.kind)];
+    absl::StrAppend(&out, std::string(1, letter), " ", graph.layer_names[a.layer], "\n");
+  }
+  return out;
+}
+
+namespace {
+
+// Time of the first and last action that satisfies a predicate; kNever when none does.
+constexpr int kNever = -1;
+struct Span {
+  int first = kNever, last = kNever;
+  void Add(int t) {
+    if (t == kNever) return;
+    if (first == kNever || t < first) first = t;
+    if (last == kNever || t > last) last = t;
+  }
+  bool empty() const { return first == kNever; }
+};
+
+// When each layer's actions happen.
+struct Times {
+  explicit Times(const Graph& graph, const ActionList& list) {
+    for (auto* v : {&f, &r, &b, &w}) v->assign(graph.layers.size(), kNever);
+    for (size_t t = 0; t < list.actions.size(); ++t) {
+      const Action& a = list.actions[t];
+      std::vector<int>* v[] = {&f, &r, &b, &w};
+      (*v[static_cast<int>(a.kind)])[a.layer] = static_cast<int>(t);
+    }
+    end = static_cast<int>(list.actions.size()) - 1;
+  }
+  // The last backward use of `uses` by `layer`.
+  void AddBackward(Span* span, int layer, unsigned uses) const {
+    if (uses & kInBackwardInput) span->Add(b[layer]);
+    if (uses & kInBackwardWeight) span->Add(w[layer]);
+  }
+  std::vector<int> f, r, b, w;
+  int end = 0;
+};
+
+// Whether the gradient of `slot` may lie where the gradient of its share_with slot lies: from the
+// sharing layer's B on both hold the same values until one of them is changed, so every later
+// change of one must come after the last read of the other.
+bool MayShareGradient(const Graph& graph, const Times& times, int slot) {
+  const SlotInfo& a = graph.slots[slot];
+  if (a.share_with < 0) return false;
+  if (times.b[a.share_layer] == kNever) return false;
+  // All inputs of the sharing layer that share with the same output form one group.
+  for (size_t other = 0; other < graph.slots.size(); ++other) {
+    const SlotInfo& o = graph.slots[other];
+    if (static_cast<int>(other) == slot || o.share_with != a.share_with ||
+        o.share_layer != a.share_layer) {
+      continue;
+    }
+    const auto first_change = [&](const SlotInfo& s) {
+      int t = times.end + 1;
+      for (const SlotInfo::Reader& r : s.readers) {
+        if (r.writes_grad && r.layer != s.share_layer &&
+            times.b[r.layer] > times.b[s.share_layer]) {
+          t = std::min(t, times.b[r.layer]);
+        }
+      }
+      if (s.grad_changed_by_producer) t = std::min(t, times.b[s.producer]);
+      return t;
+    };
+    const auto last_read = [&](const SlotInfo& s) {
+      Span span;
+      if (s.producer >= 0) times.AddBackward(&span, s.producer, s.grad_uses);
+      return span.last;
+    };
+    if (last_read(o) >= first_change(a) || last_read(a) >= first_change(o)) return false;
+  }
+  // The sharing layer must be the first to write this gradient, else another reader's contribution
+  // would be overwritten by, or leak into, the shared values.
+  for (const SlotInfo::Reader& r : a.readers) {
+    if (r.writes_grad && r.layer > a.share_layer) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& actions,
+                                      int64_t token_capacity) {
+  if (token_capacity <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a frame of ", token_capacity, " tokens cannot be planned; give at least 1"));
+  }
+  const Times times(graph, actions);
+  const int slots = static_cast<int>(graph.slots.size());
+  FrameLayout layout;
+  layout.token_capacity = token_capacity;
+  layout.forward_offset.assign(slots, -1);
+  layout.backward_offset.assign(slots, -1);
+  layout.grad_offset.assign(slots, -1);
+  layout.grad_shared.assign(slots, 0);
+
+  MemoryPlanner planner(64);
+  std::vector<BufferId> forward(slots, -1), backward(slots, -1), grad(slots, -1);
+  const auto bytes_of = [&](const SlotInfo& s) {
+    return token_capacity * s.width * SizeOf(s.dtype) + s.fixed_bytes;
+  };
+
+  for (int i = 0; i < slots; ++i) {
+    const SlotInfo& s = graph.slots[i];
+    Span f, b;
+    if (s.producer >= 0) {
+      if (s.kind != SlotKind::kScratch || (s.own_uses & kInForward)) f.Add(times.f[s.producer]);
+      times.AddBackward(&b, s.producer, s.own_uses);
+      if (s.kind == SlotKind::kScratch && (s.own_uses & kInForward)) b.Add(times.r[s.producer]);
+    } else {
+      f.Add(0);
+    }
+    for (const SlotInfo::Reader& r : s.readers) {
+      if (r.uses & kInForward) {
+        f.Add(times.f[r.layer]);
+        if (RecomputeReadsInputs(graph, actions, r.layer)) b.Add(times.r[r.layer]);
+      }
+      times.AddBackward(&b, r.layer, r.uses);
+    }
+    if (s.keep_to_end) f.Add(times.end);
+    const bool apart = actions.dropped[i] || s.kind == SlotKind::kScratch;
+    if (apart && !b.empty()) {
+      if (s.producer >= 0 && s.kind != SlotKind::kScratch) b.Add(times.r[s.producer]);
+      if (!f.empty()) forward[i] = planner.Add({s.name, bytes_of(s), f.first, f.last});
+      backward[i] = planner.Add({s.name + " (backward)", bytes_of(s), b.first, b.last});
+    } else {
+      if (!b.empty()) f.Add(b.first), f.Add(b.last);
+      if (f.empty()) continue;
+      // A layer that runs again writes all its outputs, also those nobody reads any more.
+      if (s.producer >= 0) f.Add(times.r[s.producer]);
+      forward[i] = backward[i] = planner.Add({s.name, bytes_of(s), f.first, f.last});
+    }
+  }
+
+  if (actions.training) {
+    // Gradients that share memory are one buffer that lives as long as all of them.
+    std::vector<int> root(slots);
+    std::vector<Span> span(slots);
+    for (int i = 0; i < slots; ++i) {
+      const SlotInfo& s = graph.slots[i];
+      root[i] = i;
+      if (s.kind != SlotKind::kActivation && s.kind != SlotKind::kInput) continue;
+      for (const SlotInfo::Reader& r : s.readers) {
+        if (r.writes_grad) span[i].Add(times.b[r.layer]);
+      }
+      if (span[i].empty()) continue;  // nobody sends a gradient back
+      if (s.producer >= 0) {
+        span[i].Add(times.b[s.producer]);
+        times.AddBackward(&span[i], s.producer, s.grad_uses);
+      } else {
+        span[i].Add(times.end);
+      }
+    }
+    const auto find = [&](int i) {
+      while (root[i] != i) i = root[i];
+      return i;
+    };
+    for (int i = slots - 1; i >= 0; --i) {
+      const SlotInfo& s = graph.slots[i];
+      if (s.share_with < 0 || span[i].empty() || span[s.share_with].empty()) continue;
+      if (!MayShareGradient(graph, times, i)) continue;
+      layout.grad_shared[i] = 1;
+      root[find(i)] = find(s.share_with);
+    }
+    std::vector<Span> merged(slots);
+    for (int i = 0; i < slots; ++i) {
+      if (span[i].empty()) continue;
+      merged[find(i)].Add(span[i].first);
+      merged[find(i)].Add(span[i].last);
+    }
+    for (int i = 0; i < slots; ++i) {
+      if (merged[i].empty()) continue;
+      grad[i] = planner.Add(
+          {"d " + graph.slots[i].name, bytes_of(graph.slots[i]), merged[i].first, merged[i].last});
+    }
+    for (int i = 0; i < slots; ++i) {
+      if (!span[i].empty()) grad[i] = grad[find(i)];
+    }
+  }
+
+  auto plan = planner.Solve();
+  if (!plan.ok()) return plan.status();
+  layout.plan = std::move(plan).value();
+  for (int i = 0; i < slots; ++i) {
+    if (forward[i] >= 0) layout.forward_offset[i] = layout.plan.offsets[forward[i]];
+    if (backward[i] >= 0) layout.backward_offset[i] = layout.plan.offsets[backward[i]];
+    if (grad[i] >= 0) layout.grad_offset[i] = layout.plan.offsets[grad[i]];
+  }
+  return layout;
+}
+
+}  // namespace stretto

@@ -1,0 +1,169 @@
+// The standard layers. Users reach them through Builder.
+#ifndef STRETTO_SRC_MODEL_LAYERS_H_
+#define STRETTO_SRC_MODEL_LAYERS_H_
+
+#include <cstdint>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "stretto/model/layer.h"
+
+namespace stretto::internal {
+
+// y = x w^T + bias.
+class LinearLayer : public Layer {
+ public:
+  LinearLayer(SlotId x, int64_t in, int64_t out, const LinearOptions& options, SlotId* y)
+      : x_(x), in_(in), out_(out), options_(options), y_out_(y) {}
+  const char* kind() const override { return "linear"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run& run, Frame& frame) const override;
+
+ private:
+  SlotId x_, y_;
+  int64_t in_, out_;
+  LinearOptions options_;
+  SlotId* y_out_;
+  ParamId weight_, bias_;
+};
+
+// n = norm(x).
+class NormLayer : public Layer {
+ public:
+  NormLayer(SlotId x, const NormOptions& options, SlotId* n)
+      : x_(x), options_(options), n_out_(n) {}
+  const char* kind() const override { return "norm"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run& run, Frame& frame) const override;
+
+ private:
+  SlotId x_, n_, mean_, rstd_;
+  NormOptions options_;
+  SlotId* n_out_;
+  ParamId weight_, bias_;
+};
+
+// sum = x + branch, n = norm(sum).
+class AddNormLayer : public Layer {
+ public:
+  AddNormLayer(SlotId x, SlotId branch, const NormOptions& options, std::pair<SlotId, SlotId>* out)
+      : x_(x), branch_(branch), options_(options), out_(out) {}
+  const char* kind() const override { return "add_norm"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void Recompute(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run& run, Frame& frame) const override;
+
+ private:
+  SlotId x_, branch_, sum_, n_, mean_, rstd_;
+  NormOptions options_;
+  std::pair<SlotId, SlotId>* out_;
+  ParamId weight_, bias_;
+};
+
+// y = gelu(x), or y = silu(gate) * up for x = [gate | up].
+class ActivationLayer : public Layer {
+ public:
+  enum class Kind { kGelu, kSwiglu };
+  ActivationLayer(Kind function, SlotId x, SlotId* y) : function_(function), x_(x), y_out_(y) {}
+  const char* kind() const override { return function_ == Kind::kGelu ? "gelu" : "swiglu"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run&, Frame&) const override {}
+
+ private:
+  Kind function_;
+  SlotId x_, y_;
+  SlotId* y_out_;
+};
+
+// y = table[id], plus a learned position.
+class EmbeddingLayer : public Layer {
+ public:
+  EmbeddingLayer(int64_t vocabulary, int64_t width, int64_t positions, double init_std, SlotId* y,
+                 ParamId* table)
+      : vocabulary_(vocabulary),
+        width_(width),
+        positions_(positions),
+        init_std_(init_std),
+        y_out_(y),
+        table_out_(table) {}
+  const char* kind() const override { return "embedding"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void BackwardInput(Run&, Frame&) const override {}
+  void BackwardWeight(Run& run, Frame& frame) const override;
+
+ private:
+  int64_t vocabulary_, width_, positions_;
+  double init_std_;
+  SlotId y_;
+  SlotId* y_out_;
+  ParamId* table_out_;
+  ParamId table_, position_table_;
+};
+
+// Variable-length causal attention of all documents of the frame on this rank.
+class LocalAttentionLayer : public Layer {
+ public:
+  LocalAttentionLayer(SlotId qkv, const AttentionOptions& options, SlotId* o)
+      : qkv_(qkv), options_(options), o_out_(o) {}
+  const char* kind() const override { return options_.qk_norm ? "attention_qk_norm" : "attention"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run& run, Frame& frame) const override;
+
+ private:
+  // Query, key and value heads inside a packed matrix: [tokens, heads, head_dim] each.
+  struct Parts {
+    Tensor q, k, v;
+  };
+  Parts Split(Tensor packed) const;
+  AttentionShape Shape(const Frame& frame) const;
+
+  SlotId qkv_, o_, lse_, delta_;
+  SlotId qk_, dqk_, rstd_q_, rstd_k_;  // QK-norm only
+  AttentionOptions options_;
+  SlotId* o_out_;
+  ParamId q_norm_, k_norm_;
+  ConstantId cos_, sin_;
+};
+
+// logits = x w^T and softmax cross-entropy, in vocabulary chunks.
+class LossHeadLayer : public Layer {
+ public:
+  LossHeadLayer(SlotId x, int64_t vocabulary, int64_t chunk, ParamId tied, double init_std,
+                ParamId* weight)
+      : x_(x),
+        vocabulary_(vocabulary),
+        chunk_(chunk <= 0 || chunk > vocabulary ? vocabulary : chunk),
+        weight_(tied),
+        init_std_(init_std),
+        weight_out_(weight) {}
+  const char* kind() const override { return "loss_head"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run& run, Frame& frame) const override;
+
+ private:
+  bool one_chunk() const { return chunk_ == vocabulary_; }
+  Tensor Logits(Frame& frame, int64_t first) const;
+
+  SlotId x_, logits_, state_, losses_;
+  int64_t vocabulary_, chunk_;
+  ParamId weight_;
+  double init_std_;
+  ParamId* weight_out_;
+};
+
+}  // namespace stretto::internal
+
+#endif  // STRETTO_SRC_MODEL_LAYERS_H_

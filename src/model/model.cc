@@ -1,0 +1,111 @@
+#include "stretto/model/model.h"
+
+#include <cmath>
+#include <numbers>
+
+#include "absl/strings/str_cat.h"
+
+namespace stretto {
+namespace {
+
+// Frequencies of rotary pairs, with Llama 3.1's scaling: long wavelengths are slowed down by the
+// factor, short ones stay, the range between is blended.
+std::function<double(int64_t)> RotaryFrequencies(const ModelConfig& c) {
+  const double theta = c.rope_theta, d = static_cast<double>(c.head_dim);
+  const double factor = c.rope_scaling_factor, low = c.rope_low_freq_factor,
+               high = c.rope_high_freq_factor,
+               context = static_cast<double>(c.rope_original_positions);
+  return [=](int64_t pair) {
+    const double frequency = std::pow(theta, -2.0 * static_cast<double>(pair) / d);
+    if (factor <= 0) return frequency;
+    const double turns = context * frequency / (2 * std::numbers::pi);  // over the old context
+    if (turns > high) return frequency;
+    if (turns < low) return frequency / factor;
+    const double blend = (turns - low) / (high - low);
+    return frequency * ((1 - blend) / factor + blend);
+  };
+}
+
+}  // namespace
+
+absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& options) {
+  const ModelConfig& c = config;
+  Builder b(options.dtype, options.strategies);
+  const NormOptions norm = {.rms = c.rms_norm(), .eps = c.norm_eps};
+  const double residual_std = c.init_std / std::sqrt(2.0 * static_cast<double>(c.layers));
+  const LinearOptions into_residual = {.bias = c.linear_bias(), .init_std = residual_std};
+  const AttentionOptions attention = {.heads = c.heads,
+                                      .kv_heads = c.kv_heads,
+                                      .head_dim = c.head_dim,
+                                      .qk_norm = c.qk_norm(),
+                                      .norm_eps = c.norm_eps,
+                                      .rotary = c.rotary(),
+                                      .max_positions = c.max_positions,
+                                      .inverse_frequency = RotaryFrequencies(c)};
+
+  ParamId table;
+  SlotId x = b.Embedding("embed", c.vocabulary, c.hidden, c.rotary() ? 0 : c.max_positions,
+                         c.init_std, &table);
+  SlotId branch, n;
+  for (int64_t i = 0; i < c.layers; ++i) {
+    const std::string block = absl::StrCat("blocks.", i, ".");
+    b.BeginBlock();
+    if (i == 0) {
+      n = b.Norm(block + "attn_norm", x, norm);
+    } else {
+      std::tie(x, n) = b.AddNorm(block + "attn_norm", x, branch, norm);
+    }
+    const SlotId qkv = b.Linear(block + "attn.qkv", Role::kColumn, n, c.hidden, c.qkv_width(),
+                                {.bias = c.qkv_bias(), .init_std = c.init_std});
+    const SlotId o = b.Attention(block + "attn", qkv, attention);
+    branch =
+        b.Linear(block + "attn.out", Role::kRow, o, c.heads * c.head_dim, c.hidden, into_residual);
+    std::tie(x, n) = b.AddNorm(block + "mlp_norm", x, branch, norm);
+    SlotId inner;
+    if (c.gated_mlp()) {
+      inner =
+          b.Swiglu(block + "mlp.act", b.Linear(block + "mlp.gate_up", Role::kColumn, n, c.hidden,
+                                               2 * c.ffn, {.bias = false, .init_std = c.init_std}));
+    } else {
+      inner = b.Gelu(block + "mlp.act", b.Linear(block + "mlp.up", Role::kColumn, n, c.hidden,
+                                                 c.ffn, {.bias = true, .init_std = c.init_std}));
+    }
+    branch = b.Linear(block + "mlp.down", Role::kRow, inner, c.ffn, c.hidden, into_residual);
+    b.EndBlock();
+  }
+  std::tie(x, n) = b.AddNorm("norm", x, branch, norm);
+  b.KeepToEnd(n);
+
+  Model model;
+  model.config = config;
+  model.final_hidden = n;
+  model.head = b.LossHead("head", n, c.vocabulary, options.loss_chunk,
+                          c.tie_embeddings ? table : ParamId(), c.init_std);
+  auto graph = b.Finish();
+  if (!graph.ok()) return graph.status();
+  model.graph = std::move(graph).value();
+  return model;
+}
+
+void InitialValues(const ParameterSpec& spec, uint64_t seed, int64_t first_row, Tensor rows) {
+  const Rng rng(seed, "init/" + spec.name);
+  const int64_t first = first_row * rows.row_elements(), n = rows.elements();
+  const auto fill = [&](auto* out) {
+    using T = std::remove_pointer_t<decltype(out)>;
+    for (int64_t i = 0; i < n; ++i) {
+      double v = 0;
+      if (spec.init == Init::kOnes) v = 1;
+      if (spec.init == Init::kNormal) v = spec.std * rng.Normal(static_cast<uint64_t>(first + i));
+      if constexpr (std::is_same_v<T, double>) {
+        out[i] = v;
+      } else {
+        out[i] = T(static_cast<float>(v));
+      }
+    }
+  };
+  if (rows.dtype == DType::kF64) fill(rows.as<double>());
+  if (rows.dtype == DType::kF32) fill(rows.as<float>());
+  if (rows.dtype == DType::kBF16) fill(rows.as<BFloat16>());
+}
+
+}  // namespace stretto

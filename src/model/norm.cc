@@ -1,0 +1,141 @@
+#include "src/model/layers.h"
+
+namespace stretto::internal {
+namespace {
+
+// Statistics and parameters that both norm layers declare alike.
+struct NormParts {
+  SlotId mean, rstd;
+  ParamId weight, bias;
+};
+NormParts DeclareNorm(Builder& b, int64_t width, const NormOptions& options) {
+  NormParts p;
+  constexpr unsigned kUses = kInBackwardInput | kInBackwardWeight;
+  if (!options.rms) p.mean = b.Saved("mean", 1, b.accumulate_type(), kUses);
+  p.rstd = b.Saved("rstd", 1, b.accumulate_type(), kUses);
+  p.weight = b.Parameter(
+      {.name = "weight", .shape = {width}, .init = Init::kOnes, .std = 0, .weight_decay = false});
+  if (!options.rms) {
+    p.bias = b.Parameter(
+        {.name = "bias", .shape = {width}, .init = Init::kZeros, .std = 0, .weight_decay = false});
+  }
+  return p;
+}
+
+// A [tokens, 1] statistic as the kernels take it, or absent.
+Tensor Statistic(const Frame& frame, SlotId slot) {
+  return slot.valid() ? frame.Value(slot).Flat() : Tensor();
+}
+Tensor OptionalParameter(const Run& run, ParamId param) {
+  return param.valid() ? run.Parameter(param) : Tensor();
+}
+Tensor OptionalGradient(Run& run, ParamId param) {
+  return param.valid() ? run.Gradient(param).tensor : Tensor();
+}
+
+}  // namespace
+
+absl::Status NormLayer::Declare(Builder& b) {
+  b.Reads(x_, kInForward | kInBackwardInput | kInBackwardWeight);
+  *n_out_ = n_ = b.Output("n", b.Width(x_), {.cheap = true});
+  const NormParts p = DeclareNorm(b, b.Width(x_), options_);
+  mean_ = p.mean;
+  rstd_ = p.rstd;
+  weight_ = p.weight;
+  bias_ = p.bias;
+  return absl::OkStatus();
+}
+
+void NormLayer::Forward(Run& run, Frame& frame) const {
+  ops::Norm(run.ops(), frame.Value(n_), {}, Statistic(frame, mean_), Statistic(frame, rstd_),
+            frame.Value(x_), {}, run.Parameter(weight_), OptionalParameter(run, bias_),
+            options_.eps);
+}
+
+void NormLayer::BackwardInput(Run& run, Frame& frame) const {
+  const Tensor dx = frame.Grad(x_);
+  if (!dx.present()) return;
+  ops::NormBackwardInput(run.ops(), dx, frame.Grad(n_), frame.Value(x_), Statistic(frame, mean_),
+                         Statistic(frame, rstd_), run.Parameter(weight_), frame.AccumulateGrad(x_));
+}
+
+void NormLayer::BackwardWeight(Run& run, Frame& frame) const {
+  const Run::Target dw = run.Gradient(weight_);
+  ops::NormBackwardWeight(run.ops(), dw.tensor, OptionalGradient(run, bias_), frame.Grad(n_),
+                          frame.Value(x_), Statistic(frame, mean_), Statistic(frame, rstd_),
+                          dw.accumulate);
+}
+
+absl::Status AddNormLayer::Declare(Builder& b) {
+  const int64_t width = b.Width(x_);
+  if (b.Width(branch_) != width) {
+    return absl::InvalidArgumentError(absl::StrCat("its operands have ", width, " and ",
+                                                   b.Width(branch_), " features per token"));
+  }
+  const bool boundary = b.AtBlockStart();
+  b.Reads(x_, kInForward);
+  b.Reads(branch_, kInForward);
+  sum_ = b.Output("sum", width,
+                  {.value_uses = kInBackwardInput | kInBackwardWeight,
+                   .grad_uses = kInBackwardInput,
+                   .boundary = boundary,
+                   .recompute_source = true,
+                   .grad_changed_by_producer = true});
+  n_ = b.Output("n", width, {.cheap = true});
+  *out_ = {sum_, n_};
+  const NormParts p = DeclareNorm(b, width, options_);
+  mean_ = p.mean;
+  rstd_ = p.rstd;
+  weight_ = p.weight;
+  bias_ = p.bias;
+  b.ShareGradient(x_, sum_);
+  b.ShareGradient(branch_, sum_);
+  return absl::OkStatus();
+}
+
+void AddNormLayer::Forward(Run& run, Frame& frame) const {
+  ops::Norm(run.ops(), frame.Value(n_), frame.Value(sum_), Statistic(frame, mean_),
+            Statistic(frame, rstd_), frame.Value(x_), frame.Value(branch_), run.Parameter(weight_),
+            OptionalParameter(run, bias_), options_.eps);
+}
+
+void AddNormLayer::Recompute(Run& run, Frame& frame) const {
+  if (frame.Dropped(sum_)) {
+    Forward(run, frame);
+    return;
+  }
+  ops::Norm(run.ops(), frame.Value(n_), {}, Statistic(frame, mean_), Statistic(frame, rstd_),
+            frame.Value(sum_), {}, run.Parameter(weight_), OptionalParameter(run, bias_),
+            options_.eps);
+}
+
+void AddNormLayer::BackwardInput(Run& run, Frame& frame) const {
+  const auto norm_backward = [&](Tensor dx, bool accumulate) {
+    ops::NormBackwardInput(run.ops(), dx, frame.Grad(n_), frame.Value(sum_),
+                           Statistic(frame, mean_), Statistic(frame, rstd_), run.Parameter(weight_),
+                           accumulate);
+  };
+  const Tensor dsum = frame.Grad(sum_);
+  if (dsum.present()) norm_backward(dsum, true);
+  for (SlotId input : {x_, branch_}) {
+    const Tensor dx = frame.Grad(input);
+    if (!dx.present() || dx.data == dsum.data) continue;
+    const bool accumulate = frame.AccumulateGrad(input);
+    if (!dsum.present()) {
+      norm_backward(dx, accumulate);
+    } else if (accumulate) {
+      ops::Add(run.ops(), dx, dsum);
+    } else {
+      ops::Copy(run.ops(), dx, dsum);
+    }
+  }
+}
+
+void AddNormLayer::BackwardWeight(Run& run, Frame& frame) const {
+  const Run::Target dw = run.Gradient(weight_);
+  ops::NormBackwardWeight(run.ops(), dw.tensor, OptionalGradient(run, bias_), frame.Grad(n_),
+                          frame.Value(sum_), Statistic(frame, mean_), Statistic(frame, rstd_),
+                          dw.accumulate);
+}
+
+}  // namespace stretto::internal

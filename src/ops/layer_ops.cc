@@ -1,0 +1,193 @@
+// Linear, norm, activations, rotary embedding, token embedding.
+#include "src/ops/check.h"
+
+namespace stretto::ops {
+
+void Linear(Context c, Tensor y, Tensor x, Tensor w, Tensor bias) {
+  Check check(c, "Linear", {{"y", y}, {"x", x}, {"w", w}, {"bias", bias}});
+  check.Supported(x.dtype)
+      .That(IsMatrix(x) && IsMatrix(w), "x must be [tokens, in] and w [out, in]")
+      .That(Is(w, x.dtype, {w.dims[0], x.dims[1]}), "w must be [out, in] of x's type")
+      .That(Is(y, x.dtype, {x.dims[0], w.dims[0]}), "y must be [tokens, out] of x's type")
+      .That(IsOrAbsent(bias, x.dtype, {w.dims[0]}), "bias must be [out] of x's type or absent");
+  if (check.ok()) c.kernels->linear->Forward(*c.stream, y, x, w, bias);
+}
+
+void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc) {
+  Check check(c, "LinearBackwardInput", {{"dx", dx}, {"dy", dy}, {"w", w}});
+  check.Supported(dy.dtype)
+      .That(IsMatrix(dy) && IsMatrix(w), "dy must be [tokens, out] and w [out, in]")
+      .That(Is(w, dy.dtype, {dy.dims[1], w.dims[1]}), "w must be [out, in] of dy's type")
+      .That(Is(dx, dy.dtype, {dy.dims[0], w.dims[1]}), "dx must be [tokens, in] of dy's type");
+  if (check.ok()) c.kernels->linear->BackwardInput(*c.stream, dx, dy, w, acc);
+}
+
+void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, bool acc) {
+  const DType wide = AccumulateType(dy.dtype);
+  Check check(c, "LinearBackwardWeight", {{"dw", dw}, {"db", db}, {"dy", dy}, {"x", x}});
+  check.Supported(dy.dtype)
+      .That(IsMatrix(dy) && IsMatrix(x), "dy must be [tokens, out] and x [tokens, in]")
+      .That(Is(x, dy.dtype, {dy.dims[0], x.dims[1]}), "x must be [tokens, in] of dy's type")
+      .That(Is(dw, wide, {dy.dims[1], x.dims[1]}), "dw must be [out, in] of the gradient type")
+      .That(IsOrAbsent(db, wide, {dy.dims[1]}), "db must be [out] of the gradient type or absent");
+  if (check.ok()) c.kernels->linear->BackwardWeight(*c.stream, dw, db, dy, x, acc);
+}
+
+namespace {
+
+// Columns that a norm's weight covers.
+int64_t NormDim(const Tensor& x) { return x.rank == 3 ? x.dims[2] : x.dims[1]; }
+
+bool NormOperand(const Tensor& x) {
+  return (x.rank == 2 || x.rank == 3) && (x.present() || x.elements() == 0);
+}
+
+// [rows] for a matrix, [tokens, heads] for heads.
+bool Statistic(const Tensor& t, const Tensor& x) {
+  const DType wide = AccumulateType(x.dtype);
+  return x.rank == 3 ? Is(t, wide, {x.dims[0], x.dims[1]}) : Is(t, wide, {x.dims[0]});
+}
+
+}  // namespace
+
+void Norm(Context c, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Tensor residual,
+          Tensor weight, Tensor bias, double eps) {
+  Check check(c, "Norm",
+              {{"y", y},
+               {"h", h},
+               {"mean", mean},
+               {"rstd", rstd},
+               {"x", x},
+               {"residual", residual},
+               {"weight", weight},
+               {"bias", bias}});
+  check.Supported(x.dtype)
+      .That(NormOperand(x), "x must be [rows, n] or [tokens, heads, head_dim]")
+      .That(Like(y, x, x.dtype), "y must be like x")
+      .That(!residual.present() || Like(residual, x, x.dtype), "residual must be like x or absent")
+      .That(x.rows() == 0 || h.present() == residual.present(),
+            "h and residual must both be present or both be absent")
+      .That(!h.present() || Like(h, x, x.dtype), "h must be like x or absent")
+      .That(Is(weight, x.dtype, {NormDim(x)}), "weight must be [n] of x's type")
+      .That(IsOrAbsent(bias, x.dtype, {NormDim(x)}), "bias must be [n] of x's type or absent")
+      .That(x.rows() == 0 || mean.present() == bias.present(),
+            "mean and bias must both be present (LayerNorm) or both be absent (RMSNorm)")
+      .That(!mean.present() || Statistic(mean, x), "mean must have one element for each row")
+      .That(Statistic(rstd, x), "rstd must have one element of the statistics' type for each row");
+  if (check.ok()) {
+    c.kernels->norm->Forward(*c.stream, y, h, mean, rstd, x, residual, weight, bias, eps);
+  }
+}
+
+void NormBackwardInput(Context c, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
+                       Tensor weight, bool acc) {
+  Check check(
+      c, "NormBackwardInput",
+      {{"dx", dx}, {"dy", dy}, {"h", h}, {"mean", mean}, {"rstd", rstd}, {"weight", weight}});
+  check.Supported(h.dtype)
+      .That(NormOperand(h), "h must be [rows, n] or [tokens, heads, head_dim]")
+      .That(Like(dx, h, h.dtype) && Like(dy, h, h.dtype), "dx and dy must be like h")
+      .That(Is(weight, h.dtype, {NormDim(h)}), "weight must be [n] of h's type")
+      .That(!mean.present() || Statistic(mean, h), "mean must have one element for each row")
+      .That(Statistic(rstd, h), "rstd must have one element of the statistics' type for each row");
+  if (check.ok()) c.kernels->norm->BackwardInput(*c.stream, dx, dy, h, mean, rstd, weight, acc);
+}
+
+void NormBackwardWeight(Context c, Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean,
+                        Tensor rstd, bool acc) {
+  Check check(c, "NormBackwardWeight",
+              {{"dweight", dweight},
+               {"dbias", dbias},
+               {"dy", dy},
+               {"h", h},
+               {"mean", mean},
+               {"rstd", rstd}});
+  const DType wide = AccumulateType(h.dtype);
+  check.Supported(h.dtype)
+      .That(NormOperand(h), "h must be [rows, n] or [tokens, heads, head_dim]")
+      .That(Like(dy, h, h.dtype), "dy must be like h")
+      .That(Is(dweight, wide, {NormDim(h)}), "dweight must be [n] of the gradient type")
+      .That(IsOrAbsent(dbias, wide, {NormDim(h)}),
+            "dbias must be [n] of the gradient type or absent")
+      .That(!mean.present() || Statistic(mean, h), "mean must have one element for each row")
+      .That(Statistic(rstd, h), "rstd must have one element of the statistics' type for each row");
+  if (check.ok()) {
+    c.kernels->norm->BackwardWeight(*c.stream, dweight, dbias, dy, h, mean, rstd, acc);
+  }
+}
+
+void Gelu(Context c, Tensor y, Tensor x) {
+  Check check(c, "Gelu", {{"y", y}, {"x", x}});
+  check.Supported(x.dtype).That(Like(y, x, x.dtype), "y must be like x");
+  if (check.ok()) c.kernels->activation->GeluForward(*c.stream, y, x);
+}
+
+void GeluBackward(Context c, Tensor dx, Tensor dy, Tensor x, bool acc) {
+  Check check(c, "GeluBackward", {{"dx", dx}, {"dy", dy}, {"x", x}});
+  check.Supported(x.dtype).That(Like(dx, x, x.dtype) && Like(dy, x, x.dtype),
+                                "dx and dy must be like x");
+  if (check.ok()) c.kernels->activation->GeluBackward(*c.stream, dx, dy, x, acc);
+}
+
+void Swiglu(Context c, Tensor y, Tensor x) {
+  Check check(c, "Swiglu", {{"y", y}, {"x", x}});
+  check.Supported(x.dtype)
+      .That(IsMatrix(y), "y must be [tokens, f]")
+      .That(Is(x, y.dtype, {y.dims[0], 2 * y.dims[1]}), "x must be [tokens, 2 f] of y's type");
+  if (check.ok()) c.kernels->activation->SwigluForward(*c.stream, y, x);
+}
+
+void SwigluBackward(Context c, Tensor dx, Tensor dy, Tensor x, bool acc) {
+  Check check(c, "SwigluBackward", {{"dx", dx}, {"dy", dy}, {"x", x}});
+  check.Supported(x.dtype)
+      .That(IsMatrix(dy), "dy must be [tokens, f]")
+      .That(Is(x, dy.dtype, {dy.dims[0], 2 * dy.dims[1]}), "x must be [tokens, 2 f] of dy's type")
+      .That(Like(dx, x, x.dtype), "dx must be like x");
+  if (check.ok()) c.kernels->activation->SwigluBackward(*c.stream, dx, dy, x, acc);
+}
+
+void Rope(Context c, Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin, bool inverse) {
+  Check check(c, "Rope",
+              {{"y", y}, {"x", x}, {"positions", positions}, {"cos", cos}, {"sin", sin}});
+  const DType wide = AccumulateType(x.dtype);
+  check.Supported(x.dtype)
+      .That(x.rank == 3 && x.dims[2] % 2 == 0, "x must be [tokens, heads, even head_dim]")
+      .That(Like(y, x, x.dtype), "y must be like x")
+      .That(Is(positions, DType::kI32, {x.dims[0]}), "positions must be i32[tokens]")
+      .That(cos.rank == 2 && Is(cos, wide, {cos.dims[0], x.dims[2] / 2}) && Like(sin, cos, wide),
+            "cos and sin must be [positions, head_dim / 2] of the statistics' type");
+  if (check.ok()) c.kernels->rotary->Apply(*c.stream, y, x, positions, cos, sin, inverse);
+}
+
+void Embedding(Context c, Tensor y, Tensor ids, Tensor table, Tensor positions,
+               Tensor positions_table) {
+  Check check(c, "Embedding",
+              {{"y", y},
+               {"ids", ids},
+               {"table", table},
+               {"positions", positions},
+               {"positions_table", positions_table}});
+  check.Supported(y.dtype)
+      .That(IsMatrix(y), "y must be [tokens, n]")
+      .That(Is(ids, DType::kI32, {y.dims[0]}), "ids must be i32[tokens]")
+      .That(Is(table, y.dtype, {table.dims[0], y.dims[1]}), "table must be [ids, n] of y's type")
+      .That(IsOrAbsent(positions_table, y.dtype, {positions_table.dims[0], y.dims[1]}),
+            "positions_table must be [positions, n] of y's type or absent")
+      .That(!positions_table.present() || Is(positions, DType::kI32, {y.dims[0]}),
+            "positions must be i32[tokens] when positions_table is present");
+  if (check.ok()) {
+    c.kernels->embedding->Forward(*c.stream, y, ids, table, positions, positions_table);
+  }
+}
+
+void EmbeddingBackward(Context c, Tensor dtable, Tensor dy, Tensor ids, bool acc) {
+  Check check(c, "EmbeddingBackward", {{"dtable", dtable}, {"dy", dy}, {"ids", ids}});
+  check.Supported(dy.dtype)
+      .That(IsMatrix(dy), "dy must be [tokens, n]")
+      .That(Is(ids, DType::kI32, {dy.dims[0]}), "ids must be i32[tokens]")
+      .That(Is(dtable, AccumulateType(dy.dtype), {dtable.dims[0], dy.dims[1]}),
+            "dtable must be [ids, n] of the gradient type");
+  if (check.ok()) c.kernels->embedding->Backward(*c.stream, dtable, dy, ids, acc);
+}
+
+}  // namespace stretto::ops

@@ -1,0 +1,105 @@
+// Loss, optimizer and elementwise operations.
+#include "src/ops/check.h"
+
+namespace stretto::ops {
+
+void LossFold(Context c, Tensor state, Tensor logits, Tensor targets, int64_t first, bool start) {
+  Check check(c, "LossFold", {{"state", state}, {"logits", logits}, {"targets", targets}});
+  check.Supported(logits.dtype)
+      .That(IsMatrix(logits), "logits must be [tokens, columns]")
+      .That(Is(state, AccumulateType(logits.dtype), {logits.dims[0], 3}),
+            "state must be [tokens, 3] of the statistics' type")
+      .That(Is(targets, DType::kI32, {logits.dims[0]}), "targets must be i32[tokens]");
+  if (check.ok()) c.kernels->loss->Fold(*c.stream, state, logits, targets, first, start);
+}
+
+void LossFinish(Context c, Tensor losses, Tensor total, Tensor state, Tensor weights, bool acc,
+                Tensor targets) {
+  Check check(c, "LossFinish",
+              {{"losses", losses},
+               {"total", total},
+               {"state", state},
+               {"weights", weights},
+               {"targets", targets}});
+  check.That(state.dtype == DType::kF32 || state.dtype == DType::kF64, "state must be f32 or f64")
+      .That(Is(state, state.dtype, {state.rows(), 3}), "state must be [tokens, 3]")
+      .That(Is(losses, state.dtype, {state.rows()}), "losses must be [tokens] of state's type")
+      .That(total.present() && Is(total, DType::kF64, {2}), "total must be f64[2]")
+      .That(IsOrAbsent(weights, DType::kF32, {state.rows()}),
+            "weights must be f32[tokens] or absent")
+      .That(IsOrAbsent(targets, DType::kI32, {state.rows()}),
+            "targets must be i32[tokens] or absent");
+  if (check.ok()) c.kernels->loss->Finish(*c.stream, losses, total, state, weights, acc, targets);
+}
+
+void LossBackward(Context c, Tensor logits, Tensor state, Tensor targets, Tensor weights,
+                  int64_t first) {
+  Check check(c, "LossBackward",
+              {{"logits", logits}, {"state", state}, {"targets", targets}, {"weights", weights}});
+  check.Supported(logits.dtype)
+      .That(IsMatrix(logits), "logits must be [tokens, columns]")
+      .That(Is(state, AccumulateType(logits.dtype), {logits.dims[0], 3}),
+            "state must be [tokens, 3] of the statistics' type")
+      .That(Is(targets, DType::kI32, {logits.dims[0]}), "targets must be i32[tokens]")
+      .That(IsOrAbsent(weights, DType::kF32, {logits.dims[0]}),
+            "weights must be f32[tokens] or absent");
+  if (check.ok()) c.kernels->loss->Backward(*c.stream, logits, state, targets, weights, first);
+}
+
+void SumSquares(Context c, Tensor total, Tensor x, bool acc) {
+  Check check(c, "SumSquares", {{"total", total}, {"x", x}});
+  check.Supported(x.dtype)
+      .That(total.present() && Is(total, DType::kF64, {1}), "total must be f64[1]")
+      .That(x.present() || x.elements() == 0, "x must be present");
+  if (check.ok()) c.kernels->optimizer->SumSquares(*c.stream, total, x, acc);
+}
+
+void PrepareStep(Context c, Tensor scalars, double max_norm, double max_loss) {
+  Check check(c, "PrepareStep", {{"scalars", scalars}});
+  check.That(scalars.present() && Is(scalars, DType::kF64, {StepScalars::kCount}),
+             "scalars must be f64[StepScalars::kCount]");
+  if (check.ok()) c.kernels->optimizer->PrepareStep(*c.stream, scalars, max_norm, max_loss);
+}
+
+void AdamW(Context c, const AdamWArgs& a) {
+  Check check(c, "AdamW",
+              {{"param", a.param},
+               {"master", a.master},
+               {"grad", a.grad},
+               {"m", a.m},
+               {"v", a.v},
+               {"scalars", a.scalars}});
+  const DType wide = AccumulateType(a.param.dtype);
+  check.Supported(a.param.dtype)
+      .That(a.param.present() || a.param.elements() == 0, "param must be present")
+      .That(!a.master.present() || Like(a.master, a.param, wide),
+            "master must be like param, of the gradient type, or absent")
+      .That(Like(a.grad, a.param, wide) && Like(a.m, a.param, wide) && Like(a.v, a.param, wide),
+            "grad, m and v must be like param, of the gradient type")
+      .That(a.scalars.present() && Is(a.scalars, DType::kF64, {StepScalars::kCount}),
+            "scalars must be f64[StepScalars::kCount]")
+      .That(a.step >= 1, "step must count from 1");
+  if (check.ok()) c.kernels->optimizer->AdamW(*c.stream, a);
+}
+
+void Zero(Context c, Tensor x) {
+  Check check(c, "Zero", {{"x", x}});
+  check.That(x.present() || x.elements() == 0, "x must be present");
+  if (check.ok()) c.kernels->elementwise->Zero(*c.stream, x);
+}
+
+void Copy(Context c, Tensor y, Tensor x) {
+  Check check(c, "Copy", {{"y", y}, {"x", x}});
+  check.That(Like(y, x, y.dtype) && (x.present() || x.elements() == 0), "y must be shaped like x");
+  if (y.dtype != x.dtype) check.Supported(y.dtype).Supported(x.dtype);
+  if (check.ok()) c.kernels->elementwise->Copy(*c.stream, y, x);
+}
+
+void Add(Context c, Tensor y, Tensor x) {
+  Check check(c, "Add", {{"y", y}, {"x", x}});
+  check.Supported(y.dtype).Supported(x.dtype).That(
+      Like(y, x, y.dtype) && (x.present() || x.elements() == 0), "y must be shaped like x");
+  if (check.ok()) c.kernels->elementwise->Add(*c.stream, y, x);
+}
+
+}  // namespace stretto::ops

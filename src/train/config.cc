@@ -1,0 +1,235 @@
+#include "stretto/train/config.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "stretto/core/log.h"
+
+namespace stretto {
+
+void TrainConfig::Data::Visit(ConfigVisitor& v) {
+  v.Field("train", &train, "token files to train on: a path or a glob, read in sorted order");
+  v.Field("validation", &validation, "token files to evaluate on; empty: no evaluation");
+  v.Field(
+      "tokenizer", &tokenizer,
+      "\"bytes\", a .tiktoken file, or a directory with vocab.json and merges.txt; it names the "
+      "end-of-text id and turns prompts into tokens");
+  v.Field("sequence_length", &sequence_length, "tokens of a sample", {.min = 1});
+  v.Field("shuffle", &shuffle,
+          "visit the samples of each epoch in a random order given by the seed");
+  v.Field("document_attention", &document_attention,
+          "documents inside a sample do not see each other, and positions restart with each");
+  v.Field("prefetch", &prefetch, "read the next batch in a background thread");
+}
+
+void TrainConfig::Batch::Visit(ConfigVisitor& v) {
+  v.Field("global", &global, "samples per optimizer step, over all ranks", {.min = 1});
+  v.Field("micro", &micro, "samples per micro-batch at most; sets the activation memory",
+          {.min = 1});
+}
+
+void TrainConfig::Optimizer::Visit(ConfigVisitor& v) {
+  v.Choice("name", &name, {"adamw"}, "update rule");
+  v.Field("lr", &lr, "peak learning rate", {.min = 0});
+  v.Field("beta1", &beta1, "decay of the mean of gradients, below 1", {.min = 0, .max = 1});
+  v.Field("beta2", &beta2, "decay of the mean of squared gradients, below 1", {.min = 0, .max = 1});
+  v.Field("eps", &eps, "added to the root of the second moment, above 0", {.min = 0});
+  v.Field("weight_decay", &weight_decay,
+          "decoupled weight decay, on matrices only (not on norms and biases)", {.min = 0});
+  v.Field("clip_norm", &clip_norm,
+          "longest global gradient that is applied unscaled; 0: no clipping", {.min = 0});
+  v.Choice("schedule", &schedule, {"cosine", "linear", "wsd", "constant"},
+           "learning rate after the warm-up; wsd: constant, then a short decay at the end");
+  v.Field("warmup", &warmup, "steps over which the learning rate rises linearly to its peak",
+          {.min = 0});
+  v.Field("final_fraction", &final_fraction,
+          "learning rate at the end of cosine, linear and wsd, as a fraction of the peak",
+          {.min = 0, .max = 1});
+  v.Field("decay_fraction", &decay_fraction, "fraction of all steps in which wsd decays",
+          {.min = 0, .max = 1});
+}
+
+void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
+  v.Field("dp", &dp, "data-parallel ranks; 0: all ranks", {.min = 0});
+  v.Field("overlap", &overlap, "reduce gradients while the backward pass still runs");
+  v.Field("bucket_bytes", &bucket_bytes, "gradient bytes that are reduced together, about",
+          {.min = 1});
+  v.Field("zero1", &zero1,
+          "each rank keeps the optimizer state of its share of the rows only (ZeRO-1)");
+}
+
+void TrainConfig::Runtime::Visit(ConfigVisitor& v) {
+  v.Choice("device", &device, {"auto", "cpu", "cuda"},
+           "where to compute; auto: a GPU if one is found");
+  v.Choice(
+      "dtype", &dtype, {"f64", "f32", "bf16"},
+      "type of parameters and activations in forward and backward; f64 exists on the CPU only");
+  v.Field("threads", &threads,
+          "CPU threads of this process; 0: the cores of the machine shared out among its ranks",
+          {.min = 0});
+  v.Choice("stream", &stream, {"inline", "fifo"},
+           "inline: CPU work runs in the calling thread; fifo: in a thread of its own, in order");
+  v.Choice("recompute", &recompute, {"none", "norms", "block"},
+           "activations computed again in backward instead of kept: none, those of norms and other "
+           "cheap layers, or all inside a block");
+  v.Field("loss_chunk", &loss_chunk,
+          "vocabulary entries whose logits exist at the same time; 0: all of them", {.min = 0});
+  v.Field("timeout_seconds", &timeout_seconds,
+          "seconds after which a communication that does not complete is an error", {.min = 0});
+  v.Field("host_memory_bytes", &host_memory_bytes,
+          "budget of this process for buffers in host memory, in bytes; -1: no limit", {.min = -1});
+  v.Field("peak_tflops", &peak_tflops,
+          "peak of one rank in TFLOP/s, the base of MFU; 0: measured at start where possible, else "
+          "MFU is left out",
+          {.min = 0});
+}
+
+void TrainConfig::Evaluate::Visit(ConfigVisitor& v) {
+  v.Field("every", &every, "steps between evaluations; 0: only at the end", {.min = 0});
+  v.Field("samples", &samples,
+          "validation samples used at most, over all ranks; always the first ones", {.min = 1});
+}
+
+void TrainConfig::Sample::Visit(ConfigVisitor& v) {
+  v.Field("prompt", &prompt,
+          "text to continue at the end of the run; empty: start from end-of-text");
+  v.Field("tokens", &tokens, "tokens to generate at the end of the run; 0: none", {.min = 0});
+  v.Field("temperature", &temperature, "divides the logits; 0: always the likeliest token",
+          {.min = 0});
+  v.Field("top_k", &top_k, "draw from this many likeliest tokens; 0: from all", {.min = 0});
+}
+
+void TrainConfig::Checkpoint::Visit(ConfigVisitor& v) {
+  v.Field("every", &every,
+          "steps between checkpoints; 0: only at the end and when a signal asks to stop",
+          {.min = 0});
+  v.Field("keep", &keep, "newest checkpoints that are kept; 0: all", {.min = 0});
+  v.Field("async", &async, "write from a background thread while training goes on");
+  v.Choice("resume", &resume, {"auto", "never", "must"},
+           "auto: go on from the newest checkpoint in `output` if there is one; never: start anew; "
+           "must: fail when there is none");
+  v.Field("initial", &initial,
+          "checkpoint (a step directory, or a directory of them) whose weights the run starts from "
+          "when it does not resume; empty: random weights");
+}
+
+void TrainConfig::Spikes::Visit(ConfigVisitor& v) {
+  v.Choice("nonfinite", &nonfinite, {"skip", "stop"},
+           "what all ranks do with a step whose loss or gradient is not finite");
+  v.Field("max_loss", &max_loss,
+          "skip steps whose mean loss exceeds this, in nats per token; 0: off", {.min = 0});
+  v.Field("max_skipped", &max_skipped, "stop after this many skipped steps in a row", {.min = 1});
+}
+
+void TrainConfig::Metrics::Visit(ConfigVisitor& v) {
+  v.Field("json", &json, "write metrics.jsonl, one line a step");
+  v.Field("tensorboard", &tensorboard, "write a TensorBoard event file");
+  v.Field("curve", &curve, "write loss.svg at the end");
+  v.Field("log_every", &log_every, "steps between lines on standard output", {.min = 1});
+  v.Field("flight_directory", &flight_directory,
+          "where ranks dump their flight recorder on a hang or an error; empty: `output`/flight");
+}
+
+void TrainConfig::Visit(ConfigVisitor& v) {
+  v.Field("seed", &seed, "key of all random numbers: initial weights, data order, sampling",
+          {.min = 0});
+  v.Field("steps", &steps, "optimizer steps of the whole run, including those before a restart",
+          {.min = 1});
+  v.Field("output", &output,
+          "directory for metrics, checkpoints and the loss curve; made when absent");
+  v.Section("model", &model, "the network");
+  v.Section("data", &data, "what it learns from");
+  v.Section("batch", &batch, "how much of it a step takes");
+  v.Section("optimizer", &optimizer, "update rule and learning rate");
+  v.Section("parallel", &parallel, "how the ranks share the work");
+  v.Section("runtime", &runtime, "device, precision and memory");
+  v.Section("evaluate", &evaluate, "validation loss");
+  v.Section("sample", &sample, "text generated at the end");
+  v.Section("checkpoint", &checkpoint, "saving and resuming");
+  v.Section("spikes", &spikes, "steps that went wrong");
+  v.Section("metrics", &metrics, "what is written down");
+}
+
+absl::Status TrainConfig::Resolve(int ranks) {
+  std::vector<std::string> errors;
+  auto fail = [&](auto... parts) { errors.push_back(absl::StrCat(parts...)); };
+
+  if (ranks < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("A run needs at least 1 rank, not ", ranks, "."));
+  }
+  // A program may have set fields without ParseConfig: check ranges and choices here too. What
+  // follows relies on them.
+  TrainConfig scratch;
+  STRETTO_RETURN_IF_ERROR(
+      ParseConfig(PrintConfig(ConfigRef(this)), "the configuration", {}, ConfigRef(&scratch)));
+
+  if (absl::Status s = model.Resolve(); !s.ok()) errors.emplace_back(s.message());
+
+  if (parallel.dp == 0) parallel.dp = ranks;
+  if (parallel.dp != ranks) {
+    fail("parallel.dp is ", parallel.dp, " but ", ranks, ranks == 1 ? " rank runs" : " ranks run",
+         "; set it to 0 to use all ranks.");
+  } else if (batch.global < parallel.dp) {
+    fail("batch.global is ", batch.global, ", so some of the ", parallel.dp,
+         " data-parallel ranks would have nothing to do; raise it or start fewer ranks.");
+  } else {
+    // Frames are planned for a full micro-batch: larger than a rank's share is memory for nothing.
+    batch.micro = std::min(batch.micro, (batch.global + parallel.dp - 1) / parallel.dp);
+  }
+
+  if (data.sequence_length > model.max_positions) {
+    fail("data.sequence_length is ", data.sequence_length, " but the model has ",
+         model.max_positions, " positions; raise model.max_positions or shorten the samples.");
+  }
+  if (data.tokenizer.empty()) {
+    fail("data.tokenizer is empty; use \"bytes\" or name a .tiktoken file or a directory.");
+  }
+  if (sample.tokens > 0 && data.tokenizer == "bytes" && model.vocabulary < 257) {
+    fail("model.vocabulary is ", model.vocabulary,
+         " but the byte tokenizer that sample.prompt needs has 257 ids; raise it or set "
+         "sample.tokens to 0.");
+  }
+  if (evaluate.every > 0 && data.validation.empty()) {
+    fail("evaluate.every is ", evaluate.every,
+         " but data.validation is empty; name token files to evaluate on or set it to 0.");
+  }
+
+  if (optimizer.beta1 >= 1) fail("optimizer.beta1 is ", optimizer.beta1, "; it must be below 1.");
+  if (optimizer.beta2 >= 1) fail("optimizer.beta2 is ", optimizer.beta2, "; it must be below 1.");
+  if (optimizer.eps <= 0) fail("optimizer.eps is ", optimizer.eps, "; it must be above 0.");
+  if (optimizer.warmup > steps) {
+    // Short runs of a long configuration are common and harmless, so this is no error.
+    LogWarning(absl::StrCat("optimizer.warmup is ", optimizer.warmup, " but the run has only ",
+                            steps, " steps; the learning rate never reaches its peak."));
+  }
+
+  if (runtime.dtype == "f64" && runtime.device == "cuda") {
+    fail("runtime.dtype f64 exists on the CPU only; set runtime.device to cpu or choose bf16.");
+  }
+  if (runtime.timeout_seconds <= 0) {
+    fail("runtime.timeout_seconds is ", runtime.timeout_seconds, "; it must be above 0.");
+  }
+  if (runtime.host_memory_bytes == 0) {
+    fail("runtime.host_memory_bytes is 0; give a number of bytes, or -1 for no limit.");
+  }
+  if (output.empty()) fail("output is empty; name a directory.");
+  if (metrics.flight_directory.empty() && !output.empty()) {
+    metrics.flight_directory = absl::StrCat(output, "/flight");
+  }
+
+  if (errors.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrJoin(errors, "\n"));
+}
+
+absl::Status TrainConfig::RequireData() const {
+  if (!data.train.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      "data.train is empty; name the token files to train on (stretto-tokenize makes them from "
+      "text).");
+}
+
+}  // namespace stretto

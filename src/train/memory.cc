@@ -1,0 +1,94 @@
+#include "stretto/train/memory.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "stretto/optim/optimizer.h"
+#include "stretto/parallel/data_parallel.h"
+
+namespace stretto {
+
+std::string HumanBytes(int64_t bytes) {
+  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
+  double value = static_cast<double>(bytes);
+  int unit = 0;
+  while (value >= 1024 && unit < 5) {
+    value /= 1024;
+    ++unit;
+  }
+  return unit == 0 ? absl::StrFormat("%d B", bytes)
+                   : absl::StrFormat("%.2f %s", value, units[unit]);
+}
+
+absl::StatusOr<Recompute> ParseRecompute(const std::string& name) {
+  for (Recompute r : {Recompute::kNone, Recompute::kNormsAndActivations, Recompute::kBlock}) {
+    if (name == Name(r)) return r;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("runtime.recompute is '", name, "'; it must be none, norms or block"));
+}
+
+std::string RunPlan::MemoryTable() const {
+  std::string out;
+  for (const NamedBytes& a : arenas) {
+    absl::StrAppendFormat(&out, "  %-18s %12s\n", a.name.c_str(), HumanBytes(a.bytes).c_str());
+  }
+  absl::StrAppendFormat(&out, "  %-18s %12s\n", "total", HumanBytes(arena_bytes).c_str());
+  return out;
+}
+
+namespace {
+
+// Bytes that one rank sends when every rank sends each other rank its part.
+int64_t SentParts(const Graph& graph, int ranks, DType dtype) {
+  int64_t bytes = 0;
+  for (const ParameterInfo& p : graph.parameters) {
+    bytes += CutRows(p.rows(), ranks, 0).part * p.columns() * SizeOf(dtype) * (ranks - 1);
+  }
+  return bytes;
+}
+
+}  // namespace
+
+absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index) {
+  RunPlan plan;
+  const std::optional<DType> dtype = ParseDType(config.runtime.dtype);
+  if (!dtype) {
+    return absl::InvalidArgumentError(absl::StrCat("runtime.dtype '", config.runtime.dtype,
+                                                   "' is not known; use f64, f32 or bf16"));
+  }
+  STRETTO_ASSIGN_OR_RETURN(const Recompute recompute, ParseRecompute(config.runtime.recompute));
+  STRETTO_ASSIGN_OR_RETURN(
+      plan.model,
+      BuildModel(config.model, {.dtype = *dtype, .loss_chunk = config.runtime.loss_chunk}));
+  const Graph& graph = plan.model.graph;
+  plan.train_actions = TrainingActions(graph, recompute);
+  plan.evaluation_actions = EvaluationActions(graph);
+  plan.micro_batch_tokens = config.batch.micro * config.data.sequence_length;
+  STRETTO_ASSIGN_OR_RETURN(plan.train_frame,
+                           PlanFrame(graph, plan.train_actions, plan.micro_batch_tokens));
+  STRETTO_ASSIGN_OR_RETURN(plan.evaluation_frame,
+                           PlanFrame(graph, plan.evaluation_actions, plan.micro_batch_tokens));
+
+  const StorageBytes storage = DataParallelStorage(graph, ranks);
+  int64_t constants = 0;
+  for (const ConstantInfo& c : graph.constants) constants += c.rows * c.columns * SizeOf(c.dtype);
+  plan.arenas = {
+      {"parameters", storage.parameters},
+      {"gradients", storage.gradients},
+      {"constants", constants},
+      {"optimizer state", AdamW::StateBytes(graph, ranks, index)},
+      {"activations", std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes())},
+  };
+  for (const NamedBytes& a : plan.arenas) plan.arena_bytes += a.bytes;
+  if (ranks > 1) {
+    plan.gradient_bytes_sent = SentParts(graph, ranks, AccumulateType(graph.dtype));
+    plan.parameter_bytes_sent = SentParts(graph, ranks, graph.dtype);
+    // Small all-reduces send everything to everybody.
+    plan.scalar_bytes_sent = StepScalars::kReduced * SizeOf(DType::kF64) * (ranks - 1);
+  }
+  return plan;
+}
+
+}  // namespace stretto

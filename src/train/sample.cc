@@ -1,0 +1,101 @@
+// Trainer::Sample: text from the model, one token at a time.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "src/train/trainer_impl.h"
+
+namespace stretto {
+namespace {
+
+// Draws an index from softmax(logits / temperature) over the top_k largest (0: all). Temperature 0
+// takes the largest.
+int32_t Draw(const std::vector<float>& logits, double temperature, int64_t top_k, double uniform,
+             std::vector<int32_t>* order) {
+  order->resize(logits.size());
+  std::iota(order->begin(), order->end(), 0);
+  const auto larger = [&](int32_t a, int32_t b) {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+  };
+  const size_t k =
+      top_k > 0 ? std::min<size_t>(static_cast<size_t>(top_k), logits.size()) : logits.size();
+  std::partial_sort(order->begin(), order->begin() + static_cast<std::ptrdiff_t>(k), order->end(),
+                    larger);
+  if (temperature <= 0) return order->front();
+  const double top = logits[order->front()];
+  double sum = 0;
+  for (size_t i = 0; i < k; ++i) sum += std::exp((logits[(*order)[i]] - top) / temperature);
+  double target = uniform * sum;
+  for (size_t i = 0; i < k; ++i) {
+    target -= std::exp((logits[(*order)[i]] - top) / temperature);
+    if (target < 0) return (*order)[i];
+  }
+  return (*order)[k - 1];
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t tokens,
+                                            double temperature, int64_t top_k) {
+  Impl& t = *impl_;
+  STRETTO_RETURN_IF_ERROR(t.dp->WaitParameters());
+  std::string text;
+  const auto generate = [&]() -> absl::Status {
+    std::vector<int32_t> ids;
+    STRETTO_RETURN_IF_ERROR(t.tokenizer->Encode(prompt, &ids));
+    if (ids.empty()) ids.push_back(static_cast<int32_t>(t.tokenizer->end_of_text()));
+    const size_t prompt_size = ids.size();
+    const int64_t context = std::min(t.config.data.sequence_length, t.config.model.max_positions);
+    const Rng rng(t.state.seed, "sample", static_cast<uint64_t>(t.state.step));
+    // Ids above the tokenizer's (padding of the vocabulary) are never drawn.
+    const int64_t vocabulary = t.tokenizer->vocabulary();
+    const Tensor head = t.dp->Parameter(t.plan.model.head);
+    const int64_t width = head.dims[1];
+    STRETTO_ASSIGN_OR_RETURN(
+        const Arena logits_arena,
+        Arena::Create(t.stream->device(), "sampling", 8 * head.rows() + 4 * head.rows()));
+    const Tensor logits = Tensor::Of(logits_arena.data(), head.dtype, {1, head.rows()});
+    const Tensor wide =
+        Tensor::Of(logits_arena.data() + 8 * head.rows(), DType::kF32, {1, head.rows()});
+    std::vector<float> values(static_cast<size_t>(vocabulary));
+    std::vector<int32_t> order;
+    PackedBatch batch;
+    for (int64_t i = 0; i < tokens; ++i) {
+      const int64_t length = std::min<int64_t>(context, static_cast<int64_t>(ids.size()));
+      batch.Clear();
+      for (int64_t k = 0; k < length; ++k) {
+        batch.ids.push_back(ids[ids.size() - static_cast<size_t>(length - k)]);
+        batch.targets.push_back(0);
+        batch.weights.push_back(0);
+        batch.positions.push_back(static_cast<int32_t>(k));
+      }
+      batch.cu_seqlens.push_back(static_cast<int32_t>(length));
+      batch.max_length = length;
+      Frame frame(&t.plan.model.graph, &t.plan.evaluation_actions, &t.plan.evaluation_frame,
+                  t.frame_arena.data());
+      frame.tokens = ViewsOf(batch);
+      // Everything but the head, which is only needed for the last token.
+      ActionList body = t.plan.evaluation_actions;
+      body.actions.pop_back();
+      Execute(t.plan.model.graph, body, *t.evaluation_run, frame);
+      const Tensor hidden = frame.Value(t.plan.model.final_hidden).Rows(length - 1, 1);
+      ops::Linear(t.ops(), logits, Tensor::Of(hidden.data, hidden.dtype, {1, width}), head, {});
+      ops::Copy(t.ops(), wide, logits);
+      STRETTO_RETURN_IF_ERROR(t.stream->Synchronize());
+      std::copy_n(wide.as<float>(), vocabulary, values.begin());
+      const int32_t next =
+          Draw(values, temperature, top_k, rng.Uniform(static_cast<uint64_t>(i)), &order);
+      if (next == t.tokenizer->end_of_text()) break;
+      ids.push_back(next);
+    }
+    ids.erase(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(prompt_size));
+    STRETTO_ASSIGN_OR_RETURN(text, t.tokenizer->Decode(ids));
+    return absl::OkStatus();
+  };
+  STRETTO_RETURN_IF_ERROR(
+      t.world.Agree("sampling", t.world.rank() == 0 ? generate() : absl::OkStatus()));
+  return text;
+}
+
+}  // namespace stretto

@@ -1,0 +1,239 @@
+// Trainer::Create, part by part.
+#include <algorithm>
+#include <filesystem>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "src/train/trainer_impl.h"
+#include "stretto/core/log.h"
+
+namespace stretto {
+namespace {
+
+absl::StatusOr<Device> ChooseDevice(const std::string& name) {
+  if (name == "cpu") return Device::Cpu();
+  if (name == "auto") {
+    return KernelsFor(Device::Cuda(0)).ok() ? Device::Cuda(0) : Device::Cpu();
+  }
+  return Device::Cuda(0);
+}
+
+// Refuses ranks that were started with different configurations.
+absl::Status SameConfigEverywhere(World& world, const TrainConfig& config) {
+  TrainConfig mine = config;
+  STRETTO_ASSIGN_OR_RETURN(
+      const std::vector<std::string> all,
+      world.AllGather("config", absl::StrCat(StableHash(PrintConfig(ConfigRef(&mine))))));
+  for (int r = 1; r < world.size(); ++r) {
+    if (all[r] != all[0]) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("rank ", r,
+                       " was started with another configuration than rank 0; give all "
+                       "ranks the same file and --set options"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Trainer::Impl::SetUpRuntime() {
+  STRETTO_RETURN_IF_ERROR(SameConfigEverywhere(world, config));
+  STRETTO_RETURN_IF_ERROR(config.Resolve(world.size()));
+  STRETTO_ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.runtime.device));
+  STRETTO_ASSIGN_OR_RETURN(kernels, KernelsFor(device));
+  const std::optional<DType> dtype = ParseDType(config.runtime.dtype);
+  if (!dtype || !kernels->supports(*dtype)) {
+    return absl::UnimplementedError(
+        absl::StrCat("the ", kernels->name, " backend has no kernels for ", config.runtime.dtype,
+                     "; choose another "
+                     "runtime.dtype or runtime.device"));
+  }
+  if (config.runtime.threads == 0) {
+    const int cores = std::max(1u, std::thread::hardware_concurrency());
+    config.runtime.threads = std::max(1, cores / std::max(1, world.info().local_size));
+  }
+  STRETTO_ASSIGN_OR_RETURN(
+      stream, Stream::Create(device, {.mode = config.runtime.stream == "fifo" ? StreamMode::kFifo
+                                                                              : StreamMode::kInline,
+                                      .threads = static_cast<int>(config.runtime.threads)}));
+  comm = std::make_unique<Communicator>(world);
+  STRETTO_ASSIGN_OR_RETURN(const Mesh mesh,
+                           Mesh::Create(world.size(), world.rank(), {{"dp", world.size()}}));
+  STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh.Along({"dp"})));
+  STRETTO_ASSIGN_OR_RETURN(learning_rate, LearningRate::Create(config.optimizer, config.steps));
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::SetUpModel() {
+  STRETTO_ASSIGN_OR_RETURN(plan, PlanRun(config, dp_group.size(), dp_group.index));
+  const Graph& graph = plan.model.graph;
+  STRETTO_ASSIGN_OR_RETURN(
+      dp, DataParallel::Create(
+              *comm, dp_group, graph, *stream, *kernels, static_cast<uint64_t>(config.seed), budget,
+              {.overlap = config.parallel.overlap, .bucket_bytes = config.parallel.bucket_bytes}));
+  STRETTO_ASSIGN_OR_RETURN(optimizer,
+                           AdamW::Create(graph, *dp, ops(), budget,
+                                         {.beta1 = config.optimizer.beta1,
+                                          .beta2 = config.optimizer.beta2,
+                                          .eps = config.optimizer.eps,
+                                          .weight_decay = config.optimizer.weight_decay}));
+  const int64_t frame_bytes = std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes());
+  STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "activations", frame_bytes));
+  STRETTO_ASSIGN_OR_RETURN(frame_arena,
+                           Arena::Create(stream->device(), "activations", frame_bytes));
+  STRETTO_ASSIGN_OR_RETURN(
+      scalar_arena,
+      Arena::Create(stream->device(), "scalars", (StepScalars::kCount + 2) * SizeOf(DType::kF64)));
+  scalars = Tensor::Of(scalar_arena.data(), DType::kF64, {StepScalars::kCount});
+  evaluation_total = Tensor::Of(scalars.as<double>() + StepScalars::kCount, DType::kF64, {2});
+  run.emplace(ops());
+  evaluation_run.emplace(ops());
+  dp->Attach(&*run, scalars.Rows(StepScalars::kLossSum, 2));
+  dp->Attach(&*evaluation_run, evaluation_total);
+  STRETTO_RETURN_IF_ERROR(dp->Register(&registry));
+  STRETTO_RETURN_IF_ERROR(optimizer->Register(&registry));
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::SetUpData() {
+  STRETTO_RETURN_IF_ERROR(config.RequireData());
+  STRETTO_ASSIGN_OR_RETURN(tokenizer, OpenTokenizer(config.data.tokenizer));
+  if (tokenizer->vocabulary() > config.model.vocabulary) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "model.vocabulary is ", config.model.vocabulary, " but tokenizer '", config.data.tokenizer,
+        "' has ", tokenizer->vocabulary(), " tokens; raise model.vocabulary to at least that"));
+  }
+  const DatasetOptions options = {.sequence_length = config.data.sequence_length,
+                                  .vocabulary = config.model.vocabulary,
+                                  .end_of_text = tokenizer->end_of_text(),
+                                  .mask_across_documents = config.data.document_attention};
+  STRETTO_ASSIGN_OR_RETURN(train_data, TokenDataset::Open(config.data.train, options));
+  if (!config.data.validation.empty()) {
+    STRETTO_ASSIGN_OR_RETURN(validation_data, TokenDataset::Open(config.data.validation, options));
+  }
+  STRETTO_ASSIGN_OR_RETURN(loader,
+                           Loader::Create(*train_data, {.seed = static_cast<uint64_t>(config.seed),
+                                                        .shuffle = config.data.shuffle,
+                                                        .global_batch = config.batch.global,
+                                                        .micro_batch = config.batch.micro,
+                                                        .rank = dp_group.index,
+                                                        .ranks = dp_group.size(),
+                                                        .prefetch = config.data.prefetch}));
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::Restore() {
+  state.seed = static_cast<uint64_t>(config.seed);
+  state.global_batch = config.batch.global;
+  state.sequence_length = config.data.sequence_length;
+  state.config = PrintConfig(ConfigRef(&config));
+  const std::string directory = config.output + "/checkpoints";
+  checkpoints = std::make_unique<CheckpointWriter>(
+      world, CheckpointOptions{.directory = directory,
+                               .keep = static_cast<int>(config.checkpoint.keep),
+                               .async = config.checkpoint.async});
+  // The checkpoint at `where`, or the newest below it. Rank 0 chooses, so that all ranks restore
+  // the same one.
+  const auto choose = [&](const std::string& where, bool required) -> absl::StatusOr<std::string> {
+    std::string chosen;
+    absl::Status found;
+    if (world.rank() == 0) {
+      std::error_code ignored;
+      const absl::StatusOr<CheckpointInfo> newest =
+          std::filesystem::exists(where + "/stretto.json", ignored) ? ReadCheckpointInfo(where)
+                                                                    : FindNewestCheckpoint(where);
+      if (newest.ok()) {
+        chosen = newest->path;
+      } else if (!absl::IsNotFound(newest.status()) || required) {
+        found = newest.status();
+      }
+    }
+    STRETTO_RETURN_IF_ERROR(world.Agree("finding a checkpoint", found));
+    STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                             world.AllGather("checkpoint", chosen));
+    return all[0];
+  };
+  std::string path;
+  if (config.checkpoint.resume != "never") {
+    STRETTO_ASSIGN_OR_RETURN(path, choose(directory, config.checkpoint.resume == "must"));
+  }
+  if (path.empty()) {
+    if (config.checkpoint.initial.empty()) return absl::OkStatus();
+    // A new run that starts from given weights: data order, step and optimizer begin at 0.
+    STRETTO_ASSIGN_OR_RETURN(const std::string initial,
+                             choose(config.checkpoint.initial, /*required=*/true));
+    const auto load_weights = [&]() -> absl::Status {
+      STRETTO_ASSIGN_OR_RETURN(const CheckpointInfo info, ReadCheckpointInfo(initial));
+      StateRegistry weights;
+      STRETTO_RETURN_IF_ERROR(dp->Register(&weights));
+      return LoadCheckpoint(info, weights);
+    };
+    STRETTO_RETURN_IF_ERROR(world.Agree("loading the initial weights", load_weights()));
+    STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
+    STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
+    optimizer->ResetMasters();
+    if (world.rank() == 0) LogInfo(absl::StrCat("starting from the weights in ", initial));
+    return absl::OkStatus();
+  }
+
+  const auto load = [&]() -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(const CheckpointInfo info, ReadCheckpointInfo(path));
+    STRETTO_ASSIGN_OR_RETURN(const TrainerState saved,
+                             ParseTrainerState(info.trainer_state, info.path));
+    STRETTO_RETURN_IF_ERROR(LoadCheckpoint(info, registry));
+    if (saved.global_batch != state.global_batch || saved.seed != state.seed ||
+        saved.sequence_length != state.sequence_length) {
+      return absl::FailedPreconditionError(absl::StrFormat(
+          "%s was trained with seed %d, batch.global %d and data.sequence_length %d, not %d, %d "
+          "and "
+          "%d, so its data order cannot be continued; set them back, or checkpoint.resume=never",
+          info.path.c_str(), saved.seed, saved.global_batch, saved.sequence_length, state.seed,
+          state.global_batch, state.sequence_length));
+    }
+    state.step = saved.step;
+    state.applied = saved.applied;
+    state.skipped = saved.skipped;
+    return absl::OkStatus();
+  };
+  STRETTO_RETURN_IF_ERROR(world.Agree("loading the checkpoint", load()));
+  STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
+  STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
+  if (world.rank() == 0) LogInfo(absl::StrCat("continuing from ", path));
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::MeasurePeak() {
+  peak_tflops = config.runtime.peak_tflops;
+  if (peak_tflops > 0 || stream->device().kind != DeviceKind::kCpu) return absl::OkStatus();
+  // The best of a few square products in the model's type, in the activation arena.
+  const DType dtype = plan.model.graph.dtype;
+  int64_t n = 768;
+  while (n > 64 && 3 * n * n * SizeOf(dtype) > frame_arena.bytes()) n /= 2;
+  if (3 * n * n * SizeOf(dtype) > frame_arena.bytes()) return absl::OkStatus();
+  const auto matrix = [&](int i) {
+    return Tensor::Of(frame_arena.data() + i * n * n * SizeOf(dtype), dtype, {n, n});
+  };
+  for (int i = 0; i < 5; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    ops::Linear(ops(), matrix(0), matrix(1), matrix(2), {});
+    STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    peak_tflops = std::max(peak_tflops, 2.0 * static_cast<double>(n * n * n) / seconds / 1e12);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const TrainConfig& config) {
+  auto impl = std::make_unique<Impl>(world, config);
+  STRETTO_RETURN_IF_ERROR(world.Agree("setting up the runtime", impl->SetUpRuntime()));
+  STRETTO_RETURN_IF_ERROR(world.Agree("planning and building the model", impl->SetUpModel()));
+  STRETTO_RETURN_IF_ERROR(world.Agree("opening the data", impl->SetUpData()));
+  STRETTO_RETURN_IF_ERROR(world.Agree("measuring the device", impl->MeasurePeak()));
+  STRETTO_RETURN_IF_ERROR(world.Agree("restoring a checkpoint", impl->Restore()));
+  return std::unique_ptr<Trainer>(new Trainer(std::move(impl)));
+}
+
+}  // namespace stretto

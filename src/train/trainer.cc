@@ -1,0 +1,278 @@
+#include "stretto/train/trainer.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "src/train/trainer_impl.h"
+#include "stretto/core/log.h"
+#include "stretto/observe/memory.h"
+
+namespace stretto {
+namespace {
+
+double Seconds(std::chrono::steady_clock::time_point from,
+               std::chrono::steady_clock::time_point to) {
+  return std::chrono::duration<double>(to - from).count();
+}
+
+}  // namespace
+
+TokenViews ViewsOf(const PackedBatch& batch) {
+  const auto ints = [](const std::vector<int32_t>& v) {
+    return Tensor::Of(const_cast<int32_t*>(v.data()), DType::kI32,
+                      {static_cast<int64_t>(v.size())});
+  };
+  TokenViews views;
+  views.tokens = batch.tokens();
+  views.ids = ints(batch.ids);
+  views.targets = ints(batch.targets);
+  views.positions = ints(batch.positions);
+  views.cu_seqlens = ints(batch.cu_seqlens);
+  views.weights = Tensor::Of(const_cast<float*>(batch.weights.data()), DType::kF32,
+                             {static_cast<int64_t>(batch.weights.size())});
+  views.max_length = batch.max_length;
+  return views;
+}
+
+absl::Status Trainer::Impl::RunBatch(const PackedBatch& batch, const ActionList& actions,
+                                     const FrameLayout& layout, stretto::Run& batch_run,
+                                     ActionHooks* hooks) {
+  if (batch.tokens() > layout.token_capacity) {
+    return absl::InternalError(absl::StrCat("a micro-batch has ", batch.tokens(),
+                                            " tokens, the frame was planned for ",
+                                            layout.token_capacity));
+  }
+  Frame frame(&plan.model.graph, &actions, &layout, frame_arena.data());
+  frame.tokens = ViewsOf(batch);
+  Execute(plan.model.graph, actions, batch_run, frame, hooks);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StepStats> Trainer::Impl::Step() {
+  const auto start = std::chrono::steady_clock::now();
+  if (!clock_started) last_step_end = start;
+  clock_started = true;
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<PackedBatch>* batches, loader->Step(state.step));
+  const auto data_ready = std::chrono::steady_clock::now();
+
+  dp->BeginStep(*run);
+  ops::Zero(ops(), scalars);
+  TokenWork work;
+  for (size_t i = 0; i < batches->size(); ++i) {
+    const PackedBatch& batch = (*batches)[i];
+    work += WorkOf(batch.cu_seqlens);
+    STRETTO_RETURN_IF_ERROR(RunBatch(batch, plan.train_actions, plan.train_frame, *run,
+                                     &dp->hooks(i + 1 == batches->size())));
+  }
+  STRETTO_RETURN_IF_ERROR(dp->FinishGradients(*run));
+  const bool stop_requested = StopSignals::Received() != 0;
+  const Tensor s = scalars;
+  stream->Enqueue([s, work, stop_requested] {
+    double* v = s.as<double>();
+    v[StepScalars::kStop] = stop_requested ? 1 : 0;
+    v[StepScalars::kSeenTokens] = static_cast<double>(work.tokens);
+    v[StepScalars::kSquaredLengths] = static_cast<double>(work.squared_lengths);
+  });
+  optimizer->AddSumSquares(scalars);
+  STRETTO_RETURN_IF_ERROR(
+      comm->Wait(*stream, comm->AllReduce(dp_group, scalars.Rows(0, StepScalars::kReduced),
+                                          ReduceOp::kSum, "step scalars", stream->Record())));
+  ops::PrepareStep(ops(), scalars, config.optimizer.clip_norm, config.spikes.max_loss);
+  const double lr = learning_rate->At(state.step);
+  optimizer->Step(scalars, lr, state.applied + 1);
+  // The update is known to be good before parameters leave: a failed stream must not spread.
+  STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+  STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
+
+  const double* v = scalars.as<double>();
+  StepStats stats;
+  stats.step = ++state.step;
+  stats.skipped = v[StepScalars::kSkip] != 0;
+  if (stats.skipped) {
+    ++state.skipped;
+    ++consecutive_skips;
+  } else {
+    ++state.applied;
+    consecutive_skips = 0;
+  }
+  stop_agreed = stop_agreed || v[StepScalars::kStop] > 0;
+  const auto end = std::chrono::steady_clock::now();
+  const double seconds = Seconds(last_step_end, end);
+  last_step_end = end;
+  const TokenWork global = {
+      .tokens = static_cast<int64_t>(v[StepScalars::kSeenTokens]),
+      .squared_lengths = static_cast<int64_t>(v[StepScalars::kSquaredLengths])};
+  const StepFlops flops = TrainingFlops(config.model, global);
+  stats.loss = v[StepScalars::kLossSum] / v[StepScalars::kTokens];
+  stats.grad_norm = v[StepScalars::kGradNorm];
+  stats.lr = lr;
+  stats.tokens = global.tokens;
+  stats.tokens_per_second = static_cast<double>(global.tokens) / seconds;
+  stats.step_ms = seconds * 1e3;
+  stats.mfu_causal = ModelFlopsUtilization(flops.causal, seconds, peak_tflops, dp_group.size());
+  stats.mfu_palm = ModelFlopsUtilization(flops.palm, seconds, peak_tflops, dp_group.size());
+  stats.skipped_total = state.skipped;
+  stats.data_ms = Seconds(start, data_ready) * 1e3;
+  stats.comm_exposed_ms = dp->TakeExposedSeconds() * 1e3;
+  stats.compute_ms = Seconds(data_ready, end) * 1e3 - stats.comm_exposed_ms;
+  const absl::StatusOr<ProcessMemory> memory = ReadProcessMemory();
+  if (memory.ok()) stats.memory_bytes = memory->peak_resident_bytes;
+  if (stats.skipped) {
+    // All ranks see the same numbers and end here together.
+    const bool stop = config.spikes.nonfinite == "stop";
+    if (stop || consecutive_skips > config.spikes.max_skipped) {
+      STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
+    }
+    if (stop) {
+      return absl::DataLossError(absl::StrFormat(
+          "step %d: loss %g, gradient norm %g: not finite or above spikes.max_loss, and "
+          "spikes.nonfinite is stop; parameters are those of step %d",
+          stats.step, stats.loss, stats.grad_norm, stats.step - 1));
+    }
+    if (consecutive_skips > config.spikes.max_skipped) {
+      return absl::DataLossError(absl::StrFormat(
+          "step %d: %d updates in a row were skipped (loss %g, gradient norm %g); lower "
+          "optimizer.lr, or go on from an older checkpoint",
+          stats.step, consecutive_skips, stats.loss, stats.grad_norm));
+    }
+  }
+  return stats;
+}
+
+absl::StatusOr<double> Trainer::Impl::Evaluate() {
+  if (validation_data == nullptr) {
+    return absl::FailedPreconditionError(
+        "there is nothing to evaluate on; name a token file in data.validation");
+  }
+  STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
+  const int64_t samples = std::min(config.evaluate.samples, validation_data->samples());
+  evaluation_run->BeginStep();
+  ops::Zero(ops(), evaluation_total);
+  for (int64_t first = 0; first < samples; first += config.batch.micro * dp_group.size()) {
+    // One micro-batch for each rank at a time, samples dealt in order.
+    const int64_t begin = std::min(samples, first + config.batch.micro * dp_group.index);
+    const int64_t end = std::min(samples, begin + config.batch.micro);
+    if (begin == end) continue;
+    evaluation_batch.Clear();
+    for (int64_t i = begin; i < end; ++i) {
+      STRETTO_RETURN_IF_ERROR(validation_data->Append(i, &evaluation_batch));
+    }
+    STRETTO_RETURN_IF_ERROR(RunBatch(evaluation_batch, plan.evaluation_actions,
+                                     plan.evaluation_frame, *evaluation_run, nullptr));
+    STRETTO_RETURN_IF_ERROR(stream->Synchronize());  // the batch is about to be overwritten
+  }
+  STRETTO_RETURN_IF_ERROR(comm->Wait(
+      *stream,
+      comm->AllReduce(dp_group, evaluation_total, ReduceOp::kSum, "evaluation", stream->Record())));
+  STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+  const double* total = evaluation_total.as<double>();
+  if (total[1] == 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("no token of the ", samples, " validation samples counts for the loss"));
+  }
+  return total[0] / total[1];
+}
+
+Trainer::Trainer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Trainer::~Trainer() = default;
+
+absl::StatusOr<StepStats> Trainer::Step() { return impl_->Step(); }
+absl::StatusOr<double> Trainer::Evaluate() { return impl_->Evaluate(); }
+
+absl::Status Trainer::Save() {
+  Impl& t = *impl_;
+  STRETTO_RETURN_IF_ERROR(t.dp->WaitParameters());
+  STRETTO_RETURN_IF_ERROR(t.stream->Synchronize());
+  t.registry.SetEpoch(t.state.step);
+  return t.checkpoints->Save(t.state.step, t.registry, ToJson(t.state));
+}
+
+absl::Status Trainer::Finish() {
+  Impl& t = *impl_;
+  absl::Status status = t.dp->WaitParameters();
+  status.Update(t.stream->Synchronize());
+  status.Update(t.checkpoints->Finish());
+  for (auto& sink : t.sinks) status.Update(sink->Finish());
+  return status;
+}
+
+void Trainer::AddSink(std::unique_ptr<MetricsSink> sink) {
+  impl_->sinks.push_back(std::move(sink));
+}
+
+absl::StatusOr<RunResult> Trainer::Run() {
+  Impl& t = *impl_;
+  const auto every = [](int64_t step, int64_t n) { return n > 0 && step % n == 0; };
+  int64_t saved_step = -1;
+  const auto save = [&]() -> absl::Status {
+    if (saved_step == t.state.step) return absl::OkStatus();
+    saved_step = t.state.step;
+    return Save();
+  };
+  while (t.state.step < t.config.steps) {
+    STRETTO_ASSIGN_OR_RETURN(StepStats stats, t.Step());
+    const bool last = t.state.step == t.config.steps;
+    if (t.validation_data != nullptr && (last || every(t.state.step, t.config.evaluate.every))) {
+      STRETTO_ASSIGN_OR_RETURN(const double loss, t.Evaluate());
+      stats.eval_loss = loss;
+    }
+    for (auto& sink : t.sinks) {
+      const absl::Status written = sink->Write(stats);
+      if (!written.ok()) LogWarning(std::string(written.message()));
+    }
+    if (t.stop_agreed) {
+      const std::vector<int> dead = t.world.DeadRanks();
+      if (!dead.empty()) {
+        return absl::UnavailableError(absl::StrCat(
+            "asked to stop, but rank ", dead[0],
+            " is gone, so nothing is saved; the newest earlier checkpoint stays valid"));
+      }
+      STRETTO_RETURN_IF_ERROR(save());
+      STRETTO_RETURN_IF_ERROR(Finish());
+      return RunResult::kRequested;
+    }
+    if (every(t.state.step, t.config.checkpoint.every) || last) STRETTO_RETURN_IF_ERROR(save());
+  }
+  STRETTO_RETURN_IF_ERROR(Finish());
+  return RunResult::kFinished;
+}
+
+int64_t Trainer::step() const { return impl_->state.step; }
+const TrainConfig& Trainer::config() const { return impl_->config; }
+const Model& Trainer::model() const { return impl_->plan.model; }
+
+std::string Trainer::Describe() const {
+  const Impl& t = *impl_;
+  const Graph& graph = t.plan.model.graph;
+  std::string out = absl::StrFormat(
+      "%s, %.2f M parameters in %s, %d %s of %d threads (%s), %s backend\n",
+      t.config.model.family.c_str(), static_cast<double>(graph.ParameterElements()) / 1e6,
+      Name(graph.dtype), t.world.size(), t.world.size() == 1 ? "rank" : "ranks",
+      t.config.runtime.threads, t.world.info().source.c_str(), t.kernels->name);
+  absl::StrAppendFormat(&out, "%d samples of %d tokens, %d a step; %d micro-batch tokens planned",
+                        t.train_data->samples(), t.config.data.sequence_length,
+                        t.config.batch.global, t.plan.micro_batch_tokens);
+  if (t.peak_tflops > 0) {
+    absl::StrAppendFormat(&out, "; MFU against %.3f TFLOP/s a rank (%s)", t.peak_tflops,
+                          t.config.runtime.peak_tflops > 0 ? "configured" : "measured product");
+  }
+  absl::StrAppend(&out, "\nmemory of a rank\n", t.plan.MemoryTable());
+  return out;
+}
+
+absl::StatusOr<Tensor> Trainer::Parameter(const std::string& name) {
+  Impl& t = *impl_;
+  STRETTO_RETURN_IF_ERROR(t.dp->WaitParameters());
+  STRETTO_RETURN_IF_ERROR(t.stream->Synchronize());
+  const Graph& graph = t.plan.model.graph;
+  for (size_t i = 0; i < graph.parameters.size(); ++i) {
+    if (graph.parameters[i].spec.name == name) {
+      return t.dp->Parameter(ParamId{static_cast<int>(i)});
+    }
+  }
+  return absl::NotFoundError(absl::StrCat("the model has no parameter named ", name));
+}
+
+}  // namespace stretto

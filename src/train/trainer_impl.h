@@ -1,0 +1,97 @@
+// The state behind Trainer; shared by the files that implement it.
+#ifndef STRETTO_SRC_TRAIN_TRAINER_IMPL_H_
+#define STRETTO_SRC_TRAIN_TRAINER_IMPL_H_
+
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "stretto/comm/communicator.h"
+#include "stretto/core/budget.h"
+#include "stretto/core/stream.h"
+#include "stretto/data/dataset.h"
+#include "stretto/data/loader.h"
+#include "stretto/data/tokenizer.h"
+#include "stretto/observe/signals.h"
+#include "stretto/optim/optimizer.h"
+#include "stretto/parallel/data_parallel.h"
+#include "stretto/snapshot/checkpoint.h"
+#include "stretto/train/flops.h"
+#include "stretto/train/memory.h"
+#include "stretto/train/schedule.h"
+#include "stretto/train/trainer.h"
+
+namespace stretto {
+
+// What a checkpoint remembers besides the registry: stored as JSON.
+struct TrainerState {
+  int64_t step = 0;     // completed steps; the data order follows from it
+  int64_t applied = 0;  // updates not skipped; Adam's bias correction counts these
+  int64_t skipped = 0;
+  uint64_t seed = 0;
+  int64_t global_batch = 0;  // resuming with others than these would change the data order
+  int64_t sequence_length = 0;
+  std::string config;  // resolved, for the reader
+};
+std::string ToJson(const TrainerState& state);
+absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const std::string& source);
+
+struct Trainer::Impl {
+  Impl(World& w, const TrainConfig& c)
+      : world(w), config(c), budget(c.runtime.host_memory_bytes, -1, -1) {}
+
+  World& world;
+  TrainConfig config;
+  Budget budget;
+  RunPlan plan;
+  const KernelTable* kernels = nullptr;
+  Group dp_group;
+  std::unique_ptr<DataParallel> dp;
+  std::unique_ptr<AdamW> optimizer;
+  std::optional<LearningRate> learning_rate;
+  Arena frame_arena, scalar_arena;
+  Tensor scalars;           // f64 [StepScalars::kCount]
+  Tensor evaluation_total;  // f64 [2]
+  std::optional<stretto::Run> run, evaluation_run;
+
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<TokenDataset> train_data, validation_data;
+  std::unique_ptr<Loader> loader;
+  PackedBatch evaluation_batch;
+
+  StateRegistry registry;
+  std::unique_ptr<CheckpointWriter> checkpoints;
+  TrainerState state;
+  int64_t consecutive_skips = 0;
+  double peak_tflops = 0;  // of one rank
+  bool stop_agreed = false;
+  std::vector<std::unique_ptr<MetricsSink>> sinks;
+  std::chrono::steady_clock::time_point last_step_end;
+  bool clock_started = false;
+
+  // Last, so that they end first: whatever is in flight reads and writes the memory above.
+  std::unique_ptr<Stream> stream;
+  std::unique_ptr<Communicator> comm;
+
+  ops::Context ops() const { return {stream.get(), kernels}; }
+  // The parts of Create, in order; each ends in an agreement of all ranks.
+  absl::Status SetUpRuntime();
+  absl::Status SetUpModel();
+  absl::Status SetUpData();
+  absl::Status Restore();
+  absl::Status MeasurePeak();
+
+  absl::StatusOr<StepStats> Step();
+  absl::StatusOr<double> Evaluate();
+  absl::Status RunBatch(const PackedBatch& batch, const ActionList& actions,
+                        const FrameLayout& layout, stretto::Run& run, ActionHooks* hooks);
+};
+
+// Views of a host batch (CPU: no copy).
+TokenViews ViewsOf(const PackedBatch& batch);
+
+}  // namespace stretto
+
+#endif  // STRETTO_SRC_TRAIN_TRAINER_IMPL_H_

@@ -1,0 +1,45 @@
+#include "absl/strings/str_cat.h"
+#include "nlohmann/json.hpp"
+#include "src/train/trainer_impl.h"
+
+namespace stretto {
+
+std::string ToJson(const TrainerState& state) {
+  nlohmann::json j;
+  j["step"] = state.step;
+  j["applied"] = state.applied;
+  j["skipped"] = state.skipped;
+  j["seed"] = state.seed;
+  j["global_batch"] = state.global_batch;
+  j["sequence_length"] = state.sequence_length;
+  nlohmann::json config = nlohmann::json::parse(state.config, nullptr, false);
+  if (!config.is_discarded()) j["config"] = std::move(config);
+  return j.dump();
+}
+
+absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const std::string& source) {
+  const nlohmann::json j = nlohmann::json::parse(json, nullptr, false);
+  TrainerState state;
+  const auto read = [&](const char* key, auto* out) -> absl::Status {
+    const auto it = j.find(key);
+    if (it == j.end() || !it->is_number_integer()) {
+      return absl::DataLossError(
+          absl::StrCat(source, ": its trainer state has no whole number '", key,
+                       "'; the checkpoint was not written by a trainer of this version"));
+    }
+    *out = it->get<std::remove_pointer_t<decltype(out)>>();
+    return absl::OkStatus();
+  };
+  if (!j.is_object()) {
+    return absl::DataLossError(absl::StrCat(source, ": its trainer state is no JSON object"));
+  }
+  STRETTO_RETURN_IF_ERROR(read("step", &state.step));
+  STRETTO_RETURN_IF_ERROR(read("applied", &state.applied));
+  STRETTO_RETURN_IF_ERROR(read("skipped", &state.skipped));
+  STRETTO_RETURN_IF_ERROR(read("seed", &state.seed));
+  STRETTO_RETURN_IF_ERROR(read("global_batch", &state.global_batch));
+  STRETTO_RETURN_IF_ERROR(read("sequence_length", &state.sequence_length));
+  return state;
+}
+
+}  // namespace stretto

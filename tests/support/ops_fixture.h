@@ -1,0 +1,199 @@
+// Tensors for tests of operations: filled from doubles, padded between rows, and read back.
+#ifndef STRETTO_TESTS_SUPPORT_OPS_FIXTURE_H_
+#define STRETTO_TESTS_SUPPORT_OPS_FIXTURE_H_
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "stretto/ops/ops.h"
+
+namespace stretto::test {
+
+using Values = std::vector<double>;
+
+// Numbers of about the size of activations, the same on every run.
+inline Values Random(int64_t n, unsigned seed, double scale = 1.0) {
+  std::mt19937 bits(seed);
+  std::normal_distribution<double> normal(0, scale);
+  Values v(n);
+  for (double& x : v) x = normal(bits);
+  return v;
+}
+
+inline Values Plus(Values a, const Values& b) {
+  for (size_t i = 0; i < a.size(); ++i) a[i] += b[i];
+  return a;
+}
+
+// Owns a tensor whose rows lie `padding` elements apart. The padding holds a pattern that Read()
+// checks: a kernel that writes outside its rows is caught.
+class Buffer {
+ public:
+  Buffer(DType dtype, std::vector<int64_t> dims, int64_t padding = 0) {
+    view_.dtype = dtype;
+    for (int64_t d : dims) view_.dims[view_.rank++] = d;
+    view_.row_stride = view_.row_elements() + padding;
+    bytes_.assign((view_.rows() * view_.row_stride + 1) * SizeOf(dtype), std::byte{0x5a});
+    view_.data = bytes_.data();
+  }
+  Buffer(DType dtype, std::vector<int64_t> dims, const Values& values, int64_t padding = 0)
+      : Buffer(dtype, std::move(dims), padding) {
+    Write(values);
+  }
+  Buffer(Buffer&& other) = default;
+
+  Tensor view() const { return view_; }
+  operator Tensor() const { return view_; }  // NOLINT: a Buffer stands for its tensor
+
+  void Write(const Values& values) {
+    ASSERT_EQ(static_cast<int64_t>(values.size()), view_.elements());
+    const int64_t n = view_.row_elements();
+    for (size_t i = 0; i < values.size(); ++i) Put(i / n * view_.row_stride + i % n, values[i]);
+  }
+  Values Read() const {
+    const int64_t n = view_.row_elements();
+    Values values(view_.elements());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = Get(i / n * view_.row_stride + i % n);
+    for (int64_t r = 0; r < view_.rows(); ++r) {
+      for (int64_t b = n * SizeOf(view_.dtype); b < view_.row_stride * SizeOf(view_.dtype); ++b) {
+        EXPECT_EQ(bytes_[r * view_.row_stride * SizeOf(view_.dtype) + b], std::byte{0x5a})
+            << "padding behind row " << r << " was written";
+      }
+    }
+    return values;
+  }
+  const std::vector<std::byte>& bytes() const { return bytes_; }
+
+ private:
+  void Put(int64_t i, double x) {
+    if (view_.dtype == DType::kF64) reinterpret_cast<double*>(bytes_.data())[i] = x;
+    if (view_.dtype == DType::kF32) reinterpret_cast<float*>(bytes_.data())[i] = x;
+    if (view_.dtype == DType::kI32) reinterpret_cast<int32_t*>(bytes_.data())[i] = x;
+    if (view_.dtype == DType::kBF16) {
+      reinterpret_cast<BFloat16*>(bytes_.data())[i] = BFloat16(static_cast<float>(x));
+    }
+  }
+  double Get(int64_t i) const {
+    switch (view_.dtype) {
+      case DType::kF64:
+        return reinterpret_cast<const double*>(bytes_.data())[i];
+      case DType::kF32:
+        return reinterpret_cast<const float*>(bytes_.data())[i];
+      case DType::kBF16:
+        return static_cast<float>(reinterpret_cast<const BFloat16*>(bytes_.data())[i]);
+      default:
+        return reinterpret_cast<const int32_t*>(bytes_.data())[i];
+    }
+  }
+
+  Tensor view_;
+  std::vector<std::byte> bytes_;
+};
+
+inline Buffer Indices(const std::vector<int32_t>& values) {
+  return Buffer(DType::kI32, {static_cast<int64_t>(values.size())},
+                Values(values.begin(), values.end()));
+}
+
+// What the tolerance of a type is for sums of a few hundred terms.
+inline double Tolerance(DType dtype) {
+  return dtype == DType::kF64 ? 1e-12 : dtype == DType::kF32 ? 4e-6 : 8e-3;
+}
+
+// max |a - b| <= tolerance * max(largest |b|, floor).
+inline ::testing::AssertionResult Near(const Values& actual, const Values& expected,
+                                       double tolerance, double floor = 1e-2) {
+  if (actual.size() != expected.size()) {
+    return ::testing::AssertionFailure() << actual.size() << " values for " << expected.size();
+  }
+  double largest = floor;
+  for (double b : expected) largest = std::max(largest, std::fabs(b));
+  for (size_t i = 0; i < actual.size(); ++i) {
+    if (!(std::fabs(actual[i] - expected[i]) <= tolerance * largest)) {
+      return ::testing::AssertionFailure()
+             << "element " << i << " is " << actual[i] << ", expected " << expected[i]
+             << "; allowed " << tolerance << " * " << largest;
+    }
+  }
+  return ::testing::AssertionSuccess();
+}
+
+struct Setting {
+  DType dtype = DType::kF32;
+  int threads = 1;
+  StreamMode mode = StreamMode::kInline;
+};
+
+inline std::string SettingName(const ::testing::TestParamInfo<Setting>& info) {
+  return std::string(Name(info.param.dtype)) + "Threads" + std::to_string(info.param.threads) +
+         (info.param.mode == StreamMode::kFifo ? "Fifo" : "Inline");
+}
+
+inline std::vector<Setting> AllSettings() {
+  std::vector<Setting> all;
+  for (DType dtype : {DType::kF64, DType::kF32, DType::kBF16}) {
+    all.push_back({dtype, 1, StreamMode::kInline});
+    all.push_back({dtype, 2, StreamMode::kFifo});
+    all.push_back({dtype, 3, StreamMode::kInline});
+  }
+  return all;
+}
+
+// A stream with the CPU's kernels.
+class Runner {
+ public:
+  explicit Runner(Setting setting = {DType::kF64}) : setting_(setting) {
+    StreamOptions options;
+    options.mode = setting.mode;
+    options.threads = setting.threads;
+    stream_ = Stream::Create(Device::Cpu(), options).value();
+    context_ = {stream_.get(), KernelsFor(Device::Cpu()).value()};
+  }
+  ops::Context context() const { return context_; }
+  DType dtype() const { return setting_.dtype; }
+  DType wide() const { return AccumulateType(setting_.dtype); }
+  double tolerance() const { return Tolerance(setting_.dtype); }
+  // For results that are kept in the accumulate type: bf16 operands do not blur them.
+  double wide_tolerance() const { return Tolerance(wide()); }
+  absl::Status Wait() const { return stream_->Synchronize(); }
+  void ExpectOk() const {
+    const absl::Status status = Wait();
+    EXPECT_TRUE(status.ok()) << status.message();
+  }
+  Buffer Make(std::vector<int64_t> dims, const Values& values, int64_t padding = 0) const {
+    return Buffer(dtype(), std::move(dims), values, padding);
+  }
+  Buffer Make(std::vector<int64_t> dims, int64_t padding = 0) const {
+    return Buffer(dtype(), std::move(dims), padding);
+  }
+  Buffer Wide(std::vector<int64_t> dims, int64_t padding = 0) const {
+    return Buffer(wide(), std::move(dims), padding);
+  }
+
+ private:
+  Setting setting_;
+  std::unique_ptr<Stream> stream_;
+  ops::Context context_;
+};
+
+// Runs a test body with every type, thread count and kind of stream.
+class OpsTest : public ::testing::TestWithParam<Setting> {
+ protected:
+  OpsTest() : run(GetParam()), c(run.context()) {}
+  Runner run;
+  ops::Context c;
+};
+
+#define STRETTO_ALL_SETTINGS(suite)                                                      \
+  INSTANTIATE_TEST_SUITE_P(, suite, ::testing::ValuesIn(::stretto::test::AllSettings()), \
+                           ::stretto::test::SettingName)
+
+}  // namespace stretto::test
+
+#endif  // STRETTO_TESTS_SUPPORT_OPS_FIXTURE_H_

@@ -1,0 +1,138 @@
+// Action lists and frame plans: whatever is recomputed, deferred or shared, the bits stay.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/support/harness.h"
+
+namespace stretto {
+namespace {
+
+using testing::Harness;
+using testing::OddModel;
+using testing::RandomBatch;
+
+Model Build(const std::string& family, DType dtype, int64_t chunk = 0) {
+  ModelConfig config = OddModel(family);
+  config.layers = 3;
+  EXPECT_TRUE(config.Resolve().ok());
+  return BuildModel(config, {.dtype = dtype, .loss_chunk = chunk}).value();
+}
+
+// All gradients of two micro-batches as raw bytes, and the loss.
+std::vector<double> Gradients(const Model& model, const ActionList& actions,
+                              StreamOptions stream = {}) {
+  Harness h(model.graph, 4, stream);
+  h.run().BeginStep();
+  for (uint64_t seed : {1, 2}) {
+    const PackedBatch batch = RandomBatch({5, 8, 3}, model.config.vocabulary, seed);
+    const absl::Status status = h.RunBatch(actions, batch);
+    EXPECT_TRUE(status.ok()) << status;
+  }
+  std::vector<double> all = {h.loss_total[0], h.loss_total[1]};
+  for (const Tensor& g : h.gradients) {
+    for (int64_t i = 0; i < g.elements(); ++i) all.push_back(testing::Get(g, i));
+  }
+  return all;
+}
+
+class ActionLists : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(ActionLists, RecomputeAndDeferredWeightsKeepTheBits) {
+  for (DType dtype : {DType::kF64, DType::kF32, DType::kBF16}) {
+    const Model model = Build(GetParam(), dtype);
+    const std::vector<double> expected =
+        Gradients(model, TrainingActions(model.graph, Recompute::kNone));
+    for (double g : expected) ASSERT_TRUE(std::isfinite(g));
+    for (Recompute r : {Recompute::kNone, Recompute::kNormsAndActivations, Recompute::kBlock}) {
+      for (bool defer : {false, true}) {
+        EXPECT_EQ(Gradients(model, TrainingActions(model.graph, r, defer)), expected)
+            << Name(r) << (defer ? " deferred " : " ") << Name(dtype);
+      }
+    }
+  }
+}
+
+TEST_P(ActionLists, FifoStreamsKeepTheBits) {
+  const Model model = Build(GetParam(), DType::kF32);
+  const ActionList list = TrainingActions(model.graph, Recompute::kBlock);
+  const std::vector<double> expected = Gradients(model, list, {.threads = 2});
+  EXPECT_EQ(Gradients(model, list, {.mode = StreamMode::kFifo, .threads = 2}), expected);
+}
+
+TEST_P(ActionLists, RecomputeSavesMemory) {
+  const Model model = Build(GetParam(), DType::kF32);
+  const auto bytes = [&](Recompute r, bool defer) {
+    return PlanFrame(model.graph, TrainingActions(model.graph, r, defer), 128)->bytes();
+  };
+  EXPECT_LT(bytes(Recompute::kNormsAndActivations, false), bytes(Recompute::kNone, false));
+  EXPECT_LT(bytes(Recompute::kBlock, false), bytes(Recompute::kNormsAndActivations, false));
+  EXPECT_GT(bytes(Recompute::kNone, true), bytes(Recompute::kNone, false));
+}
+
+TEST_P(ActionLists, ResidualGradientIsOneBufferUnlessWeightsAreDeferred) {
+  const Model model = Build(GetParam(), DType::kF32);
+  const auto shared = [&](bool defer) {
+    const FrameLayout layout =
+        PlanFrame(model.graph, TrainingActions(model.graph, Recompute::kNone, defer), 64).value();
+    int count = 0;
+    for (uint8_t s : layout.grad_shared) count += s;
+    return count;
+  };
+  // Each add_norm but the last passes its gradient to both operands: 2 * layers - 1 of them.
+  EXPECT_EQ(shared(false), 2 * (2 * 3 - 1));
+  EXPECT_LT(shared(true), shared(false));
+}
+
+TEST_P(ActionLists, ChunkedLossIsTheSameLoss) {
+  const std::vector<double> whole =
+      Gradients(Build(GetParam(), DType::kF64),
+                TrainingActions(Build(GetParam(), DType::kF64).graph, Recompute::kNone));
+  const Model chunked = Build(GetParam(), DType::kF64, 9);
+  const std::vector<double> parts =
+      Gradients(chunked, TrainingActions(chunked.graph, Recompute::kNone));
+  ASSERT_EQ(whole.size(), parts.size());
+  for (size_t i = 0; i < whole.size(); ++i) EXPECT_NEAR(whole[i], parts[i], 1e-11);
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, ActionLists,
+                         ::testing::Values("gpt2", "llama", "qwen2", "qwen3"),
+                         [](const auto& info) { return info.param; });
+
+TEST(Builder, ReportsShapesThatDoNotFit) {
+  Builder b(DType::kF32);
+  const SlotId x = b.Input("x", 8);
+  b.Linear("fc", Role::kColumn, x, 9, 4);
+  const absl::StatusOr<Graph> graph = b.Finish();
+  EXPECT_EQ(graph.status().message(), "layer fc: its input has 8 features per token, not 9");
+}
+
+TEST(Builder, RefusesSecondReaderOfSlotChangedInPlace) {
+  Builder b(DType::kF32);
+  const SlotId x = b.Input("x", 12);
+  b.Attention("attn", x, {.heads = 2, .kv_heads = 1, .head_dim = 3});
+  b.Linear("fc", Role::kColumn, x, 12, 4);
+  EXPECT_THAT(std::string(b.Finish().status().message()),
+              ::testing::HasSubstr("slot x is changed in place by one of its 2 readers"));
+}
+
+TEST(ModelConfig, ResolveNamesEveryProblem) {
+  ModelConfig c;
+  c.family = "llama";
+  c.hidden = 10;
+  c.heads = 3;
+  c.kv_heads = 2;
+  const std::string message(c.Resolve().message());
+  EXPECT_THAT(message, ::testing::HasSubstr("model.hidden (10) is no multiple of model.heads (3)"));
+  EXPECT_THAT(message, ::testing::HasSubstr("no multiple of model.kv_heads (2)"));
+}
+
+TEST(InitialValues, DoNotDependOnTheCut) {
+  const ParameterSpec spec = {.name = "w", .shape = {11, 7}, .init = Init::kNormal, .std = 0.5};
+  std::vector<float> whole(77), part(21);
+  InitialValues(spec, 9, 0, Tensor::Of(whole.data(), DType::kF32, {11, 7}));
+  InitialValues(spec, 9, 4, Tensor::Of(part.data(), DType::kF32, {3, 7}));
+  EXPECT_EQ(std::vector<float>(whole.begin() + 28, whole.begin() + 49), part);
+}
+
+}  // namespace
+}  // namespace stretto

@@ -1,0 +1,248 @@
+// stretto-convert and stretto-plan, run as users run them, and a run that starts from what the
+// former wrote.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <array>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "stretto/comm/world.h"
+#include "stretto/core/rng.h"
+#include "stretto/data/token_file.h"
+#include "stretto/model/huggingface.h"
+#include "stretto/model/model.h"
+#include "stretto/snapshot/huggingface.h"
+#include "stretto/train/trainer.h"
+#include "tests/support/harness.h"
+
+namespace stretto {
+namespace {
+
+using ::testing::HasSubstr;
+
+struct Result {
+  int code;
+  std::string output;  // both streams
+};
+
+Result RunProgram(const std::string& command) {
+  std::FILE* pipe = popen((command + " 2>&1").c_str(), "r");
+  std::string output;
+  std::array<char, 4096> buffer;
+  for (size_t n; (n = std::fread(buffer.data(), 1, buffer.size(), pipe)) > 0;) {
+    output.append(buffer.data(), n);
+  }
+  const int status = pclose(pipe);
+  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
+}
+
+class Scratch : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::string name = (std::filesystem::temp_directory_path() / "stretto-tools-XXXXXX").string();
+    folder_ = mkdtemp(name.data());
+  }
+  void TearDown() override {
+    std::error_code ignored;
+    std::filesystem::remove_all(folder_, ignored);
+  }
+  std::string Path(const std::string& name) const { return folder_ + "/" + name; }
+  void WriteText(const std::string& name, const std::string& text) const {
+    std::ofstream(Path(name)) << text;
+  }
+  std::string ReadText(const std::string& name) const {
+    std::stringstream text;
+    text << std::ifstream(Path(name), std::ios::binary).rdbuf();
+    return text.str();
+  }
+  Result Convert(const std::string& arguments) const {
+    return RunProgram("cd '" + folder_ + "' && " STRETTO_CONVERT " " + arguments);
+  }
+  Result Plan(const std::string& arguments) const {
+    return RunProgram("cd '" + folder_ + "' && " STRETTO_PLAN " " + arguments);
+  }
+  std::string folder_;
+};
+
+class ConvertTool : public Scratch {
+ protected:
+  // A model directory with a recognisable value in every element, in several shards.
+  void WriteModel(const std::string& family) {
+    config_.model = testing::OddModel(family, false);
+    if (family != "gpt2") config_.model.hidden = 24;
+    config_.model.vocabulary = 257;
+    ASSERT_TRUE(config_.model.Resolve().ok());
+    config_.eos_tokens = {4, 6};
+    model_ = BuildModel(config_.model).value();
+    std::vector<SafetensorsItem> items;
+    std::vector<std::vector<float>> memory;
+    for (const ParameterInfo& p : model_.graph.parameters) {
+      for (const HfPiece& piece : HfPieces(config_.model, p.spec.name)) {
+        const int64_t columns = p.columns(), n = piece.rows * columns;
+        std::vector<float>& values = memory.emplace_back(static_cast<size_t>(n));
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t row = piece.transpose ? i % piece.rows : i / columns;
+          const int64_t column = piece.transpose ? i / piece.rows : i % columns;
+          values[static_cast<size_t>(i)] = Element(p, piece.first_row + row, column);
+        }
+        std::vector<int64_t> shape = {piece.rows, columns};
+        if (p.spec.shape.size() == 1) shape = {piece.rows};
+        if (piece.transpose) std::swap(shape[0], shape[1]);
+        items.push_back({piece.hf_name, DType::kF32, shape, nullptr});
+      }
+    }
+    for (size_t i = 0; i < items.size(); ++i) items[i].data = memory[i].data();
+    ASSERT_TRUE(WriteHfWeights(Path("hf"), items, 20000).ok());
+    WriteText("hf/config.json", HfConfigJson(config_).value());
+  }
+  static float Element(const ParameterInfo& p, int64_t row, int64_t column) {
+    const Rng rng(1, p.spec.name);
+    return static_cast<float>(0.1 * rng.Normal(static_cast<uint64_t>(row * p.columns() + column)));
+  }
+
+  HfConfig config_;
+  Model model_;
+};
+
+TEST_F(ConvertTool, RunStartsFromTheWeightsAndTheyGoBack) {
+  for (const std::string family : {"gpt2", "qwen3"}) {
+    WriteModel(family);
+    ASSERT_FALSE(std::filesystem::exists(Path("hf/model.safetensors"))) << "not in shards";
+    const Result from = Convert("from-hf hf ours");
+    ASSERT_EQ(from.code, 0) << from.output;
+    ASSERT_EQ(Convert("to-hf ours back").code, 0);
+    EXPECT_EQ(ReadText("back/config.json"), ReadText("hf/config.json"));
+    const HfWeights before = HfWeights::Open(Path("hf")).value();
+    const HfWeights after = HfWeights::Open(Path("back")).value();
+    ASSERT_EQ(after.names(), before.names());
+    for (const std::string& name : before.names()) {
+      std::vector<float> a(static_cast<size_t>(before.Find(name)->elements())), b = a;
+      ASSERT_TRUE(before.Read(name, DType::kF32, a.data()).ok());
+      ASSERT_TRUE(after.Read(name, DType::kF32, b.data()).ok());
+      EXPECT_EQ(a, b) << name;
+      EXPECT_EQ(after.Find(name)->shape, before.Find(name)->shape) << name;
+    }
+
+    auto tokens = TokenFileWriter::Create(Path("t.bin"), 257).value();
+    std::vector<int32_t> ids(400);
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int32_t>(i * i % 257);
+    ASSERT_TRUE(tokens->Append(ids).ok());
+    ASSERT_TRUE(tokens->Finish().ok());
+    TrainConfig config;  // two ranks, rows cut between them
+    const absl::Status loaded = LoadConfig(
+        Path("ours/model.json"),
+        {"data.train=" + Path("t.bin"), "data.sequence_length=16", "batch.global=2",
+         "output=" + Path("run"), "metrics.json=false", "runtime.threads=1", "runtime.dtype=bf16"},
+        ConfigRef(&config));
+    ASSERT_TRUE(loaded.ok()) << loaded;
+    for (const std::string& initial : {Path("ours"), Path("ours/step-00000000")}) {
+      config.checkpoint.initial = initial;
+      const absl::Status status = World::RunThreads(2, [&](World& world) -> absl::Status {
+        STRETTO_ASSIGN_OR_RETURN(const auto trainer, Trainer::Create(world, config));
+        EXPECT_EQ(trainer->step(), 0);
+        for (const ParameterInfo& p : model_.graph.parameters) {
+          STRETTO_ASSIGN_OR_RETURN(const Tensor value, trainer->Parameter(p.spec.name));
+          int64_t wrong = 0;
+          for (int64_t i = 0; i < value.elements(); ++i) {
+            const BFloat16 expected(Element(p, i / p.columns(), i % p.columns()));
+            wrong += testing::Get(value, i) != static_cast<float>(expected);
+          }
+          EXPECT_EQ(wrong, 0) << p.spec.name;
+        }
+        STRETTO_RETURN_IF_ERROR(trainer->Step().status());
+        return trainer->Finish();
+      });
+      EXPECT_TRUE(status.ok()) << status;
+    }
+    config.checkpoint.initial = Path("nowhere");
+    const absl::Status status =
+        World::RunThreads(2, [&](World& world) { return Trainer::Create(world, config).status(); });
+    EXPECT_THAT(std::string(status.message()), HasSubstr("nowhere"));
+    std::filesystem::remove_all(Path("hf"));
+  }
+}
+
+TEST_F(ConvertTool, SaysWhatIsWrong) {
+  WriteModel("llama");
+  EXPECT_EQ(Convert("--help").code, 0);
+  EXPECT_EQ(Convert("").code, 1);
+  EXPECT_EQ(Convert("from-hf hf").code, 1);
+  EXPECT_THAT(Convert("from-hf none ours").output, HasSubstr("cannot read none/config.json"));
+  EXPECT_THAT(Convert("to-hf hf back").output, HasSubstr("hf"));
+  EXPECT_THAT(Convert("to-hf hf back --dtype f16").output, HasSubstr("stored|f32|bf16"));
+  std::string text = ReadText("hf/config.json");
+  WriteText("hf/config.json",
+            text.replace(text.find("\"hidden_size\": 24"), 17, "\"hidden_size\": 30"));
+  const Result wrong = Convert("from-hf hf ours");
+  EXPECT_EQ(wrong.code, 1);
+  EXPECT_THAT(wrong.output,
+              HasSubstr("has shape [257, 24], but its config.json makes it [257, 30]"));
+  EXPECT_FALSE(std::filesystem::exists(Path("ours")));
+}
+
+class PlanTool : public Scratch {
+ protected:
+  void SetUp() override {
+    Scratch::SetUp();
+    WriteText("c.json", R"({
+      "model": {"family": "llama", "vocabulary": 128256, "layers": 16, "hidden": 2048,
+                "heads": 32, "kv_heads": 8, "ffn": 8192, "max_positions": 8192},
+      "data": {"train": "not/there.bin", "sequence_length": 8192},
+      "batch": {"global": 64, "micro": 4}, "runtime": {"dtype": "bf16"}})");
+  }
+};
+
+TEST_F(PlanTool, FitsOrSaysWhatToChange) {
+  const Result fits = Plan("c.json --set batch.micro=1 --ranks 8 --device-memory 80GiB");
+  EXPECT_EQ(fits.code, 0) << fits.output;
+  for (const char* part :
+       {"optimizer state", "activations", "palm", "causal", "gradients", "fits: "}) {
+    EXPECT_THAT(fits.output, HasSubstr(part));
+  }
+  const Result large = Plan("c.json --ranks=8 --device-memory=40GiB");
+  EXPECT_EQ(large.code, 1);
+  EXPECT_THAT(large.output, HasSubstr("does not fit: needs "));
+  // What it says is true.
+  const size_t at = large.output.find("; set ") + 6;
+  const std::string option = large.output.substr(at, large.output.find(", which needs") - at);
+  const Result advised = Plan("c.json --ranks 8 --device-memory 40GiB --set " + option);
+  EXPECT_EQ(advised.code, 0) << option << "\n" << advised.output;
+}
+
+TEST_F(PlanTool, FallsBackToMoreRanksAndSmallerModels) {
+  const std::string all =
+      " --set batch.micro=1 --set runtime.recompute=block"
+      " --set runtime.loss_chunk=8192 ";
+  EXPECT_THAT(Plan("c.json --device-memory 16GiB" + all).output,
+              HasSubstr("; use 2 ranks, which needs 1"));
+  EXPECT_THAT(Plan("c.json --device-memory 1GB" + all).output, HasSubstr("smaller model"));
+  EXPECT_THAT(Plan("c.json --set model.layers=64 --device-memory 40GiB").output,
+              HasSubstr("does not fit"));
+}
+
+TEST_F(PlanTool, JsonHasTheSameFigures) {
+  const Result r = Plan("c.json --json --ranks 2");
+  EXPECT_EQ(r.code, 0) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("\"arena_bytes\": "));
+  EXPECT_THAT(r.output, HasSubstr("\"flops_per_step\""));
+  EXPECT_EQ(r.output.find("fits"), std::string::npos);  // nobody asked
+}
+
+TEST_F(PlanTool, SaysWhatIsWrong) {
+  EXPECT_EQ(Plan("").code, 1);
+  EXPECT_THAT(Plan("none.json").output, HasSubstr("none.json"));
+  EXPECT_THAT(Plan("c.json --device-memory 80GX").output, HasSubstr("not '80GX'"));
+  EXPECT_THAT(Plan("c.json --device-memory -1").output, HasSubstr("not '-1'"));
+  EXPECT_THAT(Plan("c.json --ranks 0").output, HasSubstr("--ranks must be"));
+  EXPECT_THAT(Plan("c.json --ranks 65").output, HasSubstr("batch.global is 64"));
+  EXPECT_THAT(Plan("c.json --set model.layer=3").output, HasSubstr("model.layers"));
+}
+
+}  // namespace
+}  // namespace stretto

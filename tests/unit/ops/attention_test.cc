@@ -1,0 +1,207 @@
+#include "support/ops_fixture.h"
+#include "support/reference_ops.h"
+
+namespace stretto::test {
+namespace {
+
+using reference::AttentionSizes;
+using reference::Dot;
+using reference::NumericGradient;
+
+class AttentionTest : public OpsTest {};
+STRETTO_ALL_SETTINGS(AttentionTest);
+
+int64_t Longest(const std::vector<int32_t>& cu) {
+  int64_t longest = 0;
+  for (size_t i = 0; i + 1 < cu.size(); ++i)
+    longest = std::max<int64_t>(longest, cu[i + 1] - cu[i]);
+  return longest;
+}
+
+// Operands of one call. q, k and v lie side by side in one packed matrix when there are as many
+// keys as queries, as a model has them; outputs have padding of their own.
+struct Problem {
+  AttentionSizes a;
+  int64_t tq, tk;
+  Buffer cu_q, cu_k;
+  Buffer q, k, v, o, lse, d_o, dq, dk, dv, delta;
+
+  Problem(const Runner& run, AttentionSizes sizes, double scale = 1.0)
+      : a(std::move(sizes)),
+        tq(a.cu_q.back()),
+        tk(a.cu_k.back()),
+        cu_q(Indices(a.cu_q)),
+        cu_k(Indices(a.cu_k)),
+        q(run.Make({tq, a.heads, a.dim}, Random(tq * a.heads * a.dim, 1, scale), 3)),
+        k(run.Make({tk, a.kv_heads, a.dim}, Random(tk * a.kv_heads * a.dim, 2, scale), 7)),
+        v(run.Make({tk, a.kv_heads, a.dim}, Random(tk * a.kv_heads * a.dim, 3), 1)),
+        o(run.Make({tq, a.heads, a.dim}, 2)),
+        lse(run.Wide({tq, a.heads}, 1)),
+        d_o(run.Make({tq, a.heads, a.dim}, Random(tq * a.heads * a.dim, 4), 5)),
+        dq(run.Make({tq, a.heads, a.dim}, 4)),
+        dk(run.Make({tk, a.kv_heads, a.dim}, 6)),
+        dv(run.Make({tk, a.kv_heads, a.dim}, 8)),
+        delta(run.Wide({tq, a.heads}, 2)) {}
+
+  AttentionShape shape() const {
+    return {cu_q, cu_k, Longest(a.cu_q), Longest(a.cu_k), a.causal, a.scale};
+  }
+  void Forward(ops::Context c) const { ops::Attention(c, o, lse, q, k, v, shape()); }
+  void Backward(ops::Context c) const {
+    ops::AttentionBackward(c, dq, dk, dv, delta, d_o, o, lse, q, k, v, shape());
+  }
+};
+
+std::vector<AttentionSizes> Cases() {
+  return {
+      // Packed, one empty sequence, more than one tile of queries (64) and keys (128).
+      {4, 2, 16, {0, 3, 3, 170, 171}, {0, 3, 3, 170, 171}, true, 0.25},
+      {3, 1, 5, {0, 65, 70}, {0, 65, 70}, true, 0.4},
+      {2, 2, 64, {0, 140}, {0, 140}, true, 0.125},
+      {5, 5, 5, {0, 9, 80}, {0, 9, 80}, false, 0.5},
+      // A step of ring attention: other people's keys, more or fewer than there are queries.
+      {6, 2, 16, {0, 5, 5, 75}, {0, 130, 131, 135}, false, 0.25},
+      {1, 1, 1, {0, 1}, {0, 1}, true, 1.0},
+  };
+}
+
+TEST_P(AttentionTest, ForwardMatchesReference) {
+  for (const AttentionSizes& sizes : Cases()) {
+    Problem p(run, sizes);
+    p.Forward(c);
+    run.ExpectOk();
+    const auto expected = reference::Attention(p.q.Read(), p.k.Read(), p.v.Read(), sizes);
+    EXPECT_TRUE(Near(p.o.Read(), expected.o, run.tolerance()));
+    EXPECT_TRUE(Near(p.lse.Read(), expected.lse, run.wide_tolerance()));
+  }
+}
+
+// Against the gradients of the f64 kernels, which the central differences below check.
+TEST_P(AttentionTest, BackwardMatchesF64) {
+  for (const AttentionSizes& sizes : Cases()) {
+    Problem p(run, sizes);
+    p.Forward(c);
+    p.Backward(c);
+    run.ExpectOk();
+    Runner exact;
+    Problem e(exact, sizes);
+    e.q.Write(p.q.Read());
+    e.k.Write(p.k.Read());
+    e.v.Write(p.v.Read());
+    e.d_o.Write(p.d_o.Read());
+    e.Forward(exact.context());
+    e.Backward(exact.context());
+    exact.ExpectOk();
+    // The stored output is rounded in bf16, and delta = d_o . o with it: half an ulp of bf16 in
+    // each of many terms that cancel.
+    const double tolerance = 2 * run.tolerance();
+    EXPECT_TRUE(Near(p.dq.Read(), e.dq.Read(), tolerance));
+    EXPECT_TRUE(Near(p.dk.Read(), e.dk.Read(), tolerance));
+    EXPECT_TRUE(Near(p.dv.Read(), e.dv.Read(), tolerance));
+  }
+}
+
+TEST(AttentionGradientTest, MatchesCentralDifferences) {
+  const AttentionSizes cases[] = {
+      {4, 2, 5, {0, 3, 3, 9}, {0, 3, 3, 9}, true, 0.3},
+      {2, 1, 3, {0, 2, 5}, {0, 4, 5}, false, 0.6},
+  };
+  for (const AttentionSizes& sizes : cases) {
+    Runner run({DType::kF64, 2});
+    Problem p(run, sizes);
+    p.Forward(run.context());
+    p.Backward(run.context());
+    run.ExpectOk();
+    Values q = p.q.Read(), k = p.k.Read(), v = p.v.Read();
+    const Values r = p.d_o.Read();
+    const auto objective = [&] { return Dot(reference::Attention(q, k, v, sizes).o, r); };
+    EXPECT_TRUE(Near(p.dq.Read(), NumericGradient(q, objective), 1e-8));
+    EXPECT_TRUE(Near(p.dk.Read(), NumericGradient(k, objective), 1e-8));
+    EXPECT_TRUE(Near(p.dv.Read(), NumericGradient(v, objective), 1e-8));
+    // Negative control: another scale is another gradient.
+    AttentionSizes wrong = sizes;
+    wrong.scale *= 1.01;
+    const auto other = [&] { return Dot(reference::Attention(q, k, v, wrong).o, r); };
+    EXPECT_FALSE(Near(p.dq.Read(), NumericGradient(q, other), 1e-8));
+  }
+}
+
+TEST_P(AttentionTest, NoKeysGiveZeroAndMinusInfinity) {
+  Problem p(run, {2, 1, 6, {0, 3, 5}, {0, 0, 4}, false, 0.5});
+  p.Forward(c);
+  p.Backward(c);
+  run.ExpectOk();
+  const Values o = p.o.Read(), lse = p.lse.Read(), dq = p.dq.Read();
+  for (int i = 0; i < 3 * 2 * 6; ++i) {
+    EXPECT_EQ(o[i], 0);
+    EXPECT_EQ(dq[i], 0);
+  }
+  for (int i = 0; i < 3 * 2; ++i) EXPECT_EQ(lse[i], -INFINITY);
+  for (int i = 3 * 2; i < 5 * 2; ++i) EXPECT_TRUE(std::isfinite(lse[i]));
+}
+
+TEST_P(AttentionTest, NoQueriesClearTheGradientsOfKeys) {
+  Problem p(run, {2, 1, 6, {0, 0, 5}, {0, 3, 4}, false, 0.5});
+  p.Forward(c);
+  p.Backward(c);
+  run.ExpectOk();
+  for (int i = 0; i < 3 * 6; ++i) EXPECT_EQ(p.dk.Read()[i], 0);
+  for (int i = 0; i < 3 * 6; ++i) EXPECT_EQ(p.dv.Read()[i], 0);
+}
+
+TEST_P(AttentionTest, ExtremeLogitsStayFinite) {
+  Problem p(run, {2, 2, 16, {0, 150}, {0, 150}, true, 10.0}, 20.0);  // scores around 1e4
+  p.Forward(c);
+  p.Backward(c);
+  run.ExpectOk();
+  const auto expected = reference::Attention(p.q.Read(), p.k.Read(), p.v.Read(), p.a);
+  double largest = 0;
+  for (double x : expected.lse) largest = std::max(largest, std::fabs(x));
+  EXPECT_GT(largest, 1e4);
+  EXPECT_TRUE(Near(p.lse.Read(), expected.lse, run.wide_tolerance()));
+  for (const Buffer* b : {&p.o, &p.dq, &p.dk, &p.dv}) {
+    for (double x : b->Read()) EXPECT_TRUE(std::isfinite(x));
+  }
+}
+
+TEST_P(AttentionTest, SameBitsOnEveryRunAndWithOneThread) {
+  const AttentionSizes sizes = {4, 2, 16, {0, 3, 170, 171}, {0, 3, 170, 171}, true, 0.25};
+  Problem first(run, sizes), again(run, sizes);
+  Runner one({run.dtype(), 1});
+  Problem serial(one, sizes);
+  first.Forward(c);
+  first.Backward(c);
+  again.Forward(c);
+  again.Backward(c);
+  serial.Forward(one.context());
+  serial.Backward(one.context());
+  run.ExpectOk();
+  one.ExpectOk();
+  for (const Problem* other : {&again, &serial}) {
+    EXPECT_EQ(first.o.bytes(), other->o.bytes());
+    EXPECT_EQ(first.lse.bytes(), other->lse.bytes());
+    EXPECT_EQ(first.dq.bytes(), other->dq.bytes());
+    EXPECT_EQ(first.dk.bytes(), other->dk.bytes());
+    EXPECT_EQ(first.dv.bytes(), other->dv.bytes());
+  }
+}
+
+TEST_P(AttentionTest, BadSequencesFailTheStream) {
+  const auto message = [&](AttentionSizes sizes, std::vector<int32_t> cu_k) {
+    Runner fresh(GetParam());
+    Problem p(fresh, sizes);
+    p.cu_k.Write(Values(cu_k.begin(), cu_k.end()));
+    p.Forward(fresh.context());
+    return std::string(fresh.Wait().message());
+  };
+  const AttentionSizes causal = {1, 1, 4, {0, 3, 8}, {0, 3, 8}, true, 0.5};
+  AttentionSizes full = causal;
+  full.causal = false;
+  EXPECT_NE(message(causal, {0, 4, 8}).find("sequence 0 has 3 and 4"), std::string::npos);
+  EXPECT_NE(message(full, {0, 9, 8}).find("sequence 1"), std::string::npos);
+  EXPECT_NE(message(full, {0, 3, 9}).find("end at query 8 and key 9"), std::string::npos);
+  EXPECT_EQ(message(full, {0, 2, 8}), "");
+}
+
+}  // namespace
+}  // namespace stretto::test

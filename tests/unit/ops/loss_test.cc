@@ -1,0 +1,152 @@
+#include <algorithm>
+
+#include "support/ops_fixture.h"
+#include "support/reference_ops.h"
+
+namespace stretto::test {
+namespace {
+
+class LossTest : public OpsTest {};
+STRETTO_ALL_SETTINGS(LossTest);
+
+constexpr int64_t kTokens = 13;
+
+// Runs the loss over `vocab` columns in chunks of at most `chunk`, then the backward pass.
+struct Problem {
+  int64_t vocab;
+  Values logits;
+  std::vector<int32_t> target;
+  Buffer state, losses, total, targets, weights;
+  Values gradient;
+
+  Problem(const Runner& run, int64_t vocab_, double scale)
+      : vocab(vocab_),
+        state(run.wide(), {kTokens, 3}, 1),
+        losses(run.wide(), {kTokens}),
+        total(DType::kF64, {2}, Values{10, 20}),
+        targets(DType::kI32, {kTokens}),
+        weights(DType::kF32, {kTokens}, Random(kTokens, 9)) {
+    logits = run.Make({kTokens, vocab}, Random(kTokens * vocab, 1, scale)).Read();
+    for (int64_t t = 0; t < kTokens; ++t) target.push_back((t * 37) % vocab);
+    targets.Write(Values(target.begin(), target.end()));
+    Values w = weights.Read();
+    w[4] = 0;
+    weights.Write(w);
+  }
+
+  Values Chunk(int64_t first, int64_t n) const {
+    Values v;
+    for (int64_t t = 0; t < kTokens; ++t) {
+      v.insert(v.end(), logits.begin() + t * vocab + first, logits.begin() + t * vocab + first + n);
+    }
+    return v;
+  }
+  void Run(const Runner& run, int64_t chunk, bool weighted, bool acc) {
+    const Tensor w = weighted ? weights.view() : Tensor{};
+    for (int64_t first = 0; first < vocab; first += chunk) {
+      const int64_t n = std::min(chunk, vocab - first);
+      Buffer part = run.Make({kTokens, n}, Chunk(first, n), 5);
+      ops::LossFold(run.context(), state, part, targets, first, first == 0);
+      EXPECT_TRUE(run.Wait().ok());
+    }
+    ops::LossFinish(run.context(), losses, total, state, w, acc, targets);
+    gradient.assign(kTokens * vocab, 0.0);
+    for (int64_t first = 0; first < vocab; first += chunk) {
+      const int64_t n = std::min(chunk, vocab - first);
+      Buffer part = run.Make({kTokens, n}, Chunk(first, n), 5);
+      ops::LossBackward(run.context(), part, state, targets, w, first);
+      run.Wait().IgnoreError();
+      const Values g = part.Read();
+      for (int64_t i = 0; i < kTokens * n; ++i) gradient[i / n * vocab + first + i % n] = g[i];
+    }
+  }
+};
+
+TEST_P(LossTest, MatchesReference) {
+  for (double scale : {1.0, 1e4}) {
+    for (int64_t vocab : {5, 5003}) {
+      for (int64_t chunk : {vocab, int64_t{997}}) {
+        for (bool weighted : {false, true}) {
+          Problem p(run, vocab, scale);
+          p.Run(run, chunk, weighted, weighted);
+          run.ExpectOk();
+          const Values weights = p.weights.Read();
+          Values expected(kTokens), gradient(kTokens * vocab);
+          double sum = weighted ? 10 : 0, count = weighted ? 20 : 0;
+          for (int64_t t = 0; t < kTokens; ++t) {
+            const double w = weighted ? weights[t] : 1;
+            const double* row = &p.logits[t * vocab];
+            expected[t] = w * reference::CrossEntropy(row, vocab, p.target[t]);
+            sum += expected[t];
+            count += w;
+            const double max = *std::max_element(row, row + vocab);
+            double total = 0;
+            for (int64_t j = 0; j < vocab; ++j) total += std::exp(row[j] - max);
+            for (int64_t j = 0; j < vocab; ++j) {
+              gradient[t * vocab + j] = w * (std::exp(row[j] - max) / total - (j == p.target[t]));
+            }
+          }
+          EXPECT_TRUE(Near(p.losses.Read(), expected, run.wide_tolerance()));
+          EXPECT_TRUE(Near(p.total.Read(), {sum, count}, run.wide_tolerance()));
+          EXPECT_TRUE(Near(p.gradient, gradient, run.tolerance())) << vocab << " " << chunk;
+        }
+      }
+    }
+  }
+}
+
+TEST_P(LossTest, TokensOfWeightZeroContributeNothing) {
+  Problem p(run, 31, 1.0);
+  Values targets = p.targets.Read();
+  targets[4] = -100;
+  p.targets.Write(targets);
+  p.Run(run, 31, true, false);
+  run.ExpectOk();
+  EXPECT_EQ(p.losses.Read()[4], 0);
+  for (int64_t j = 0; j < 31; ++j) EXPECT_EQ(p.gradient[4 * 31 + j], 0);
+}
+
+TEST_P(LossTest, TargetOutsideTheVocabularyIsNamed) {
+  for (int bad : {-1, 31}) {
+    Runner fresh(GetParam());
+    Problem p(fresh, 31, 1.0);
+    Values targets = p.targets.Read();
+    targets[7] = bad;
+    p.targets.Write(targets);
+    p.Run(fresh, 10, true, false);
+    const absl::Status status = fresh.Wait();
+    EXPECT_EQ(status.code(), absl::StatusCode::kOutOfRange);
+    EXPECT_NE(std::string(status.message()).find("target " + std::to_string(bad) + " of row 7"),
+              std::string::npos)
+        << status.message();
+  }
+}
+
+TEST_P(LossTest, NanLogitsGiveNanLoss) {
+  Problem p(run, 31, 1.0);
+  p.logits[2 * 31 + 5] = NAN;
+  p.Run(run, 31, false, false);
+  run.ExpectOk();
+  EXPECT_TRUE(std::isnan(p.losses.Read()[2]));
+  EXPECT_TRUE(std::isnan(p.total.Read()[0]));
+  EXPECT_FALSE(std::isnan(p.losses.Read()[3]));
+}
+
+TEST_P(LossTest, MaskedColumnsOfMinusInfinityCountNothing) {
+  Problem p(run, 31, 1.0);
+  for (int64_t t = 0; t < kTokens; ++t) p.target[t] = 20;
+  p.targets.Write(Values(kTokens, 20));
+  for (int64_t t = 0; t < kTokens; ++t) {
+    for (int64_t j = 0; j < 12; ++j) p.logits[t * 31 + j] = -INFINITY;
+  }
+  p.Run(run, 10, false, false);  // the whole first chunk is masked
+  run.ExpectOk();
+  for (int64_t t = 0; t < kTokens; ++t) {
+    EXPECT_NEAR(p.losses.Read()[t], reference::CrossEntropy(&p.logits[t * 31 + 12], 19, 8),
+                5 * run.wide_tolerance());
+    EXPECT_EQ(p.gradient[t * 31 + 3], 0);
+  }
+}
+
+}  // namespace
+}  // namespace stretto::test

@@ -1,0 +1,174 @@
+#include "stretto/train/config.h"
+
+#include <algorithm>
+#include <limits>
+#include <string>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "stretto/core/log.h"
+
+namespace stretto {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+std::string Message(const absl::Status& status) { return std::string(status.message()); }
+
+TEST(TrainConfig, DefaultsResolve) {
+  TrainConfig config;
+  ASSERT_TRUE(config.Resolve(3).ok()) << config.Resolve(3);
+  EXPECT_EQ(config.parallel.dp, 3);
+  EXPECT_EQ(config.batch.micro, 3);  // of 8 samples no rank has more than 3
+  EXPECT_EQ(config.model.kv_heads, 4);
+  EXPECT_EQ(config.metrics.flight_directory, "runs/default/flight");
+
+  const std::string once = PrintConfig(ConfigRef(&config));
+  ASSERT_TRUE(config.Resolve(3).ok());
+  EXPECT_EQ(PrintConfig(ConfigRef(&config)), once);
+}
+
+TEST(TrainConfig, KeepsWhatIsSet) {
+  TrainConfig config;
+  config.batch.micro = 2;
+  config.parallel.dp = 2;
+  config.metrics.flight_directory = "elsewhere";
+  ASSERT_TRUE(config.Resolve(2).ok());
+  EXPECT_EQ(config.batch.micro, 2);
+  EXPECT_EQ(config.metrics.flight_directory, "elsewhere");
+}
+
+TEST(TrainConfig, PrintedFormParsesBack) {
+  TrainConfig config;
+  config.seed = 77;
+  config.optimizer.lr = 0.1 + 0.2;  // needs all digits
+  config.sample.prompt = "a \"quoted\"\nprompt";
+  config.runtime.stream = "fifo";
+  config.checkpoint.async = false;
+  ASSERT_TRUE(config.Resolve(1).ok());
+  const std::string text = PrintConfig(ConfigRef(&config));
+  TrainConfig parsed;
+  const absl::Status status = ParseConfig(text, "test", {}, ConfigRef(&parsed));
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(PrintConfig(ConfigRef(&parsed)), text);
+  EXPECT_EQ(parsed.optimizer.lr, 0.1 + 0.2);
+  EXPECT_EQ(parsed.sample.prompt, config.sample.prompt);
+}
+
+TEST(TrainConfig, EveryFieldCanBeSetByName) {
+  TrainConfig config;
+  const absl::Status status = ParseConfig(
+      R"({
+        "seed": 2, "steps": 7, "output": "o",
+        "model": {"family": "llama", "layers": 2},
+        "data": {"train": "t", "validation": "v", "tokenizer": "x.tiktoken", "sequence_length": 33,
+                 "shuffle": false, "document_attention": false, "prefetch": false},
+        "batch": {"global": 5, "micro": 3},
+        "optimizer": {"name": "adamw", "lr": 0.5, "beta1": 0.1, "beta2": 0.2, "eps": 0.3,
+                      "weight_decay": 0.4, "clip_norm": 0.6, "schedule": "wsd", "warmup": 3,
+                      "final_fraction": 0.7, "decay_fraction": 0.8},
+        "parallel": {"dp": 1, "overlap": false, "bucket_bytes": 9, "zero1": false},
+        "runtime": {"device": "cpu", "dtype": "bf16", "threads": 3, "stream": "fifo",
+                    "recompute": "block", "loss_chunk": 11, "timeout_seconds": 1.5,
+                    "host_memory_bytes": 12, "peak_tflops": 13.5},
+        "evaluate": {"every": 4, "samples": 14},
+        "sample": {"prompt": "p", "tokens": 15, "temperature": 0.9, "top_k": 16},
+        "checkpoint": {"every": 17, "keep": 18, "async": false, "resume": "must"},
+        "spikes": {"nonfinite": "stop", "max_loss": 19.5, "max_skipped": 20},
+        "metrics": {"json": false, "tensorboard": true, "curve": false, "log_every": 21,
+                    "flight_directory": "f"}
+      })",
+      "test", {"runtime.loss_chunk=99"}, ConfigRef(&config));
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(config.runtime.loss_chunk, 99);
+  EXPECT_EQ(config.optimizer.decay_fraction, 0.8);
+  EXPECT_EQ(config.spikes.max_loss, 19.5);
+  EXPECT_EQ(config.metrics.log_every, 21);
+  EXPECT_EQ(config.data.sequence_length, 33);
+  EXPECT_EQ(config.checkpoint.resume, "must");
+  EXPECT_TRUE(config.Resolve(1).ok()) << config.Resolve(1);
+}
+
+TEST(TrainConfig, UnknownNameIsRefusedWithTheNearest) {
+  TrainConfig config;
+  const absl::Status status =
+      ParseConfig(R"({"optimizer": {"weight_decai": 0.1}})", "test", {}, ConfigRef(&config));
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(Message(status), HasSubstr("weight_decay"));
+}
+
+TEST(TrainConfig, ReportsAllErrorsAtOnce) {
+  TrainConfig config;
+  config.model.heads = 3;  // does not divide hidden
+  config.parallel.dp = 5;
+  config.data.sequence_length = 5000;
+  config.data.tokenizer = "";
+  config.evaluate.every = 10;
+  config.optimizer.beta1 = 1;
+  config.optimizer.eps = 0;
+  config.runtime.dtype = "f64";
+  config.runtime.device = "cuda";
+  config.runtime.timeout_seconds = 0;
+  config.runtime.host_memory_bytes = 0;
+  config.output = "";
+  const std::string message = Message(config.Resolve(2));
+  for (const char* field : {"model.hidden", "parallel.dp", "data.sequence_length", "data.tokenizer",
+                            "evaluate.every", "optimizer.beta1", "optimizer.eps", "runtime.dtype",
+                            "runtime.timeout_seconds", "runtime.host_memory_bytes", "output"}) {
+    EXPECT_THAT(message, HasSubstr(field));
+  }
+  EXPECT_EQ(std::count(message.begin(), message.end(), '\n'), 10) << message;
+}
+
+TEST(TrainConfig, ChecksRangesOfFieldsSetByAProgram) {
+  TrainConfig config;
+  config.steps = 0;
+  config.optimizer.schedule = "cosin";
+  config.optimizer.lr = std::numeric_limits<double>::quiet_NaN();
+  const absl::Status status = config.Resolve(1);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(Message(status), AllOf(HasSubstr("steps"), HasSubstr("optimizer.schedule"),
+                                     HasSubstr("optimizer.lr")));
+}
+
+TEST(TrainConfig, RanksWithoutWorkAreRefused) {
+  TrainConfig config;
+  config.batch.global = 3;
+  EXPECT_THAT(Message(config.Resolve(4)), HasSubstr("batch.global"));
+  EXPECT_TRUE(TrainConfig().Resolve(8).ok());
+  EXPECT_FALSE(TrainConfig().Resolve(0).ok());
+}
+
+TEST(TrainConfig, ByteTokenizerNeedsItsIdsOnlyForSampling) {
+  TrainConfig config;
+  config.model.vocabulary = 61;
+  EXPECT_TRUE(config.Resolve(1).ok());
+  config.sample.tokens = 5;
+  EXPECT_THAT(Message(config.Resolve(1)), HasSubstr("257"));
+}
+
+TEST(TrainConfig, WarmUpLongerThanTheRunIsAWarning) {
+  std::string logged;
+  SetLogSink([&](LogLevel level, const std::string& line) {
+    if (level == LogLevel::kWarning) logged += line;
+  });
+  TrainConfig config;
+  config.optimizer.warmup = 100;
+  EXPECT_TRUE(config.Resolve(1).ok());
+  EXPECT_EQ(logged, "");  // as long as the run is fine
+  config.optimizer.warmup = 101;
+  EXPECT_TRUE(config.Resolve(1).ok());
+  EXPECT_THAT(logged, HasSubstr("optimizer.warmup is 101"));
+  SetLogSink(nullptr);
+}
+
+TEST(TrainConfig, DataIsRequiredOnlyToTrain) {
+  TrainConfig config;
+  EXPECT_THAT(Message(config.RequireData()), HasSubstr("data.train"));
+  config.data.train = "a.bin";
+  EXPECT_TRUE(config.RequireData().ok());
+}
+
+}  // namespace
+}  // namespace stretto

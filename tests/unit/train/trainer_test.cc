@@ -1,0 +1,205 @@
+// The trainer on threads: any number of ranks learns the same, in the same bits every time, and a
+// run that was interrupted goes on as if it had not been.
+#include "stretto/train/trainer.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/support/training.h"
+
+namespace stretto {
+namespace {
+
+using ::testing::HasSubstr;
+using testing::RunRecord;
+using testing::ScratchDirectory;
+using testing::TinyRun;
+using testing::TrainOnThreads;
+
+void ExpectSameBits(const RunRecord& a, const RunRecord& b) {
+  ASSERT_TRUE(a.status.ok()) << a.status;
+  ASSERT_TRUE(b.status.ok()) << b.status;
+  ASSERT_FALSE(a.parameters.empty());
+  EXPECT_EQ(a.parameters, b.parameters);
+  EXPECT_EQ(a.eval_loss, b.eval_loss);
+  ASSERT_EQ(a.steps.size(), b.steps.size());
+  for (size_t i = 0; i < a.steps.size(); ++i) {
+    EXPECT_EQ(a.steps[i].loss, b.steps[i].loss) << "step " << i + 1;
+    EXPECT_EQ(a.steps[i].grad_norm, b.steps[i].grad_norm) << "step " << i + 1;
+  }
+}
+
+class TrainerFamilies : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(TrainerFamilies, AnyNumberOfRanksLearnsTheSame) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory, GetParam());
+  config.steps = 20;
+  const RunRecord one = TrainOnThreads(1, config);
+  ASSERT_TRUE(one.status.ok()) << one.status;
+  EXPECT_LT(one.steps.back().loss, 0.8 * one.steps.front().loss);  // it learns
+  for (int ranks : {2, 3, 4, 8}) {
+    const RunRecord many = TrainOnThreads(ranks, config);
+    ASSERT_TRUE(many.status.ok()) << many.status;
+    ASSERT_EQ(many.steps.size(), one.steps.size());
+    for (size_t i = 0; i < one.steps.size(); ++i) {
+      EXPECT_NEAR(many.steps[i].loss, one.steps[i].loss, 1e-5 * one.steps[i].loss)
+          << ranks << " ranks, step " << i + 1;
+      EXPECT_EQ(many.steps[i].tokens, one.steps[i].tokens);
+    }
+    EXPECT_NEAR(many.eval_loss, one.eval_loss, 1e-5 * one.eval_loss);
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Families, TrainerFamilies,
+                         ::testing::Values("gpt2", "llama", "qwen2", "qwen3"),
+                         [](const auto& info) { return info.param; });
+
+TEST(Trainer, SumsAreExactInDoublePrecision) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.runtime.dtype = "f64";
+  const RunRecord one = TrainOnThreads(1, config);
+  const RunRecord five = TrainOnThreads(5, config);
+  ASSERT_TRUE(one.status.ok() && five.status.ok()) << one.status << five.status;
+  for (size_t i = 0; i < one.steps.size(); ++i) {
+    EXPECT_NEAR(five.steps[i].loss, one.steps[i].loss, 1e-9);
+    EXPECT_NEAR(five.steps[i].grad_norm, one.steps[i].grad_norm, 1e-9);
+  }
+}
+
+TEST(Trainer, SameBitsUnderRandomDelaysAndWithoutOverlap) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  const RunRecord plain = TrainOnThreads(3, config);
+  ExpectSameBits(plain, TrainOnThreads(3, config));
+  for (uint64_t seed : {1, 2}) {
+    WorldOptions slow;
+    slow.random_delay_us = 2000;
+    slow.delay_seed = seed;
+    ExpectSameBits(plain, TrainOnThreads(3, config, slow));
+  }
+  config.parallel.overlap = false;
+  ExpectSameBits(plain, TrainOnThreads(3, config));
+  config.parallel.overlap = true;
+  config.runtime.stream = "fifo";
+  ExpectSameBits(plain, TrainOnThreads(3, config));
+  config.runtime.recompute = "block";
+  ExpectSameBits(plain, TrainOnThreads(3, config));
+}
+
+TEST(Trainer, Bf16LearnsLikeF32) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 15;
+  const RunRecord f32 = TrainOnThreads(2, config);
+  config.runtime.dtype = "bf16";
+  const RunRecord bf16 = TrainOnThreads(2, config);
+  ASSERT_TRUE(bf16.status.ok()) << bf16.status;
+  EXPECT_NEAR(bf16.steps.back().loss, f32.steps.back().loss, 0.05 * f32.steps.back().loss);
+}
+
+class TrainerResume : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(TrainerResume, GoesOnAsIfNothingHadHappened) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.runtime.dtype = GetParam();
+  config.steps = 9;
+  config.optimizer.schedule = "constant";  // does not depend on the number of steps
+  const RunRecord reference = TrainOnThreads(2, config);
+  ASSERT_TRUE(reference.status.ok()) << reference.status;
+
+  TrainConfig half = config;
+  half.steps = 4;
+  half.checkpoint.resume = "auto";
+  ASSERT_TRUE(TrainOnThreads(2, half, {}, [](Trainer& t) { return t.Save(); }).status.ok());
+
+  TrainConfig rest = config;
+  rest.checkpoint.resume = "must";
+  const RunRecord same = TrainOnThreads(2, rest);
+  ASSERT_TRUE(same.status.ok()) << same.status;
+  ASSERT_EQ(same.steps.size(), 5u);
+  EXPECT_EQ(same.steps.front().step, 5);
+  EXPECT_EQ(same.parameters, reference.parameters);
+  EXPECT_EQ(same.steps.back().loss, reference.steps.back().loss);
+
+  const double tolerance = GetParam() == "bf16" ? 2e-3 : 1e-5;
+  for (int ranks : {1, 3}) {
+    const RunRecord other = TrainOnThreads(ranks, rest);
+    ASSERT_TRUE(other.status.ok()) << other.status;
+    for (size_t i = 0; i < other.steps.size(); ++i) {
+      EXPECT_NEAR(other.steps[i].loss, reference.steps[i + 4].loss,
+                  tolerance * reference.steps[i + 4].loss);
+    }
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Types, TrainerResume, ::testing::Values("f32", "bf16"),
+                         [](const auto& info) { return info.param; });
+
+TEST(Trainer, RefusesCheckpointWithAnotherDataOrder) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 2;
+  ASSERT_TRUE(TrainOnThreads(1, config, {}, [](Trainer& t) { return t.Save(); }).status.ok());
+  config.checkpoint.resume = "must";
+  config.batch.global = 8;
+  EXPECT_THAT(std::string(TrainOnThreads(2, config).status.message()),
+              HasSubstr("batch.global 11"));
+}
+
+TEST(Trainer, MustResumeFailsOnAllRanksWithoutACheckpoint) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.checkpoint.resume = "must";
+  const RunRecord record = TrainOnThreads(3, config);
+  EXPECT_FALSE(record.status.ok());
+  EXPECT_THAT(std::string(record.status.message()), HasSubstr("checkpoint"));
+}
+
+TEST(Trainer, SkipsTheUpdateOfANonFiniteStepEverywhere) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 3;
+  config.spikes.max_loss = 1e-3;  // every step counts as a spike
+  const RunRecord record = TrainOnThreads(2, config);
+  ASSERT_TRUE(record.status.ok()) << record.status;
+  for (const StepStats& s : record.steps) EXPECT_TRUE(s.skipped);
+  EXPECT_EQ(record.steps.back().skipped_total, 3);
+  EXPECT_EQ(record.steps[0].loss, record.steps[0].loss);
+
+  config.spikes.nonfinite = "stop";
+  EXPECT_THAT(std::string(TrainOnThreads(2, config).status.message()),
+              HasSubstr("spikes.nonfinite is stop"));
+}
+
+TEST(Trainer, RefusesTokensOutsideTheVocabulary) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.model.vocabulary = 200;
+  EXPECT_THAT(std::string(TrainOnThreads(2, config).status.message()),
+              HasSubstr("raise model.vocabulary"));
+}
+
+TEST(Trainer, SamplesTheSameTextOnAnyNumberOfRanks) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 2;
+  std::vector<std::string> texts;
+  for (int ranks : {1, 2}) {
+    std::string text;
+    const RunRecord record = TrainOnThreads(ranks, config, {}, [&](Trainer& t) -> absl::Status {
+      STRETTO_ASSIGN_OR_RETURN(const std::string sample, t.Sample("the ", 40, 0.0, 0));
+      if (!sample.empty()) text = sample;
+      return absl::OkStatus();
+    });
+    ASSERT_TRUE(record.status.ok()) << record.status;
+    texts.push_back(text);
+  }
+  EXPECT_FALSE(texts[0].empty());
+  EXPECT_EQ(texts[0], texts[1]);
+}
+
+}  // namespace
+}  // namespace stretto

@@ -1,0 +1,270 @@
+// What a run will hold in memory, compute and send, from its configuration alone: nothing is
+// allocated, read or started.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "stretto/train/config.h"
+#include "stretto/train/flops.h"
+#include "stretto/train/memory.h"
+#include "tools/arguments.h"
+
+namespace stretto {
+namespace {
+
+constexpr int kFits = 0, kFailed = 1;
+constexpr size_t kBuffersShown = 20;
+
+// "80GiB", "1.5 TB", "4096": bytes. GiB and the like are powers of 1024, GB of 1000.
+absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
+  constexpr struct {
+    const char* unit;
+    double bytes;
+  } kUnits[] = {{"", 1},      {"B", 1},        {"KB", 1e3},     {"MB", 1e6},     {"GB", 1e9},
+                {"TB", 1e12}, {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30}, {"TiB", 0x1p40}};
+  const absl::Status wrong = absl::InvalidArgumentError(absl::StrCat(
+      "--device-memory must be a size such as 80GiB, 24GB or a number of bytes, not '", text, "'"));
+  char* end = nullptr;
+  const double number = std::strtod(text.c_str(), &end);
+  if (end == text.c_str() || !std::isfinite(number) || number <= 0) return wrong;
+  while (*end == ' ') ++end;
+  for (const auto& unit : kUnits) {
+    const double bytes = number * unit.bytes;
+    if (std::string(end) == unit.unit && bytes < 0x1p62) return static_cast<int64_t>(bytes);
+  }
+  return wrong;
+}
+
+absl::StatusOr<RunPlan> PlanOf(TrainConfig config, int ranks) {
+  STRETTO_RETURN_IF_ERROR(config.Resolve(ranks));
+  return PlanRun(config, ranks, 0);  // the first rank has the largest share of rows
+}
+
+// One change of the configuration that saves memory, and how to ask for it.
+struct Change {
+  std::string option;
+  std::function<void(TrainConfig&, int& ranks)> apply;
+};
+
+std::vector<Change> Changes(const TrainConfig& config, int ranks) {
+  std::vector<Change> changes;
+  const auto recompute = [&](const char* value) {
+    changes.push_back({absl::StrCat("runtime.recompute=", value),
+                       [value](TrainConfig& c, int&) { c.runtime.recompute = value; }});
+  };
+  const auto loss_chunk = [&](int64_t chunk) {
+    changes.push_back({absl::StrCat("runtime.loss_chunk=", chunk),
+                       [chunk](TrainConfig& c, int&) { c.runtime.loss_chunk = chunk; }});
+  };
+  const auto micro = [&](int64_t samples) {
+    changes.push_back({absl::StrCat("batch.micro=", samples),
+                       [samples](TrainConfig& c, int&) { c.batch.micro = samples; }});
+  };
+  // Cheapest in time first.
+  constexpr int64_t kChunk = 8192;
+  const bool chunked = config.runtime.loss_chunk > 0 && config.runtime.loss_chunk <= kChunk;
+  if (!chunked && config.model.vocabulary > 2 * kChunk) loss_chunk(kChunk);
+  for (int64_t m = config.batch.micro / 2; m >= 1; m /= 2) micro(m);
+  if (config.runtime.recompute == "none") recompute("norms");
+  if (config.runtime.recompute != "block") recompute("block");
+  return changes;
+}
+
+// One sentence: what to change so that a rank needs at most `limit` bytes.
+std::string Advice(const TrainConfig& config, int ranks, int64_t limit) {
+  const auto try_plan = [&](const TrainConfig& c, int n) -> std::optional<int64_t> {
+    const auto plan = PlanOf(c, n);
+    if (!plan.ok() || plan->arena_bytes > limit) return std::nullopt;
+    return plan->arena_bytes;
+  };
+  const auto sentence = [&](const std::string& what, int64_t bytes) {
+    return absl::StrCat("set ", what, ", which needs ", HumanBytes(bytes), " a rank");
+  };
+  const std::vector<Change> changes = Changes(config, ranks);
+  for (const Change& change : changes) {
+    TrainConfig c = config;
+    int n = ranks;
+    change.apply(c, n);
+    if (const auto bytes = try_plan(c, n)) return sentence(change.option, *bytes);
+  }
+  // All of them together, of each kind the strongest; then more ranks, too.
+  TrainConfig all = config;
+  int n = ranks;
+  std::vector<std::string> options;
+  for (const Change& change : changes) {
+    change.apply(all, n);
+    const std::string key = change.option.substr(0, change.option.find('='));
+    if (!options.empty() && options.back().rfind(key + "=", 0) == 0) options.pop_back();
+    options.push_back(change.option);
+  }
+  std::string text;
+  for (const std::string& option : options)
+    absl::StrAppend(&text, text.empty() ? "" : ", ", option);
+  if (options.size() > 1) {
+    if (const auto bytes = try_plan(all, n)) return sentence(text, *bytes);
+  }
+  const std::string and_options = text.empty() ? "" : " and set " + text;
+  for (int more = 2 * ranks; more <= 4096; more *= 2) {
+    TrainConfig c = all;
+    c.parallel.dp = 0;
+    c.batch.global = std::max<int64_t>(c.batch.global, more);
+    if (const auto bytes = try_plan(c, more)) {
+      return absl::StrCat("use ", more, " ranks", and_options, ", which needs ", HumanBytes(*bytes),
+                          " a rank");
+    }
+  }
+  return "parameters and gradients alone are too large for it: choose a smaller model or "
+         "runtime.dtype=bf16";
+}
+
+struct Summary {
+  TrainConfig config;  // resolved
+  int ranks = 1;
+  RunPlan plan;
+  StepFlops flops;  // of a step, all ranks
+  int64_t parameters = 0;
+  int64_t device_memory = -1;  // -1: not given
+  std::string advice;          // when it does not fit
+
+  bool fits() const { return device_memory < 0 || plan.arena_bytes <= device_memory; }
+};
+
+std::string Text(const Summary& s) {
+  std::string out = absl::StrFormat(
+      "%s with %d parameters, %s, %d rank%s\n"
+      "step: %d samples of %d tokens; micro-batch of %d tokens a rank, recompute %s\n\n"
+      "memory of a rank:\n%s\n",
+      s.config.model.family, s.parameters, s.config.runtime.dtype, s.ranks, s.ranks == 1 ? "" : "s",
+      s.config.batch.global, s.config.data.sequence_length, s.plan.micro_batch_tokens,
+      s.config.runtime.recompute, s.plan.MemoryTable());
+  absl::StrAppend(&out, "activations of a training micro-batch, largest buffers first:\n",
+                  s.plan.train_frame.plan.Report(kBuffersShown), "\n");
+  const double tokens = static_cast<double>(s.config.batch.global * s.config.data.sequence_length);
+  const auto flops = [&](const char* name, double value, const char* meaning) {
+    absl::StrAppendFormat(&out, "  %-8s %.4g a step, %.4g a token  (%s)\n", name, value,
+                          value / tokens, meaning);
+  };
+  absl::StrAppend(&out, "FLOPs of forward and backward, all ranks, whole documents of ",
+                  s.config.data.sequence_length, " tokens:\n");
+  flops("palm", s.flops.palm, "6 N and attention without its mask");
+  flops("causal", s.flops.causal, "the products that run");
+  absl::StrAppend(&out, "\nbytes that a rank sends in a step:\n");
+  const auto sent = [&](const char* name, int64_t bytes) {
+    absl::StrAppendFormat(&out, "  %-18s %12s\n", name, HumanBytes(bytes));
+  };
+  sent("gradients", s.plan.gradient_bytes_sent);
+  sent("parameters", s.plan.parameter_bytes_sent);
+  sent("scalars", s.plan.scalar_bytes_sent);
+  if (s.device_memory >= 0) {
+    const std::string sizes = absl::StrCat(HumanBytes(s.plan.arena_bytes), " of ",
+                                           HumanBytes(s.device_memory), " a rank");
+    absl::StrAppend(&out, "\n", s.fits() ? "fits: " : "does not fit: needs ", sizes,
+                    s.fits() ? "" : "; " + s.advice, "\n");
+  }
+  return out;
+}
+
+std::string Json(const Summary& s) {
+  nlohmann::ordered_json j;
+  j["ranks"] = s.ranks;
+  j["parameters"] = s.parameters;
+  j["micro_batch_tokens"] = s.plan.micro_batch_tokens;
+  for (const NamedBytes& arena : s.plan.arenas) j["arenas"][arena.name] = arena.bytes;
+  j["arena_bytes"] = s.plan.arena_bytes;
+  const auto frame = [](const FrameLayout& layout) {
+    const MemoryPlan& plan = layout.plan;
+    nlohmann::ordered_json f;
+    f["bytes"] = layout.bytes();
+    f["peak_live_bytes"] = plan.peak_live_bytes;
+    std::vector<size_t> order(plan.buffers.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+      return plan.buffers[a].bytes > plan.buffers[b].bytes;
+    });
+    order.resize(std::min(order.size(), kBuffersShown));
+    f["buffers"] = nlohmann::ordered_json::array();
+    for (const size_t i : order) {
+      const BufferSpec& b = plan.buffers[i];
+      f["buffers"].push_back({{"name", b.name},
+                              {"bytes", b.bytes},
+                              {"offset", plan.offsets[i]},
+                              {"first_action", b.first},
+                              {"last_action", b.last}});
+    }
+    return f;
+  };
+  j["training_frame"] = frame(s.plan.train_frame);
+  j["evaluation_frame"] = frame(s.plan.evaluation_frame);
+  j["flops_per_step"] = {{"palm", s.flops.palm}, {"causal", s.flops.causal}};
+  j["bytes_sent_per_step"] = {{"gradients", s.plan.gradient_bytes_sent},
+                              {"parameters", s.plan.parameter_bytes_sent},
+                              {"scalars", s.plan.scalar_bytes_sent}};
+  if (s.device_memory >= 0) {
+    j["device_memory"] = s.device_memory;
+    j["fits"] = s.fits();
+    if (!s.fits()) j["advice"] = s.advice;
+  }
+  return j.dump(2) + "\n";
+}
+
+absl::StatusOr<int> Main(int argc, char** argv) {
+  std::vector<std::string> sets;
+  int64_t ranks = 1;
+  std::string device_memory;
+  bool json = false;
+  Arguments arguments("stretto-plan",
+                      "Prints memory, FLOPs and communication of one rank's step. Exit code 1: the "
+                      "memory does not\nsuffice, or an error.",
+                      "CONFIG.json");
+  arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
+  arguments.Add("ranks", "N", "ranks of the run", &ranks);
+  arguments.Add("device-memory", "SIZE", "what a rank has, e.g. 80GiB", &device_memory);
+  arguments.AddFlag("json", "print JSON", &json);
+  STRETTO_RETURN_IF_ERROR(arguments.Parse(argc, argv));
+  if (arguments.help()) {
+    std::printf("%s", arguments.Help().c_str());
+    return kFits;
+  }
+  if (arguments.rest().size() != 1) {
+    return absl::InvalidArgumentError("stretto-plan needs one configuration file; see --help");
+  }
+  if (ranks < 1 || ranks > (1 << 20)) {
+    return absl::InvalidArgumentError(absl::StrCat("--ranks must be 1 to 1048576, not ", ranks));
+  }
+  Summary s;
+  s.ranks = static_cast<int>(ranks);
+  STRETTO_RETURN_IF_ERROR(LoadConfig(arguments.rest()[0], sets, ConfigRef(&s.config)));
+  if (!device_memory.empty()) {
+    STRETTO_ASSIGN_OR_RETURN(s.device_memory, ParseBytes(device_memory));
+  } else {
+    s.device_memory = s.config.runtime.host_memory_bytes;
+  }
+  STRETTO_RETURN_IF_ERROR(s.config.Resolve(s.ranks));
+  STRETTO_ASSIGN_OR_RETURN(s.plan, PlanRun(s.config, s.ranks, 0));
+  const int64_t length = s.config.data.sequence_length, samples = s.config.batch.global;
+  s.flops = TrainingFlops(s.config.model, {samples * length, samples * length * length});
+  s.parameters = ParameterCount(s.config.model);
+  if (!s.fits()) s.advice = Advice(s.config, s.ranks, s.device_memory);
+  std::fputs((json ? Json(s) : Text(s)).c_str(), stdout);
+  return s.fits() ? kFits : kFailed;
+}
+
+}  // namespace
+}  // namespace stretto
+
+int main(int argc, char** argv) {
+  const absl::StatusOr<int> code = stretto::Main(argc, argv);
+  if (code.ok()) return *code;
+  std::fprintf(stderr, "%s\n", std::string(code.status().message()).c_str());
+  return stretto::kFailed;
+}

@@ -41,7 +41,7 @@ void LossHeadLayer::Forward(Run& run, Frame& frame) const {
   }
   const Run::Target total = run.LossTotal();
   ops::LossFinish(run.ops(), frame.Value(losses_).Flat(), total.tensor, state, frame.tokens.weights,
-                  total.accumulate);
+                  total.accumulate, frame.tokens.targets);
 }
 
 void LossHeadLayer::BackwardInput(Run& run, Frame& frame) const {

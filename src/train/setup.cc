@@ -134,52 +134,42 @@ absl::Status Trainer::Impl::Restore() {
       world, CheckpointOptions{.directory = directory,
                                .keep = static_cast<int>(config.checkpoint.keep),
                                .async = config.checkpoint.async});
-  // The checkpoint at `where`, or the newest below it. Rank 0 chooses, so that all ranks restore
-  // the same one.
-  const auto choose = [&](const std::string& where, bool required) -> absl::StatusOr<std::string> {
-    std::string chosen;
-    absl::Status found;
-    if (world.rank() == 0) {
-      std::error_code ignored;
-      const absl::StatusOr<CheckpointInfo> newest =
-          std::filesystem::exists(where + "/stretto.json", ignored) ? ReadCheckpointInfo(where)
-                                                                    : FindNewestCheckpoint(where);
-      if (newest.ok()) {
-        chosen = newest->path;
-      } else if (!absl::IsNotFound(newest.status()) || required) {
-        found = newest.status();
-      }
-    }
-    STRETTO_RETURN_IF_ERROR(world.Agree("finding a checkpoint", found));
-    STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                             world.AllGather("checkpoint", chosen));
-    return all[0];
+  // The checkpoint at `where`, or the newest sound one below it; none when it may be absent. The
+  // same on all ranks, each of which checks a part of the bytes.
+  const auto choose = [&](const std::string& where,
+                          bool required) -> absl::StatusOr<std::optional<CheckpointInfo>> {
+    std::error_code ignored;
+    const bool is_checkpoint = std::filesystem::exists(where + "/stretto.json", ignored);
+    absl::StatusOr<CheckpointInfo> found =
+        is_checkpoint ? ReadCheckpointInfo(where) : FindNewestCheckpoint(world, where);
+    if (found.ok()) return std::optional<CheckpointInfo>(*std::move(found));
+    if (absl::IsNotFound(found.status()) && !required) return std::optional<CheckpointInfo>();
+    return found.status();
   };
-  std::string path;
+  std::optional<CheckpointInfo> newest;
   if (config.checkpoint.resume != "never") {
-    STRETTO_ASSIGN_OR_RETURN(path, choose(directory, config.checkpoint.resume == "must"));
+    STRETTO_ASSIGN_OR_RETURN(newest, choose(directory, config.checkpoint.resume == "must"));
   }
-  if (path.empty()) {
+  if (!newest) {
     if (config.checkpoint.initial.empty()) return absl::OkStatus();
     // A new run that starts from given weights: data order, step and optimizer begin at 0.
-    STRETTO_ASSIGN_OR_RETURN(const std::string initial,
+    STRETTO_ASSIGN_OR_RETURN(const std::optional<CheckpointInfo> initial,
                              choose(config.checkpoint.initial, /*required=*/true));
     const auto load_weights = [&]() -> absl::Status {
-      STRETTO_ASSIGN_OR_RETURN(const CheckpointInfo info, ReadCheckpointInfo(initial));
       StateRegistry weights;
       STRETTO_RETURN_IF_ERROR(dp->Register(&weights));
-      return LoadCheckpoint(info, weights);
+      return LoadCheckpoint(*initial, weights);
     };
     STRETTO_RETURN_IF_ERROR(world.Agree("loading the initial weights", load_weights()));
     STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
     STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
     optimizer->ResetMasters();
-    if (world.rank() == 0) LogInfo(absl::StrCat("starting from the weights in ", initial));
+    if (world.rank() == 0) LogInfo(absl::StrCat("starting from the weights in ", initial->path));
     return absl::OkStatus();
   }
 
   const auto load = [&]() -> absl::Status {
-    STRETTO_ASSIGN_OR_RETURN(const CheckpointInfo info, ReadCheckpointInfo(path));
+    const CheckpointInfo& info = *newest;
     STRETTO_ASSIGN_OR_RETURN(const TrainerState saved,
                              ParseTrainerState(info.trainer_state, info.path));
     STRETTO_RETURN_IF_ERROR(LoadCheckpoint(info, registry));
@@ -200,7 +190,7 @@ absl::Status Trainer::Impl::Restore() {
   STRETTO_RETURN_IF_ERROR(world.Agree("loading the checkpoint", load()));
   STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
   STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
-  if (world.rank() == 0) LogInfo(absl::StrCat("continuing from ", path));
+  if (world.rank() == 0) LogInfo(absl::StrCat("continuing from ", newest->path));
   return absl::OkStatus();
 }
 

@@ -4,7 +4,7 @@
 #   --text FILE    learn this text instead of the King James Bible (plain text, a few MB)
 #   --output DIR   where everything goes (default runs/quickstart); run again to go on after a stop
 #   --steps N      optimizer steps (default: those of the configuration)
-#   --config FILE  default configs/quickstart.json; configs/longer.json trains longer
+#   --config FILE  default configs/quickstart.json
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "$0")/common.sh"

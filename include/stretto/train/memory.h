@@ -26,13 +26,16 @@ struct RunPlan {
   int64_t micro_batch_tokens = 0;  // capacity of a frame
   std::vector<NamedBytes> arenas;  // parameters, gradients, constants, optimizer state, activations
   int64_t arena_bytes = 0;         // their sum
+  // What the process needs besides: constants measured as at-most values, not planned.
+  std::vector<NamedBytes> overheads;
+  int64_t overhead_bytes = 0;  // their sum
 
   // Payload bytes that this rank sends in one step, by purpose.
   int64_t gradient_bytes_sent = 0;
   int64_t parameter_bytes_sent = 0;
   int64_t scalar_bytes_sent = 0;
 
-  // The arenas as a table.
+  // Arenas and overheads as a table.
   std::string MemoryTable() const;
 };
 

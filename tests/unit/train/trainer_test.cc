@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <fstream>
 
 #include "tests/support/training.h"
 
@@ -137,6 +138,31 @@ TEST_P(TrainerResume, GoesOnAsIfNothingHadHappened) {
 }
 INSTANTIATE_TEST_SUITE_P(Types, TrainerResume, ::testing::Values("f32", "bf16"),
                          [](const auto& info) { return info.param; });
+
+TEST(Trainer, GoesBackToAnOlderCheckpointWhenTheNewestIsDamaged) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.checkpoint.resume = "auto";
+  const auto save = [](Trainer& t) { return t.Save(); };
+  for (int64_t steps : {2, 4}) {
+    config.steps = steps;
+    ASSERT_TRUE(TrainOnThreads(2, config, {}, save).status.ok());
+  }
+  const std::string shard =
+      directory / "run/checkpoints/step-00000004/" + "shard-00002-model-00001-of-00001.safetensors";
+  {
+    std::fstream file(shard, std::ios::in | std::ios::out | std::ios::binary);
+    ASSERT_TRUE(file.good());
+    file.seekg(-5, std::ios::end);
+    const char byte = static_cast<char>(file.peek() ^ 0x10);
+    file.seekp(-5, std::ios::end);
+    file.put(byte);
+  }
+  config.steps = 6;
+  const RunRecord record = TrainOnThreads(2, config);
+  ASSERT_TRUE(record.status.ok()) << record.status;
+  EXPECT_EQ(record.steps.front().step, 3);
+}
 
 TEST(Trainer, RefusesCheckpointWithAnotherDataOrder) {
   ScratchDirectory directory;

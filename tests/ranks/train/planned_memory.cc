@@ -1,0 +1,65 @@
+// The plan's memory against the process's real peak (VmHWM): within 1 % plus the listed overheads,
+// and not far below either, so that the plan cannot be right by being generous.
+#include <cstdio>
+
+#include "stretto/core/log.h"
+#include "stretto/observe/memory.h"
+#include "stretto/train/memory.h"
+#include "tests/support/training.h"
+
+namespace stretto {
+namespace {
+
+absl::Status Check(World& world) {
+  testing::ScratchDirectory scratch;
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
+                           world.AllGather("scratch", scratch.path()));
+  TrainConfig config = testing::TinyRun(scratch, "llama");
+  config.data.train = paths[0] + "/train.bin";
+  config.data.validation = paths[0] + "/validation.bin";
+  config.output = paths[0] + "/run";
+  config.steps = 2;
+  config.model.vocabulary = 8192;
+  config.model.layers = 4;
+  config.model.hidden = 512;
+  config.model.heads = 8;
+  config.model.kv_heads = 8;
+  config.model.head_dim = 64;
+  config.model.ffn = 1376;
+  config.batch.global = 16;
+  config.batch.micro = 8;
+  STRETTO_RETURN_IF_ERROR(world.Barrier("data"));
+  STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
+  STRETTO_ASSIGN_OR_RETURN(const RunPlan plan,
+                           PlanRun(trainer->config(), world.size(), world.rank()));
+  while (trainer->step() < config.steps) STRETTO_RETURN_IF_ERROR(trainer->Step().status());
+  STRETTO_RETURN_IF_ERROR(trainer->Finish());
+  STRETTO_ASSIGN_OR_RETURN(const ProcessMemory memory, ReadProcessMemory());
+  const double planned = static_cast<double>(plan.arena_bytes);
+  const double peak = static_cast<double>(memory.peak_resident_bytes);
+  std::printf("rank %d: planned %.1f MB, peak %.1f MB, overheads at most %.1f MB\n", world.rank(),
+              planned / 1e6, peak / 1e6, static_cast<double>(plan.overhead_bytes) / 1e6);
+  if (peak > 1.01 * planned + static_cast<double>(plan.overhead_bytes)) {
+    return absl::InternalError("the process needed more than planned plus the listed overheads");
+  }
+  if (peak < 0.99 * planned) return absl::InternalError("the plan is far above what was used");
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace stretto
+
+int main() {
+  auto world = stretto::World::Create({.timeout = std::chrono::seconds(120)});
+  if (!world.ok()) {
+    std::fprintf(stderr, "%s\n", std::string(world.status().message()).c_str());
+    return 1;
+  }
+  stretto::SetLogRank((*world)->rank(), (*world)->size());
+  const absl::Status status = (*world)->Agree("checking", stretto::Check(**world));
+  if (!status.ok()) {
+    std::fprintf(stderr, "rank %d: %s\n", (*world)->rank(), std::string(status.message()).c_str());
+    return 1;
+  }
+  return 0;
+}

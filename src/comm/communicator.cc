@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
+#include <sstream>
 #include <thread>
 #include <utility>
 
@@ -485,6 +486,17 @@ absl::StatusOr<Group> Communicator::MakeGroup(const std::string& name, const Ran
       return absl::InvalidArgumentError(absl::StrCat(
           where, "it is [", RanksText(ranks), "] here but [", lists[static_cast<std::size_t>(r)],
           "] on rank ", r, "; the ranks of a group must list the same ranks in the same order"));
+    }
+  }
+  // Also when this rank's own group is sound: all go on with it or none, so that ids stay in step.
+  for (int r = 0; r < world.size(); ++r) {
+    const std::string& theirs = lists[static_cast<std::size_t>(r)];
+    std::istringstream members(theirs);
+    for (int q = 0; members >> q;) {
+      if (lists[static_cast<std::size_t>(q)] == theirs) continue;
+      return absl::InvalidArgumentError(absl::StrCat(
+          where, "it is [", theirs, "] on rank ", r, " but [", lists[static_cast<std::size_t>(q)],
+          "] on rank ", q, "; the ranks of a group must list the same ranks in the same order"));
     }
   }
   return impl_->AddGroup(name, ranks).group;

@@ -256,6 +256,14 @@ bool StoreServer::State::Greet(Connection& c, uint64_t request, wire::Reader& fr
     Answer(c, request, wire::Reply::kRefused, "the job token differs");
     return false;
   }
+  for (const auto& [id, other] : connections) {
+    // A second job on the same port would otherwise be taken for this one, and its end for a death.
+    if (rank < 0 || !other.greeted || other.broken || other.rank != rank) continue;
+    Answer(c, request, wire::Reply::kRefused,
+           absl::StrCat("rank ", rank, " of this job is connected already; if this is another job, "
+                        "give it a MASTER_PORT of its own"));
+    return false;
+  }
   c.greeted = true;
   c.rank = rank;
   {

@@ -221,7 +221,12 @@ absl::StatusOr<Transport::Request> TcpTransport::Send(const void* data, int64_t 
 
 absl::StatusOr<Transport::Request> TcpTransport::Receive(void* data, int64_t bytes, int peer,
                                                          int tag) {
-  STRETTO_RETURN_IF_ERROR(CheckPeer(peer));
+  if (absl::Status broken = CheckPeer(peer); !broken.ok()) {
+    // What the peer sent whole before its connection ended still counts: it may have finished.
+    const bool here = !abandoned_ && peer >= 0 && peer < size_ &&
+                      HasWhole(*peers_[static_cast<std::size_t>(peer)], tag);
+    if (!here) return broken;
+  }
   const Request request = NewSlot(static_cast<char*>(data), bytes, peer, tag, true);
   if (peer == rank_) {
     LoopBack(request);
@@ -250,6 +255,13 @@ absl::StatusOr<Transport::Request> TcpTransport::Receive(void* data, int64_t byt
   }
   p.receives.push_back(request);
   return request;
+}
+
+bool TcpTransport::HasWhole(const Peer& peer, int tag) {
+  for (const Peer::Early& early : peer.early) {
+    if (early.tag == tag) return early.sender < 0;  // the first that matches, and no mere offer
+  }
+  return false;
 }
 
 void TcpTransport::LoopBack(Request request) {

@@ -51,6 +51,8 @@ class TcpTransport : public Transport {
   void OnPayload(Peer& peer);
   void Break(Peer& peer, absl::Status why);
   bool SizesAgree(Peer& peer, const Slot& slot, int64_t bytes);
+  // True when a message with this tag has arrived whole, before its receive was posted.
+  static bool HasWhole(const Peer& peer, int tag);
   void LoopBack(Request request);
 
   int rank_;

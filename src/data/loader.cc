@@ -119,7 +119,15 @@ absl::StatusOr<std::unique_ptr<Loader>> Loader::Create(const TokenDataset& datas
         absl::StrCat("a micro-batch of ", largest, " samples of ", length,
                      " tokens is larger than 2^31 - 1 tokens; use a smaller micro-batch"));
   }
-  const int64_t batches = (last - first + options.micro_batch - 1) / options.micro_batch;
+  // A step's batches are held in memory; this also keeps the arithmetic below far from overflow.
+  constexpr int64_t kMaxStepTokens = int64_t{1} << 33;
+  if (last - first > kMaxStepTokens / length) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a global batch of ", options.global_batch, " samples of ", length,
+                     " tokens gives this rank more than ", kMaxStepTokens,
+                     " tokens a step; use a smaller global batch or more ranks"));
+  }
+  const int64_t batches = (last - first - 1) / options.micro_batch + 1;
   for (Impl::Slot& slot : impl.slots) {
     slot.batches.resize(batches);
     for (int64_t b = 0; b < batches; ++b) {

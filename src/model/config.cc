@@ -65,6 +65,19 @@ absl::Status ModelConfig::Resolve() {
   if (rope_scaling_factor > 0 && rope_high_freq_factor <= rope_low_freq_factor) {
     errors.push_back("model.rope_high_freq_factor must be above model.rope_low_freq_factor");
   }
+  // Bounds that keep sizes in bytes inside 64 bits, far beyond any machine.
+  const auto real = [](int64_t v) { return static_cast<double>(v); };
+  const double query_width = real(heads) * real(head_dim);
+  const double kv_width = real(kv_heads) * real(head_dim);
+  const double elements =
+      real(layers) * real(hidden) * (2 * query_width + 2 * kv_width + 3 * real(ffn)) +
+      real(hidden) * (2 * real(vocabulary) + real(max_positions));
+  if (elements > 0x1p50 || query_width > 0x1p24) {
+    errors.push_back(absl::StrCat("the model would have about ", elements,
+                                  " parameters with ", query_width,
+                                  " query columns; at most 2^50 and 2^24 are supported: lower "
+                                  "model.layers, hidden, heads, head_dim, ffn or vocabulary"));
+  }
   if (!errors.empty()) return absl::InvalidArgumentError(absl::StrJoin(errors, "\n"));
   return absl::OkStatus();
 }

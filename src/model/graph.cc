@@ -49,9 +49,20 @@ const char* Name(Recompute recompute) {
 
 namespace {
 
+// Whether a slot's producer runs again, if at all, in the same place as `layer`.
+bool SameBlock(const Graph& graph, const SlotInfo& slot, int layer) {
+  return slot.producer >= 0 && graph.layer_block[slot.producer] == graph.layer_block[layer];
+}
+
 // Which values are worth dropping after forward, before asking whether backward needs them.
 bool Droppable(const Graph& graph, const SlotInfo& slot, Recompute recompute) {
   if (slot.producer < 0 || graph.layer_block[slot.producer] < 0 || slot.keep_to_end) return false;
+  // Blocks run again one by one, each just before its own backward: later blocks have gone by.
+  for (const SlotInfo::Reader& r : slot.readers) {
+    if (!SameBlock(graph, slot, r.layer) && (r.uses & (kInBackwardInput | kInBackwardWeight))) {
+      return false;
+    }
+  }
   switch (recompute) {
     case Recompute::kNone:
       return false;
@@ -87,13 +98,23 @@ ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_w
 
   // What each layer writes and reads in forward.
   std::vector<std::vector<int>> outputs(layers), inputs(layers);
+  // Layers that cannot run again: they change in place what is not written again before them.
+  std::vector<bool> once(layers, false);
   for (size_t s = 0; s < graph.slots.size(); ++s) {
     const SlotInfo& slot = graph.slots[s];
     if (slot.producer >= 0) outputs[slot.producer].push_back(static_cast<int>(s));
     for (const SlotInfo::Reader& r : slot.readers) {
       if (r.uses & kInForward) inputs[r.layer].push_back(static_cast<int>(s));
+      if (slot.modified_by_reader && !SameBlock(graph, slot, r.layer)) once[r.layer] = true;
     }
     list.dropped[s] = Droppable(graph, slot, recompute);
+  }
+  for (int l = 0; l < layers; ++l) {
+    if (!once[l]) continue;
+    for (int s : outputs[l]) list.dropped[s] = false;
+    for (int s : inputs[l]) {
+      if (graph.slots[s].modified_by_reader) list.dropped[s] = false;
+    }
   }
 
   // From the last layer back: a layer runs again when something it dropped is needed in backward,
@@ -112,8 +133,12 @@ ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_w
     if (!RecomputeReadsInputs(graph, list, l)) continue;
     for (int s : inputs[l]) {
       needed[s] = true;
+      if (!SameBlock(graph, graph.slots[s], l)) {
+        list.dropped[s] = false;  // its own block has not run again yet
+        continue;
+      }
       // A layer that changes its input in place can only run again on a fresh input.
-      if (graph.slots[s].modified_by_reader && graph.slots[s].producer >= 0) list.dropped[s] = true;
+      if (graph.slots[s].modified_by_reader) list.dropped[s] = true;
     }
   }
   for (size_t s = 0; s < graph.slots.size(); ++s) {
@@ -220,7 +245,9 @@ bool MayShareGradient(const Graph& graph, const Times& times, int slot) {
     };
     const auto last_read = [&](const SlotInfo& s) {
       Span span;
-      if (s.producer >= 0) times.AddBackward(&span, s.producer, s.grad_uses);
+      // The gradient of an input is for whoever filled the input.
+      if (s.producer < 0) return times.end;
+      times.AddBackward(&span, s.producer, s.grad_uses);
       return span.last;
     };
     if (last_read(o) >= first_change(a) || last_read(a) >= first_change(o)) return false;

@@ -212,6 +212,9 @@ void DataParallel::SubmitReduce(Run& run, Bucket& bucket) {
 }
 
 absl::Status DataParallel::FinishGradients(Run& run) {
+  // The optimizer is about to change what the gathers send. Forward has waited for them, but a rank
+  // without micro-batches ran none.
+  STRETTO_RETURN_IF_ERROR(WaitParameters());
   for (Bucket& bucket : buckets_) {
     if (!bucket.submitted) SubmitReduce(run, bucket);
   }

@@ -37,6 +37,9 @@ using snapshot_internal::WriteSafetensorsFile;
 using snapshot_internal::WriteWholeFile;
 using snapshot_internal::WrittenFile;
 
+// How long a writer that is destroyed in the middle of a write waits for other ranks.
+constexpr auto kGrace = std::chrono::seconds(5);
+
 // What one rank tells the others over the control plane: a status, the step that it is at, and the
 // file that it has written.
 struct Report {
@@ -118,6 +121,8 @@ struct CheckpointWriter::Impl {
   absl::Status thread_result;  // written by the thread, read after it was joined
   absl::Status first_error;    // since the last Finish
   std::atomic<int64_t> committed{-1};
+  // When waits for other ranks end whatever the time-out, in ticks of the steady clock.
+  std::atomic<int64_t> last_call{std::numeric_limits<int64_t>::max()};
 };
 
 absl::Status CheckpointWriter::Impl::StageTensors(const StateRegistry& registry, Job* job) {
@@ -196,7 +201,12 @@ absl::StatusOr<Report> CheckpointWriter::Impl::WaitFor(const std::string& key, i
       return absl::UnavailableError(
           absl::StrCat("rank ", rank, " died or left before it had ", what));
     }
-    if (std::chrono::steady_clock::now() > deadline) {
+    const auto now = std::chrono::steady_clock::now();
+    if (now.time_since_epoch().count() > last_call.load()) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("rank ", rank, " has not ", what, " before this rank gave up"));
+    }
+    if (now > deadline) {
       return absl::DeadlineExceededError(
           absl::StrCat("rank ", rank, " has not ", what, " within ",
                        std::chrono::duration_cast<std::chrono::seconds>(options.timeout).count(),
@@ -301,7 +311,11 @@ absl::Status CheckpointWriter::Impl::Join() {
 CheckpointWriter::CheckpointWriter(World& world, CheckpointOptions options)
     : impl_(std::make_unique<Impl>(world, std::move(options))) {}
 
-CheckpointWriter::~CheckpointWriter() { impl_->Join().IgnoreError(); }
+CheckpointWriter::~CheckpointWriter() {
+  // Without Finish the run ends by an error, and the rank that a write waits for may be the reason.
+  impl_->last_call = (std::chrono::steady_clock::now() + kGrace).time_since_epoch().count();
+  impl_->Join().IgnoreError();
+}
 
 absl::Status CheckpointWriter::Save(int64_t step, const StateRegistry& registry,
                                     const std::string& trainer_state) {

@@ -78,7 +78,7 @@ absl::StatusOr<Manifest> ReadStep(const std::string& root, int64_t step) {
 }
 
 absl::Status NoneIn(const std::string& directory) {
-  return absl::NotFoundError(absl::StrCat("no whole checkpoint in ", directory));
+  return absl::NotFoundError(absl::StrCat("no whole checkpoint in ", directory, "; check the path"));
 }
 
 // The first names of a list, and how many there are.
@@ -188,7 +188,7 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(const std::string& directory
       info.verified = verify == Verify::kDigests;
       if (status.ok()) return info;
     }
-    LogWarning(absl::StrCat("checkpoint ", path, " is passed over: ", status.ToString()));
+    LogWarning(absl::StrCat("checkpoint ", path, " is passed over: ", std::string(status.message())));
   }
   return NoneIn(directory);
 }
@@ -202,7 +202,7 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
     if (listed.ok()) {
       steps = *listed;
     } else if (!absl::IsNotFound(listed.status())) {
-      said = listed.status().ToString();
+      said = std::string(listed.status().message());
     }
   }
   if (world.rank() == 0 && said.empty()) said = "steps " + absl::StrJoin(steps, " ");
@@ -212,6 +212,7 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
     return absl::UnavailableError(absl::StrCat("rank 0: ", lists[0]));
   }
   std::istringstream words(lists[0].substr(6));
+  int64_t damaged = 0;
   for (int64_t step = 0; words >> step;) {
     const std::string path = StepPath(directory, step);
     absl::StatusOr<Manifest> manifest = ReadStep(directory, step);
@@ -223,7 +224,7 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
     // plane that is gone (give up).
     STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> findings,
                              world.AllGather(absl::StrCat("check of the checkpoint of step ", step),
-                                             status.ok() ? "" : status.ToString()));
+                                             status.ok() ? "" : std::string(status.message())));
     const auto bad = std::find_if(findings.begin(), findings.end(),
                                   [](const std::string& finding) { return !finding.empty(); });
     if (bad == findings.end()) {
@@ -231,10 +232,17 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
       info.verified = true;
       return info;
     }
+    ++damaged;
     if (world.rank() == 0) {
       LogWarning(absl::StrCat("checkpoint ", path, " is passed over: rank ", bad - findings.begin(),
                               ": ", *bad));
     }
+  }
+  if (damaged > 0) {
+    // Not "none": a new run in this directory would remove what may still be repaired.
+    return absl::DataLossError(absl::StrCat(
+        "none of the ", damaged, damaged == 1 ? " checkpoint" : " checkpoints", " in ", directory,
+        " is whole (the warnings of rank 0 say why); repair them, or move them away to start anew"));
   }
   return NoneIn(directory);
 }

@@ -1,6 +1,7 @@
 #include "stretto/train/config.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,12 @@
 #include "stretto/core/log.h"
 
 namespace stretto {
+namespace {
+
+constexpr double kMaxTimeoutSeconds = 1e8;  // three years; fits all clocks in nanoseconds
+constexpr int64_t kMaxThreads = 4096;
+
+}  // namespace
 
 void TrainConfig::Data::Visit(ConfigVisitor& v) {
   v.Field("train", &train, "token files to train on: a path or a glob, read in sorted order");
@@ -109,8 +116,8 @@ void TrainConfig::Checkpoint::Visit(ConfigVisitor& v) {
   v.Field("keep", &keep, "newest checkpoints that are kept; 0: all", {.min = 0});
   v.Field("async", &async, "write from a background thread while training goes on");
   v.Choice("resume", &resume, {"auto", "never", "must"},
-           "auto: go on from the newest checkpoint in `output` if there is one; never: start anew; "
-           "must: fail when there is none");
+           "auto: go on from the newest checkpoint in `output` if there is one; never: start anew, "
+           "refused when `output` holds checkpoints; must: fail when there is none");
   v.Field("initial", &initial,
           "checkpoint (a step directory, or a directory of them) whose weights the run starts from "
           "when it does not resume; empty: random weights");
@@ -185,6 +192,14 @@ absl::Status TrainConfig::Resolve(int ranks) {
     fail("data.sequence_length is ", data.sequence_length, " but the model has ",
          model.max_positions, " positions; raise model.max_positions or shorten the samples.");
   }
+  // Products beyond these bounds would overflow in the memory plan. A batch of the data loader
+  // counts its tokens in 32 bits.
+  const double step_tokens =
+      static_cast<double>(batch.micro) * static_cast<double>(data.sequence_length);
+  if (step_tokens > std::numeric_limits<int32_t>::max()) {
+    fail("batch.micro (", batch.micro, ") times data.sequence_length (", data.sequence_length,
+         ") is more than 2^31 - 1 tokens; lower one of them.");
+  }
   if (data.tokenizer.empty()) {
     fail("data.tokenizer is empty; use \"bytes\" or name a .tiktoken file or a directory.");
   }
@@ -210,8 +225,13 @@ absl::Status TrainConfig::Resolve(int ranks) {
   if (runtime.dtype == "f64" && runtime.device == "cuda") {
     fail("runtime.dtype f64 exists on the CPU only; set runtime.device to cpu or choose bf16.");
   }
-  if (runtime.timeout_seconds <= 0) {
-    fail("runtime.timeout_seconds is ", runtime.timeout_seconds, "; it must be above 0.");
+  if (runtime.timeout_seconds <= 0 || runtime.timeout_seconds > kMaxTimeoutSeconds) {
+    fail("runtime.timeout_seconds is ", runtime.timeout_seconds, "; it must be above 0 and at most ",
+         kMaxTimeoutSeconds, ".");
+  }
+  if (runtime.threads > kMaxThreads) {
+    fail("runtime.threads is ", runtime.threads, "; give at most ", kMaxThreads,
+         ", or 0 for the cores of the machine.");
   }
   if (runtime.host_memory_bytes == 0) {
     fail("runtime.host_memory_bytes is 0; give a number of bytes, or -1 for no limit.");

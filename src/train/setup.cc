@@ -94,7 +94,8 @@ absl::Status Trainer::Impl::SetUpModel() {
   dp->Attach(&*evaluation_run, evaluation_total);
   STRETTO_RETURN_IF_ERROR(dp->Register(&registry));
   STRETTO_RETURN_IF_ERROR(optimizer->Register(&registry));
-  return absl::OkStatus();
+  // Master weights are copied on the stream; loading a checkpoint writes them from this thread.
+  return stream->Synchronize();
 }
 
 absl::Status Trainer::Impl::SetUpData() {
@@ -132,8 +133,11 @@ absl::Status Trainer::Impl::Restore() {
   const std::string directory = config.output + "/checkpoints";
   checkpoints = std::make_unique<CheckpointWriter>(
       world, CheckpointOptions{.directory = directory,
-                               .keep = static_cast<int>(config.checkpoint.keep),
-                               .async = config.checkpoint.async});
+                               .keep = static_cast<int>(std::min<int64_t>(
+                                   config.checkpoint.keep, std::numeric_limits<int>::max())),
+                               .async = config.checkpoint.async,
+                               .timeout = std::chrono::milliseconds(
+                                   static_cast<int64_t>(config.runtime.timeout_seconds * 1000))});
   // The checkpoint at `where`, or the newest sound one below it; none when it may be absent. The
   // same on all ranks, each of which checks a part of the bytes.
   const auto choose = [&](const std::string& where,
@@ -149,6 +153,18 @@ absl::Status Trainer::Impl::Restore() {
   std::optional<CheckpointInfo> newest;
   if (config.checkpoint.resume != "never") {
     STRETTO_ASSIGN_OR_RETURN(newest, choose(directory, config.checkpoint.resume == "must"));
+  } else {
+    // A new run beside an old one's checkpoints: the next restart could not tell them apart.
+    absl::Status empty;
+    if (world.rank() == 0) {
+      const absl::StatusOr<CheckpointInfo> old = FindNewestCheckpoint(directory);
+      if (old.ok()) {
+        empty = absl::FailedPreconditionError(absl::StrCat(
+            "checkpoint.resume is never, but ", directory, " holds a checkpoint of step ",
+            old->step, "; choose another output, remove it, or set checkpoint.resume=auto"));
+      }
+    }
+    STRETTO_RETURN_IF_ERROR(world.Agree("looking for an earlier run", empty));
   }
   if (!newest) {
     if (config.checkpoint.initial.empty()) return absl::OkStatus();

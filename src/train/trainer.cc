@@ -206,6 +206,7 @@ absl::StatusOr<RunResult> Trainer::Run() {
   Impl& t = *impl_;
   const auto every = [](int64_t step, int64_t n) { return n > 0 && step % n == 0; };
   int64_t saved_step = -1;
+  std::vector<bool> sink_failed(t.sinks.size(), false);
   const auto save = [&]() -> absl::Status {
     if (saved_step == t.state.step) return absl::OkStatus();
     saved_step = t.state.step;
@@ -218,9 +219,14 @@ absl::StatusOr<RunResult> Trainer::Run() {
       STRETTO_ASSIGN_OR_RETURN(const double loss, t.Evaluate());
       stats.eval_loss = loss;
     }
-    for (auto& sink : t.sinks) {
-      const absl::Status written = sink->Write(stats);
-      if (!written.ok()) LogWarning(std::string(written.message()));
+    for (size_t i = 0; i < t.sinks.size(); ++i) {
+      const absl::Status written = t.sinks[i]->Write(stats);
+      // Said when it begins, not in every step of a full disk.
+      if (!written.ok() && !sink_failed[i]) {
+        LogWarning(absl::StrCat(std::string(written.message()),
+                                " Training goes on without it; said once."));
+      }
+      sink_failed[i] = !written.ok();
     }
     if (t.stop_agreed) {
       const std::vector<int> dead = t.world.DeadRanks();

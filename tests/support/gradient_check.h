@@ -80,7 +80,13 @@ class LayerGradientCheck {
     }
     for (size_t p = 0; p < graph_.parameters.size(); ++p) {
       param_grads.emplace_back();
-      if (!harness_.run().Touched({static_cast<int>(p)})) continue;
+      if (!harness_.run().Touched({static_cast<int>(p)})) {
+        const std::vector<int>& users = graph_.parameters[p].layers;
+        if (std::find(users.begin(), users.end(), index_) != users.end()) {
+          errors.push_back(where + " d " + graph_.parameters[p].spec.name + ": never written");
+        }
+        continue;
+      }
       for (int64_t i = 0; i < harness_.gradients[p].elements(); ++i) {
         param_grads.back().push_back(Get(harness_.gradients[p], i));
       }

@@ -243,6 +243,26 @@ TEST(Communicator, GroupsMustBeTheSameOnTheirRanks) {
   EXPECT_THAT(Message(seen[1]), HasSubstr("must hold this rank"));
 }
 
+// Ids make the tags: a rank that went on with a group that others refused would never meet them.
+TEST(Communicator, AGroupThatRanksDisagreeOnIsRefusedEverywhere) {
+  std::vector<absl::Status> seen(4);
+  std::vector<int> ids(4);
+  const absl::Status status = World::RunThreads(4, [&](World& world) -> absl::Status {
+    Communicator c(world);
+    const RankList lists[] = {{0, 1}, {1, 0}, {2, 3}, {2, 3}};
+    const std::size_t me = static_cast<std::size_t>(world.rank());
+    seen[me] = c.MakeGroup("pair", lists[me]).status();
+    STRETTO_ASSIGN_OR_RETURN(const Group all, c.MakeGroup("again", {0, 1, 2, 3}));
+    ids[me] = all.id;
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+  for (const absl::Status& s : seen) {
+    EXPECT_THAT(Message(s), HasSubstr("the same ranks in the same order"));
+  }
+  EXPECT_EQ(ids, std::vector<int>(4, ids[0]));
+}
+
 TEST(Communicator, CountsBytesByGroupName) {
   const absl::Status status = World::RunThreads(2, [&](World& world) -> absl::Status {
     Communicator c(world);

@@ -176,6 +176,30 @@ TEST_P(TransportTest, APeerThatLeavesIsAnError) {
   });
 }
 
+TEST_P(TransportTest, WhatAPeerSentBeforeItLeftStillArrives) {
+  GetParam()(2, [](Transport& t) {
+    std::vector<char> data = Pattern(100, 3);
+    if (t.rank() == 0) {
+      const auto r = t.Send(data.data(), 100, 1, 1);
+      ASSERT_TRUE(r.ok() && Finish(t, *r).ok());
+      return;
+    }
+    // Something else makes progress meanwhile, and sees the message and the end of the connection.
+    char never = 0;
+    const auto other = t.Receive(&never, 1, 0, 2);
+    ASSERT_TRUE(other.ok());
+    const auto until = net::After(std::chrono::milliseconds(200));
+    while (net::Clock::now() < until && t.Test(*other).ok()) std::this_thread::yield();
+    std::vector<char> got(100);
+    const auto r = t.Receive(got.data(), 100, 0, 1);
+    ASSERT_TRUE(r.ok()) << r.status();
+    const absl::Status s = Finish(t, *r);
+    EXPECT_TRUE(s.ok()) << s;
+    EXPECT_EQ(got, data);
+    EXPECT_FALSE(Finish(t, *other).ok());
+  });
+}
+
 TEST_P(TransportTest, NobodyTouchesAnAbandonedBuffer) {
   GetParam()(2, [](Transport& t) {
     std::vector<char> data(1 << 20, 'x');

@@ -61,7 +61,7 @@ class WrongLayer : public Layer {
   void BackwardWeight(Run&, Frame&) const override {}
   SlotId y;
 
- private:
+ protected:
   SlotId x_;
 };
 
@@ -75,6 +75,31 @@ TEST(LayerGradientsControl, WrongBackwardIsReported) {
   const Graph graph = b.Finish().value();
   const PackedBatch batch = RandomBatch({4}, 5, 1);
   EXPECT_THAT(testing::LayerGradientCheck(graph, 0, batch).Run(), Not(IsEmpty()));
+}
+
+// A layer that declares a parameter and never writes its gradient.
+class ForgetfulLayer : public WrongLayer {
+ public:
+  using WrongLayer::WrongLayer;
+  absl::Status Declare(Builder& b) override {
+    b.Parameter({.name = "weight", .shape = {b.Width(x_)}});
+    return WrongLayer::Declare(b);
+  }
+  void BackwardInput(Run& run, Frame& frame) const override {
+    ops::GeluBackward(run.ops(), frame.Grad(x_), frame.Grad(y), frame.Value(x_), false);
+  }
+};
+
+TEST(LayerGradientsControl, MissingWeightGradientIsReported) {
+  Builder b(DType::kF64);
+  const SlotId x = b.Input("x", 6);
+  auto forgetful = std::make_unique<ForgetfulLayer>(x);
+  const ForgetfulLayer* raw = forgetful.get();
+  ASSERT_TRUE(b.Add("forgetful", std::move(forgetful)).ok());
+  b.Linear("out", Role::kReplicated, raw->y, 6, 3);
+  const Graph graph = b.Finish().value();
+  EXPECT_THAT(testing::LayerGradientCheck(graph, 0, RandomBatch({4}, 5, 1)).Run(),
+              ::testing::ElementsAre(::testing::HasSubstr("forgetful.weight")));
 }
 
 // The loss of a whole model against differences in a few elements of every parameter.

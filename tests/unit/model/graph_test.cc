@@ -98,6 +98,89 @@ INSTANTIATE_TEST_SUITE_P(Families, ActionLists,
                          ::testing::Values("gpt2", "llama", "qwen2", "qwen3"),
                          [](const auto& info) { return info.param; });
 
+// Gradients of a graph's inputs after one micro-batch in the planned frame.
+std::vector<double> InputGradients(const Graph& graph, const std::vector<SlotId>& inputs) {
+  Harness h(graph, 4);
+  const PackedBatch batch = RandomBatch({5, 2}, 13, 1);
+  const ActionList actions = TrainingActions(graph, Recompute::kNone);
+  const FrameLayout layout = PlanFrame(graph, actions, batch.tokens()).value();
+  std::vector<double> memory(static_cast<size_t>(layout.bytes()) / 8 + 1);
+  Frame frame(&graph, &actions, &layout, reinterpret_cast<std::byte*>(memory.data()));
+  frame.tokens = testing::Views(batch);
+  frame.Begin({ActionKind::kForward, 0});
+  for (SlotId slot : inputs) {
+    const Tensor t = frame.Value(slot);
+    const Rng rng(3, graph.slots[slot.value].name);
+    for (int64_t i = 0; i < t.elements(); ++i) testing::Set(t, i, rng.Normal(i));
+  }
+  h.run().BeginStep();
+  Execute(graph, actions, h.run(), frame);
+  EXPECT_TRUE(h.stream().Synchronize().ok());
+  std::vector<double> all;
+  for (SlotId slot : inputs) {
+    const Tensor g = frame.Grad(slot);
+    for (int64_t i = 0; i < g.elements(); ++i) all.push_back(testing::Get(g, i));
+  }
+  return all;
+}
+
+// Whoever fills an input (a pipeline boundary) reads its gradient after backward, so nobody may
+// change the shared buffer before.
+TEST(PlanFrame, GradientOfAnInputOutlivesWhatSharesItsMemory) {
+  Builder b(DType::kF64);
+  const auto linear = [&](const char* name, SlotId x) {
+    return b.Linear(name, Role::kReplicated, x, 6, 6, {.init_std = 0.5});
+  };
+  const SlotId y = b.Input("y", 6), p = b.Input("p", 6), x = b.Input("x", 6);
+  const auto [s1, n1] = b.AddNorm("a", y, p);
+  const auto [s2, n2] = b.AddNorm("b", x, s1);  // a's backward adds to the gradient of s1 later
+  const auto [s3, n3] = b.AddNorm("c", s2, linear("fc2", n2));
+  const auto [s4, n4] = b.AddNorm("d", linear("fc1", n1), linear("fc3", n3));
+  b.LossHead("head", n4, 13, 0, ParamId(), 0.5);
+  Graph graph = b.Finish().value();
+  const std::vector<double> planned = InputGradients(graph, {y, p, x});
+  for (SlotInfo& s : graph.slots) s.share_with = -1;
+  EXPECT_EQ(planned, InputGradients(graph, {y, p, x}));
+}
+
+// Recompute happens block by block, so what a layer outside of its block needs in backward stays.
+TEST(TrainingActions, ValuesThatLeaveTheirBlockAreNotDropped) {
+  Builder b(DType::kF64);
+  const auto linear = [&](const char* name, SlotId x, int64_t in, int64_t out) {
+    return b.Linear(name, Role::kReplicated, x, in, out, {.init_std = 0.5});
+  };
+  const SlotId x = b.Embedding("embed", 13, 6, 0, 1.0);
+  b.BeginBlock();
+  const SlotId first = linear("fc1", x, 6, 6);
+  b.EndBlock();
+  b.BeginBlock();  // its first layer reads the block before in backward
+  const SlotId second = linear("fc2", b.Norm("norm2", first), 6, 6);
+  const SlotId qkv = linear("qkv", second, 6, 12);
+  b.EndBlock();
+  b.BeginBlock();  // changes what the block before wrote
+  const SlotId o = b.Attention("attn", qkv,
+                               {.heads = 1,
+                                .kv_heads = 1,
+                                .head_dim = 4,
+                                .rotary = true,
+                                .max_positions = 8,
+                                .inverse_frequency = [](int64_t i) { return 1.0 / (1 + i); }});
+  const SlotId third = b.Gelu("gelu", linear("fc3", o, 4, 6));
+  b.EndBlock();
+  b.LossHead("head", b.Norm("norm", third), 13, 0, ParamId(), 0.5);
+  Model model;
+  model.config.vocabulary = 13;
+  model.graph = b.Finish().value();
+  const std::vector<double> expected =
+      Gradients(model, TrainingActions(model.graph, Recompute::kNone));
+  for (double g : expected) ASSERT_TRUE(std::isfinite(g));
+  for (Recompute r : {Recompute::kNormsAndActivations, Recompute::kBlock}) {
+    for (bool defer : {false, true}) {
+      EXPECT_EQ(Gradients(model, TrainingActions(model.graph, r, defer)), expected) << Name(r);
+    }
+  }
+}
+
 TEST(Builder, ReportsShapesThatDoNotFit) {
   Builder b(DType::kF32);
   const SlotId x = b.Input("x", 8);

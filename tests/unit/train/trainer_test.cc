@@ -175,6 +175,15 @@ TEST(Trainer, RefusesCheckpointWithAnotherDataOrder) {
               HasSubstr("batch.global 11"));
 }
 
+TEST(Trainer, NewRunDoesNotMixWithAnOlderOne) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 2;
+  ASSERT_TRUE(TrainOnThreads(1, config, {}, [](Trainer& t) { return t.Save(); }).status.ok());
+  EXPECT_THAT(std::string(TrainOnThreads(2, config).status.message()),
+              HasSubstr("holds a checkpoint of step 2"));
+}
+
 TEST(Trainer, MustResumeFailsOnAllRanksWithoutACheckpoint) {
   ScratchDirectory directory;
   TrainConfig config = TinyRun(directory);
@@ -193,7 +202,14 @@ TEST(Trainer, SkipsTheUpdateOfANonFiniteStepEverywhere) {
   ASSERT_TRUE(record.status.ok()) << record.status;
   for (const StepStats& s : record.steps) EXPECT_TRUE(s.skipped);
   EXPECT_EQ(record.steps.back().skipped_total, 3);
-  EXPECT_EQ(record.steps[0].loss, record.steps[0].loss);
+  // Nothing has changed: a run whose updates are all zero ends with the same parameters.
+  TrainConfig still = TinyRun(directory);
+  still.steps = 3;
+  still.optimizer.lr = 0;
+  const RunRecord unchanged = TrainOnThreads(2, still);
+  ASSERT_TRUE(unchanged.status.ok()) << unchanged.status;
+  EXPECT_EQ(unchanged.steps.back().skipped_total, 0);
+  EXPECT_EQ(record.parameters, unchanged.parameters);
 
   config.spikes.nonfinite = "stop";
   EXPECT_THAT(std::string(TrainOnThreads(2, config).status.message()),

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
@@ -190,6 +191,13 @@ absl::Status Encode(const Options& options, const Tokenizer& tokenizer) {
   if (total == 0) return absl::InvalidArgumentError("the input files are empty; name text files");
   const int64_t held_out =
       static_cast<int64_t>(std::llround(static_cast<double>(total) * options.validation_fraction));
+  const std::filesystem::path parent = std::filesystem::path(options.output).parent_path();
+  std::error_code error;
+  if (!parent.empty()) std::filesystem::create_directories(parent, error);
+  if (error) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot create the directory '", parent.string(), "': ", error.message()));
+  }
   Converter converter(options, tokenizer, held_out > 0 ? total - held_out : INT64_MAX);
   STRETTO_RETURN_IF_ERROR(converter.Start());
   for (const std::string& path : options.inputs) {

@@ -1,6 +1,6 @@
-// Whole optimizer steps on random tokens: `stretto-train-bench CONFIG.json [--set ...]` makes its own
-// token file, takes `steps` steps and prints the median of those after the third as one JSON line.
-// Also the planned memory beside the process's peak.
+// Whole optimizer steps on random tokens: `stretto-train-bench CONFIG.json [--set ...]` makes its
+// own token file, takes `steps` steps and prints the median of those after the third as one JSON
+// line. Also the planned memory beside the process's peak.
 #include <unistd.h>
 
 #include <algorithm>
@@ -113,7 +113,8 @@ int main(int argc, char** argv) {
   stretto::SetLogLevel(stretto::LogLevel::kWarning);
   auto world = stretto::World::Create({});
   if (!world.ok()) {
-    std::fprintf(stderr, "stretto-train-bench: %s\n", std::string(world.status().message()).c_str());
+    std::fprintf(stderr, "stretto-train-bench: %s\n",
+                 std::string(world.status().message()).c_str());
     return 1;
   }
   const absl::Status status = stretto::Bench(**world, config);

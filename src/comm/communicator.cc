@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
+#include <span>
 #include <sstream>
 #include <thread>
 #include <utility>
@@ -96,6 +97,8 @@ struct Communicator::Impl {
   Operation* New(CommOp op, const Group& g, const std::string& label, const Event& after,
                  DType dtype);
   Ticket Submit(Operation* o, int64_t count);
+  Ticket SubmitParts(CommOp op, const Group& g, std::span<const Tensor> outputs,
+                     std::span<const Tensor> inputs, const std::string& label, const Event& after);
   Ticket Refuse(CommOp op, const Group& g, const std::string& label, const std::string& why);
   bool Usable(CommOp op, const Group& g, const std::string& label, const Tensor& t);
   bool Step();  // one round over what is in flight; true when something moved
@@ -517,98 +520,59 @@ Ticket Communicator::AllReduce(const Group& g, Tensor data, ReduceOp op, const s
   return impl_->Submit(o, data.elements());
 }
 
+// Reduce-scatters or all-gathers as one operation: the smaller side of item i is one rank's part.
+Ticket Communicator::Impl::SubmitParts(CommOp op, const Group& g, std::span<const Tensor> outputs,
+                                       std::span<const Tensor> inputs, const std::string& label,
+                                       const Event& after) {
+  const bool reduces = op == CommOp::kReduceScatter;
+  if (outputs.size() != inputs.size()) {
+    return Refuse(op, g, label, "the lists of inputs and outputs differ in length");
+  }
+  int64_t count = 0;
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const Tensor &input = inputs[i], &output = outputs[i];
+    if (!Usable(op, g, label, output) || !Usable(op, g, label, input)) return last_ticket;
+    const Tensor &whole = reduces ? input : output, &part = reduces ? output : input;
+    if ((reduces && !CanReduce(input.dtype)) || output.dtype != input.dtype ||
+        input.dtype != inputs[0].dtype || whole.elements() != part.elements() * g.size()) {
+      return Refuse(
+          op, g, label,
+          absl::StrCat(reduces ? "cannot reduce " : "cannot gather ", Describe(input),
+                       reduces ? " to " : " into ", Describe(output), " over ", g.size(),
+                       " ranks (item ", i, " of ", inputs.size(), "; items share one type)"));
+    }
+    count += input.elements();
+  }
+  Operation* o = New(op, g, label, after, inputs.empty() ? DType::kF32 : inputs[0].dtype);
+  if (o != nullptr) {
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      const Tensor& part = reduces ? outputs[i] : inputs[i];
+      o->items.push_back({inputs[i].data, outputs[i].data, part.elements()});
+    }
+  }
+  return Submit(o, count);
+}
+
 Ticket Communicator::ReduceScatter(const Group& g, Tensor output, Tensor input,
                                    const std::string& label, Event after) {
-  constexpr CommOp kOp = CommOp::kReduceScatter;
-  if (!impl_->Usable(kOp, g, label, output) || !impl_->Usable(kOp, g, label, input)) {
-    return impl_->last_ticket;
-  }
-  if (!CanReduce(input.dtype) || output.dtype != input.dtype ||
-      input.elements() != output.elements() * g.size()) {
-    return impl_->Refuse(kOp, g, label,
-                         absl::StrCat("cannot reduce ", Describe(input), " to ", Describe(output),
-                                      " over ", g.size(), " ranks"));
-  }
-  Operation* o = impl_->New(kOp, g, label, after, input.dtype);
-  if (o != nullptr) o->items.push_back({input.data, output.data, output.elements()});
-  return impl_->Submit(o, input.elements());
+  return impl_->SubmitParts(CommOp::kReduceScatter, g, {&output, 1}, {&input, 1}, label, after);
 }
 
 Ticket Communicator::ReduceScatterMany(const Group& g, const std::vector<Tensor>& outputs,
                                        const std::vector<Tensor>& inputs, const std::string& label,
                                        Event after) {
-  constexpr CommOp kOp = CommOp::kReduceScatter;
-  if (outputs.size() != inputs.size()) {
-    return impl_->Refuse(kOp, g, label, "the lists of inputs and outputs differ in length");
-  }
-  int64_t count = 0;
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    if (!impl_->Usable(kOp, g, label, outputs[i]) || !impl_->Usable(kOp, g, label, inputs[i])) {
-      return impl_->last_ticket;
-    }
-    if (!CanReduce(inputs[i].dtype) || outputs[i].dtype != inputs[i].dtype ||
-        inputs[i].dtype != inputs[0].dtype ||
-        inputs[i].elements() != outputs[i].elements() * g.size()) {
-      return impl_->Refuse(
-          kOp, g, label,
-          absl::StrCat("item ", i, ": cannot reduce ", Describe(inputs[i]), " to ",
-                       Describe(outputs[i]), " over ", g.size(), " ranks; items share one type"));
-    }
-    count += inputs[i].elements();
-  }
-  Operation* o = impl_->New(kOp, g, label, after, inputs.empty() ? DType::kF32 : inputs[0].dtype);
-  if (o != nullptr) {
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-      o->items.push_back({inputs[i].data, outputs[i].data, outputs[i].elements()});
-    }
-  }
-  return impl_->Submit(o, count);
+  return impl_->SubmitParts(CommOp::kReduceScatter, g, outputs, inputs, label, after);
 }
 
 Ticket Communicator::AllGather(const Group& g, Tensor output, Tensor input,
                                const std::string& label, Event after) {
-  constexpr CommOp kOp = CommOp::kAllGather;
-  if (!impl_->Usable(kOp, g, label, output) || !impl_->Usable(kOp, g, label, input)) {
-    return impl_->last_ticket;
-  }
-  if (output.dtype != input.dtype || output.elements() != input.elements() * g.size()) {
-    return impl_->Refuse(kOp, g, label,
-                         absl::StrCat("cannot gather ", Describe(input), " into ", Describe(output),
-                                      " over ", g.size(), " ranks"));
-  }
-  Operation* o = impl_->New(kOp, g, label, after, input.dtype);
-  if (o != nullptr) o->items.push_back({input.data, output.data, input.elements()});
-  return impl_->Submit(o, input.elements());
+  return impl_->SubmitParts(CommOp::kAllGather, g, {&output, 1}, {&input, 1}, label, after);
 }
 
 Ticket Communicator::AllGatherMany(const Group& g, const std::vector<Tensor>& outputs,
                                    const std::vector<Tensor>& inputs, const std::string& label,
                                    Event after) {
-  constexpr CommOp kOp = CommOp::kAllGather;
-  if (outputs.size() != inputs.size()) {
-    return impl_->Refuse(kOp, g, label, "the lists of inputs and outputs differ in length");
-  }
-  int64_t count = 0;
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    if (!impl_->Usable(kOp, g, label, outputs[i]) || !impl_->Usable(kOp, g, label, inputs[i])) {
-      return impl_->last_ticket;
-    }
-    if (outputs[i].dtype != inputs[i].dtype || inputs[i].dtype != inputs[0].dtype ||
-        outputs[i].elements() != inputs[i].elements() * g.size()) {
-      return impl_->Refuse(
-          kOp, g, label,
-          absl::StrCat("item ", i, ": cannot gather ", Describe(inputs[i]), " into ",
-                       Describe(outputs[i]), " over ", g.size(), " ranks; items share one type"));
-    }
-    count += inputs[i].elements();
-  }
-  Operation* o = impl_->New(kOp, g, label, after, inputs.empty() ? DType::kF32 : inputs[0].dtype);
-  if (o != nullptr) {
-    for (std::size_t i = 0; i < inputs.size(); ++i) {
-      o->items.push_back({inputs[i].data, outputs[i].data, inputs[i].elements()});
-    }
-  }
-  return impl_->Submit(o, count);
+  return impl_->SubmitParts(CommOp::kAllGather, g, outputs, inputs, label, after);
 }
 
 Ticket Communicator::Broadcast(const Group& g, Tensor data, int root_index,

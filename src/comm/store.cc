@@ -190,10 +190,8 @@ absl::StatusOr<std::unique_ptr<Store>> Store::Connect(const StoreOptions& option
   if (answer->reply != wire::Reply::kOk) {
     // Nothing to say goodbye to.
     s.broken = absl::PermissionDeniedError("refused");
-    return absl::PermissionDeniedError(
-        absl::StrCat("the control plane at ", s.where, " turned rank ", rank,
-                     " away because its job token differs: another job uses this port, or the "
-                     "ranks were given different tokens (STRETTO_JOB_TOKEN)"));
+    return absl::PermissionDeniedError(absl::StrCat(
+        "the control plane at ", s.where, " turned rank ", rank, " away: ", answer->Body().Text()));
   }
   return store;
 }

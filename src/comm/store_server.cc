@@ -253,14 +253,17 @@ bool StoreServer::State::Greet(Connection& c, uint64_t request, wire::Reader& fr
   const std::string shown = frame.Text();
   if (!frame.ok() || magic != wire::kHelloMagic) return false;
   if (!SameToken(shown, token)) {
-    Answer(c, request, wire::Reply::kRefused, "the job token differs");
+    Answer(c, request, wire::Reply::kRefused,
+           "its job token differs: another job uses this port, or the ranks were given different "
+           "tokens (STRETTO_JOB_TOKEN)");
     return false;
   }
   for (const auto& [id, other] : connections) {
     // A second job on the same port would otherwise be taken for this one, and its end for a death.
     if (rank < 0 || !other.greeted || other.broken || other.rank != rank) continue;
     Answer(c, request, wire::Reply::kRefused,
-           absl::StrCat("rank ", rank, " of this job is connected already; if this is another job, "
+           absl::StrCat("rank ", rank,
+                        " of this job is connected already; if this is another job, "
                         "give it a MASTER_PORT of its own"));
     return false;
   }

@@ -73,8 +73,8 @@ absl::Status ModelConfig::Resolve() {
       real(layers) * real(hidden) * (2 * query_width + 2 * kv_width + 3 * real(ffn)) +
       real(hidden) * (2 * real(vocabulary) + real(max_positions));
   if (elements > 0x1p50 || query_width > 0x1p24) {
-    errors.push_back(absl::StrCat("the model would have about ", elements,
-                                  " parameters with ", query_width,
+    errors.push_back(absl::StrCat("the model would have about ", elements, " parameters with ",
+                                  query_width,
                                   " query columns; at most 2^50 and 2^24 are supported: lower "
                                   "model.layers, hidden, heads, head_dim, ffn or vocabulary"));
   }

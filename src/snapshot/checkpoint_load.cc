@@ -78,7 +78,8 @@ absl::StatusOr<Manifest> ReadStep(const std::string& root, int64_t step) {
 }
 
 absl::Status NoneIn(const std::string& directory) {
-  return absl::NotFoundError(absl::StrCat("no whole checkpoint in ", directory, "; check the path"));
+  return absl::NotFoundError(
+      absl::StrCat("no whole checkpoint in ", directory, "; check the path"));
 }
 
 // The first names of a list, and how many there are.
@@ -188,7 +189,8 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(const std::string& directory
       info.verified = verify == Verify::kDigests;
       if (status.ok()) return info;
     }
-    LogWarning(absl::StrCat("checkpoint ", path, " is passed over: ", std::string(status.message())));
+    LogWarning(
+        absl::StrCat("checkpoint ", path, " is passed over: ", std::string(status.message())));
   }
   return NoneIn(directory);
 }
@@ -242,7 +244,8 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
     // Not "none": a new run in this directory would remove what may still be repaired.
     return absl::DataLossError(absl::StrCat(
         "none of the ", damaged, damaged == 1 ? " checkpoint" : " checkpoints", " in ", directory,
-        " is whole (the warnings of rank 0 say why); repair them, or move them away to start anew"));
+        " is whole (the warnings of rank 0 say why); repair them, or move them away to start "
+        "anew"));
   }
   return NoneIn(directory);
 }

@@ -200,6 +200,11 @@ absl::Status TrainConfig::Resolve(int ranks) {
     fail("batch.micro (", batch.micro, ") times data.sequence_length (", data.sequence_length,
          ") is more than 2^31 - 1 tokens; lower one of them.");
   }
+  const int64_t widest = std::max({model.vocabulary, model.ffn, model.hidden});
+  if (step_tokens * static_cast<double>(widest) > 0x1p50) {
+    fail("batch.micro (", batch.micro, ") times data.sequence_length (", data.sequence_length,
+         ") times the widest layer (", widest, ") is more than 2^50; lower one of them.");
+  }
   if (data.tokenizer.empty()) {
     fail("data.tokenizer is empty; use \"bytes\" or name a .tiktoken file or a directory.");
   }
@@ -226,8 +231,8 @@ absl::Status TrainConfig::Resolve(int ranks) {
     fail("runtime.dtype f64 exists on the CPU only; set runtime.device to cpu or choose bf16.");
   }
   if (runtime.timeout_seconds <= 0 || runtime.timeout_seconds > kMaxTimeoutSeconds) {
-    fail("runtime.timeout_seconds is ", runtime.timeout_seconds, "; it must be above 0 and at most ",
-         kMaxTimeoutSeconds, ".");
+    fail("runtime.timeout_seconds is ", runtime.timeout_seconds,
+         "; it must be above 0 and at most ", kMaxTimeoutSeconds, ".");
   }
   if (runtime.threads > kMaxThreads) {
     fail("runtime.threads is ", runtime.threads, "; give at most ", kMaxThreads,

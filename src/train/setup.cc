@@ -1,12 +1,14 @@
 // Trainer::Create, part by part.
 #include <algorithm>
 #include <filesystem>
+#include <limits>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/log.h"
+#include "stretto/observe/memory.h"
 
 namespace stretto {
 namespace {
@@ -34,6 +36,24 @@ absl::Status SameConfigEverywhere(World& world, const TrainConfig& config) {
     }
   }
   return absl::OkStatus();
+}
+
+// Refuses a plan that this machine cannot hold, before any of it is touched: later the kernel would
+// end some process.
+absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const World& world) {
+  const int64_t available = AvailableMemory();
+  const int ranks = std::max(1, world.info().local_size);
+  // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
+  // floating point, as nothing bounds batch.global.
+  const double batches = 40.0 * static_cast<double>(config.batch.global) / world.size() *
+                         static_cast<double>(config.data.sequence_length);
+  const double needed = static_cast<double>(plan.arena_bytes) + batches;
+  if (available < 0 || needed <= static_cast<double>(available) / ranks) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "each rank needs ", HumanBytes(static_cast<int64_t>(std::min(needed, 0x1p62))), ", but ",
+      HumanBytes(available), " are free on this machine for ", ranks,
+      ranks == 1 ? " rank" : " ranks",
+      "; shrink the model or the batch, or use more machines (stretto-plan shows the memory)"));
 }
 
 }  // namespace
@@ -67,7 +87,12 @@ absl::Status Trainer::Impl::SetUpRuntime() {
 }
 
 absl::Status Trainer::Impl::SetUpModel() {
-  STRETTO_ASSIGN_OR_RETURN(plan, PlanRun(config, dp_group.size(), dp_group.index));
+  absl::StatusOr<RunPlan> planned = PlanRun(config, dp_group.size(), dp_group.index);
+  // Agreed on here, since a rank that goes on takes memory that another one counts as free.
+  STRETTO_RETURN_IF_ERROR(
+      world.Agree("planning the memory",
+                  planned.ok() ? CheckMemory(*planned, config, world) : planned.status()));
+  plan = *std::move(planned);
   const Graph& graph = plan.model.graph;
   STRETTO_ASSIGN_OR_RETURN(
       dp, DataParallel::Create(

@@ -19,23 +19,6 @@ double Seconds(std::chrono::steady_clock::time_point from,
 
 }  // namespace
 
-TokenViews ViewsOf(const PackedBatch& batch) {
-  const auto ints = [](const std::vector<int32_t>& v) {
-    return Tensor::Of(const_cast<int32_t*>(v.data()), DType::kI32,
-                      {static_cast<int64_t>(v.size())});
-  };
-  TokenViews views;
-  views.tokens = batch.tokens();
-  views.ids = ints(batch.ids);
-  views.targets = ints(batch.targets);
-  views.positions = ints(batch.positions);
-  views.cu_seqlens = ints(batch.cu_seqlens);
-  views.weights = Tensor::Of(const_cast<float*>(batch.weights.data()), DType::kF32,
-                             {static_cast<int64_t>(batch.weights.size())});
-  views.max_length = batch.max_length;
-  return views;
-}
-
 absl::Status Trainer::Impl::RunBatch(const PackedBatch& batch, const ActionList& actions,
                                      const FrameLayout& layout, stretto::Run& batch_run,
                                      ActionHooks* hooks) {

@@ -89,9 +89,6 @@ struct Trainer::Impl {
                         const FrameLayout& layout, stretto::Run& run, ActionHooks* hooks);
 };
 
-// Views of a host batch (CPU: no copy).
-TokenViews ViewsOf(const PackedBatch& batch);
-
 }  // namespace stretto
 
 #endif  // STRETTO_SRC_TRAIN_TRAINER_IMPL_H_

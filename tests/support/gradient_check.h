@@ -43,7 +43,7 @@ class LayerGradientCheck {
     actions_ = TrainingActions(graph_, Recompute::kNone);
     LayOut();
     Frame frame(&graph_, &actions_, &layout_, reinterpret_cast<std::byte*>(memory_.data()));
-    frame.tokens = Views(batch_);
+    frame.tokens = ViewsOf(batch_);
     FillInputs(frame);
     const Layer& layer = *graph_.layers[index_];
 

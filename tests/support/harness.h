@@ -38,23 +38,6 @@ inline PackedBatch RandomBatch(const std::vector<int64_t>& lengths, int64_t voca
   return b;
 }
 
-inline TokenViews Views(const PackedBatch& batch) {
-  const auto ints = [](const std::vector<int32_t>& v) {
-    return Tensor::Of(const_cast<int32_t*>(v.data()), DType::kI32,
-                      {static_cast<int64_t>(v.size())});
-  };
-  TokenViews views;
-  views.tokens = batch.tokens();
-  views.ids = ints(batch.ids);
-  views.targets = ints(batch.targets);
-  views.positions = ints(batch.positions);
-  views.cu_seqlens = ints(batch.cu_seqlens);
-  views.weights = Tensor::Of(const_cast<float*>(batch.weights.data()), DType::kF32,
-                             {static_cast<int64_t>(batch.weights.size())});
-  views.max_length = batch.max_length;
-  return views;
-}
-
 // Reads and writes single elements of f64, f32 and bf16 tensors as doubles.
 inline double Get(const Tensor& t, int64_t i) {
   const int64_t row = i / t.row_elements(), column = i % t.row_elements();
@@ -118,7 +101,7 @@ class Harness {
     frame_memory_.assign(static_cast<size_t>(layout->bytes()) / 8 + 8,
                          std::numeric_limits<double>::quiet_NaN());
     Frame frame(&graph_, &actions, &*layout, reinterpret_cast<std::byte*>(frame_memory_.data()));
-    frame.tokens = Views(batch);
+    frame.tokens = ViewsOf(batch);
     Execute(graph_, actions, *run_, frame);
     return stream_->Synchronize();
   }

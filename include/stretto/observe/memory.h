@@ -17,6 +17,10 @@ struct ProcessMemory {
 // file does not exist or lacks the fields.
 absl::StatusOr<ProcessMemory> ReadProcessMemory();
 
+// Bytes that the processes of this machine (or container) can still take, as the kernel estimates
+// it; -1 when it does not say.
+int64_t AvailableMemory();
+
 }  // namespace stretto
 
 #endif  // STRETTO_OBSERVE_MEMORY_H_

@@ -2,6 +2,7 @@
 #ifndef STRETTO_PARALLEL_EXECUTOR_H_
 #define STRETTO_PARALLEL_EXECUTOR_H_
 
+#include "stretto/data/batch.h"
 #include "stretto/model/graph.h"
 #include "stretto/model/layer.h"
 
@@ -16,6 +17,10 @@ class ActionHooks {
   virtual void AfterBackwardWeight(int /*layer*/) {}
   virtual void BetweenActions() {}
 };
+
+// Views of a host batch for a frame on the CPU: nothing is copied, so the batch must stay as it is
+// until the frame's work is done.
+TokenViews ViewsOf(const PackedBatch& batch);
 
 // Enqueues the whole list in order. `frame` must have been planned for these actions. Errors are
 // sticky on the run's stream.

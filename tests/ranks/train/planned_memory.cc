@@ -2,22 +2,16 @@
 // and not far below either, so that the plan cannot be right by being generous.
 #include <cstdio>
 
-#include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
 #include "stretto/train/memory.h"
-#include "tests/support/training.h"
+#include "tests/support/rank_main.h"
 
 namespace stretto {
 namespace {
 
 absl::Status Check(World& world) {
   testing::ScratchDirectory scratch;
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
-                           world.AllGather("scratch", scratch.path()));
-  TrainConfig config = testing::TinyRun(scratch, "llama");
-  config.data.train = paths[0] + "/train.bin";
-  config.data.validation = paths[0] + "/validation.bin";
-  config.output = paths[0] + "/run";
+  STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, "llama"));
   config.steps = 2;
   config.model.vocabulary = 8192;
   config.model.layers = 4;
@@ -28,7 +22,6 @@ absl::Status Check(World& world) {
   config.model.ffn = 1376;
   config.batch.global = 16;
   config.batch.micro = 8;
-  STRETTO_RETURN_IF_ERROR(world.Barrier("data"));
   STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
   STRETTO_ASSIGN_OR_RETURN(const RunPlan plan,
                            PlanRun(trainer->config(), world.size(), world.rank()));
@@ -49,17 +42,4 @@ absl::Status Check(World& world) {
 }  // namespace
 }  // namespace stretto
 
-int main() {
-  auto world = stretto::World::Create({.timeout = std::chrono::seconds(120)});
-  if (!world.ok()) {
-    std::fprintf(stderr, "%s\n", std::string(world.status().message()).c_str());
-    return 1;
-  }
-  stretto::SetLogRank((*world)->rank(), (*world)->size());
-  const absl::Status status = (*world)->Agree("checking", stretto::Check(**world));
-  if (!status.ok()) {
-    std::fprintf(stderr, "rank %d: %s\n", (*world)->rank(), std::string(status.message()).c_str());
-    return 1;
-  }
-  return 0;
-}
+int main() { return stretto::testing::RankMain(stretto::Check); }

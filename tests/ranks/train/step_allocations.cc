@@ -8,8 +8,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "stretto/core/log.h"
-#include "tests/support/training.h"
+#include "tests/support/rank_main.h"
 
 namespace {
 
@@ -77,16 +76,10 @@ namespace {
 
 absl::Status Steps(World& world, const std::string& dtype, const std::string& recompute) {
   testing::ScratchDirectory scratch;
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
-                           world.AllGather("scratch", scratch.path()));
-  TrainConfig config = testing::TinyRun(scratch, "llama");
-  config.data.train = paths[0] + "/train.bin";
-  config.data.validation = paths[0] + "/validation.bin";
-  config.output = paths[0] + "/run";
+  STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, "llama"));
   config.steps = 12;
   config.runtime.dtype = dtype;
   config.runtime.recompute = recompute;
-  STRETTO_RETURN_IF_ERROR(world.Barrier("data"));
   STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
   while (trainer->step() < config.steps) {
     if (trainer->step() == 3) {
@@ -139,17 +132,4 @@ absl::Status RunAll(World& world) {
 }  // namespace
 }  // namespace stretto
 
-int main() {
-  auto world = stretto::World::Create({.timeout = std::chrono::seconds(120)});
-  if (!world.ok()) {
-    std::fprintf(stderr, "%s\n", std::string(world.status().message()).c_str());
-    return 1;
-  }
-  stretto::SetLogRank((*world)->rank(), (*world)->size());
-  const absl::Status status = stretto::RunAll(**world);
-  if (!status.ok()) {
-    std::fprintf(stderr, "rank %d: %s\n", (*world)->rank(), std::string(status.message()).c_str());
-    return 1;
-  }
-  return 0;
-}
+int main() { return stretto::testing::RankMain(stretto::RunAll); }

@@ -112,6 +112,14 @@ TEST_F(StoreTest, TurnsAnotherJobAway) {
   EXPECT_TRUE(absl::IsNotFound(store->TryGet("dead/4").status()));
 }
 
+TEST_F(StoreTest, TurnsASecondProcessOfTheSameRankAway) {
+  const auto first = Client(1);
+  const auto refused = Store::Connect(options_, 1);
+  EXPECT_TRUE(absl::IsPermissionDenied(refused.status())) << refused.status();
+  EXPECT_THAT(std::string(refused.status().message()), HasSubstr("connected already"));
+  EXPECT_TRUE(absl::IsNotFound(first->TryGet("dead/1").status()));
+}
+
 TEST_F(StoreTest, GarbageDoesNotHarmIt) {
   const auto store = Client(0);
   const std::string http = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";

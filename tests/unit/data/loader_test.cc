@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <set>
 #include <thread>
 
@@ -69,6 +70,14 @@ TEST_F(LoaderTest, WithoutShuffleSamplesComeInOrderAndWrap) {
   EXPECT_EQ(Indices(*loader, 0, &cuts), (std::vector<int64_t>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}));
   EXPECT_EQ(cuts, (std::vector<int64_t>{4, 4, 2}));
   EXPECT_EQ(Indices(*loader, 2), (std::vector<int64_t>{20, 21, 22, 0, 1, 2, 3, 4, 5, 6}));
+}
+
+TEST_F(LoaderTest, ABatchBeyondAnyMemoryIsRefused) {
+  LoaderOptions options;
+  options.global_batch = std::numeric_limits<int64_t>::max();
+  const auto loader = Loader::Create(*dataset_, options);
+  EXPECT_EQ(loader.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(loader.status().message()), HasSubstr("smaller global batch"));
 }
 
 TEST_F(LoaderTest, EachEpochIsAPermutationAndTheyDiffer) {

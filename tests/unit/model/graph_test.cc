@@ -106,7 +106,7 @@ std::vector<double> InputGradients(const Graph& graph, const std::vector<SlotId>
   const FrameLayout layout = PlanFrame(graph, actions, batch.tokens()).value();
   std::vector<double> memory(static_cast<size_t>(layout.bytes()) / 8 + 1);
   Frame frame(&graph, &actions, &layout, reinterpret_cast<std::byte*>(memory.data()));
-  frame.tokens = testing::Views(batch);
+  frame.tokens = ViewsOf(batch);
   frame.Begin({ActionKind::kForward, 0});
   for (SlotId slot : inputs) {
     const Tensor t = frame.Value(slot);

@@ -21,7 +21,6 @@ namespace stretto {
 namespace {
 
 using testing::Get;
-using testing::Views;
 using Values = std::vector<double>;
 
 constexpr int kSteps = 3;
@@ -175,7 +174,7 @@ class Stepper {
     STRETTO_ASSIGN_OR_RETURN(const Arena arena,
                              Arena::Create(Device::Cpu(), "frame", layout.bytes()));
     Frame frame(&model.graph, &actions, &layout, arena.data());
-    frame.tokens = Views(reference_.batch);
+    frame.tokens = ViewsOf(reference_.batch);
     for (int step = 1; step <= kSteps; ++step) {
       dp->BeginStep(run);
       ops::Zero(ops, scalars);
@@ -223,7 +222,7 @@ class Stepper {
     STRETTO_ASSIGN_OR_RETURN(const Arena arena,
                              Arena::Create(Device::Cpu(), "frame", layout.bytes()));
     Frame frame(&model.graph, &actions, &layout, arena.data());
-    frame.tokens = Views(reference_.batch);
+    frame.tokens = ViewsOf(reference_.batch);
     run.BeginStep();
     Execute(model.graph, actions, run, frame);
     Values storage(reference_.logits.size());  // doubles: large enough for every type

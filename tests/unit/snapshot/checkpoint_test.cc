@@ -247,6 +247,18 @@ TEST_F(CheckpointTest, AllRanksFindTheSameSoundCheckpoint) {
   EXPECT_TRUE(none.ok()) << none;
 }
 
+TEST_F(CheckpointTest, OnlyDamagedOnesAreNotNone) {
+  ASSERT_TRUE(SaveFrom(2, dir_.path(), {1}).ok());
+  fs::remove(Step(1, ShardName(1)));
+  LogCapture log;
+  const absl::Status found = World::RunThreads(2, [&](World& world) {
+    EXPECT_EQ(FindNewestCheckpoint(world, dir_.path()).status().code(),
+              absl::StatusCode::kDataLoss);
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(found.ok()) << found;
+}
+
 TEST_F(CheckpointTest, AnotherModelIsNamed) {
   ASSERT_TRUE(SaveFrom(2, dir_.path(), {1}).ok());
   const auto info = FindNewestCheckpoint(dir_.path());

@@ -132,6 +132,22 @@ TEST(TrainConfig, ChecksRangesOfFieldsSetByAProgram) {
                                      HasSubstr("optimizer.lr")));
 }
 
+TEST(TrainConfig, SizesBeyondAnyMachineAreRefused) {
+  const auto resolved = [](auto change) {
+    TrainConfig config;
+    change(config);
+    return std::string(config.Resolve(1).message());
+  };
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.runtime.threads = 100000; }),
+              HasSubstr("runtime.threads"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.runtime.timeout_seconds = 1e300; }),
+              HasSubstr("runtime.timeout_seconds"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.model.layers = 10000, c.model.hidden = 1 << 20; }),
+              HasSubstr("2^50"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.batch.micro = c.batch.global = 1 << 30; }),
+              HasSubstr("2^31 - 1 tokens"));
+}
+
 TEST(TrainConfig, RanksWithoutWorkAreRefused) {
   TrainConfig config;
   config.batch.global = 3;

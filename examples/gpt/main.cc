@@ -6,6 +6,7 @@
 // SIGUSR1 and saved (start again to go on).
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <string>
@@ -117,7 +118,11 @@ int main(int argc, char** argv) {
       std::printf("%s", kHelp);
       return 0;
     }
-    if (argument == "--set" && i + 1 < argc) {
+    if (argument == "--set") {
+      if (i + 1 == argc) {
+        std::fprintf(stderr, "stretto-gpt: --set needs section.name=value\n%s", kHelp);
+        return kUsage;
+      }
       sets.push_back(argv[++i]);
     } else if (argument.rfind("--set=", 0) == 0) {
       sets.push_back(argument.substr(6));
@@ -152,14 +157,18 @@ int main(int argc, char** argv) {
     auto signals = stretto::StopSignals::Install();
     const absl::StatusOr<stretto::RunResult> result = Train(**world, config);
     if (!result.ok()) {
-      // Every rank says what it knows: after a communication error it may be the only one left.
-      std::fprintf(stderr, "stretto-gpt: rank %d: %s\n", (*world)->rank(),
-                   std::string(result.status().message()).c_str());
+      // An agreed error is the same on all ranks, so one speaks and all leave together. After a
+      // communication error every rank says what it knows: it may be the only one left, and MPI
+      // cannot be finalised then.
+      const bool agreed = stretto::IsAgreed(result.status());
+      if ((*world)->rank() == 0 || !agreed) {
+        std::fprintf(stderr, "stretto-gpt: %s\n", std::string(result.status().message()).c_str());
+      }
       std::fflush(nullptr);
-      // Other ranks may be gone, and MPI cannot be finalised then.
-      _exit(absl::IsInvalidArgument(result.status()) ? kUsage : kFailed);
+      code = absl::IsInvalidArgument(result.status()) ? kUsage : kFailed;
+      if (!agreed) _exit(code);
     }
-    if (*result == stretto::RunResult::kRequested) {
+    if (result.ok() && *result == stretto::RunResult::kRequested) {
       if ((*world)->rank() == 0) std::printf("asked to stop: saved, exit code %d\n", kRequeue);
       code = kRequeue;
     }

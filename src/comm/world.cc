@@ -6,6 +6,7 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/cord.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -287,9 +288,16 @@ absl::StatusOr<std::vector<std::string>> World::AllGather(const std::string& nam
 
 absl::Status World::Barrier(const std::string& name) { return AllGather(name, "").status(); }
 
+namespace {
+constexpr char kAgreedPayload[] = "stretto/agreed";
+}  // namespace
+
+bool IsAgreed(const absl::Status& status) { return status.GetPayload(kAgreedPayload).has_value(); }
+
 absl::Status World::Agree(const std::string& phase, const absl::Status& mine) {
-  const std::string text =
-      absl::StrCat(static_cast<int>(mine.code()), " ", std::string(mine.message()));
+  // An error that an inner phase has agreed on already names its rank and phase.
+  const std::string text = absl::StrCat(static_cast<int>(mine.code()), IsAgreed(mine) ? " " : " !",
+                                        std::string(mine.message()));
   absl::StatusOr<std::vector<std::string>> all = AllGather(phase, text);
   if (!all.ok()) return mine.ok() ? all.status() : mine;
   for (int r = 0; r < size(); ++r) {
@@ -300,9 +308,13 @@ absl::Status World::Agree(const std::string& phase, const absl::Status& mine) {
       return absl::InternalError(absl::StrCat("rank ", r, " sent a malformed status"));
     }
     if (code == 0) continue;
-    return absl::Status(
-        static_cast<absl::StatusCode>(code),
-        absl::StrCat("rank ", r, " failed in ", phase, ": ", theirs.substr(space + 1)));
+    std::string message = theirs.substr(space + 1);
+    if (!message.empty() && message[0] == '!') {
+      message = absl::StrCat("rank ", r, " failed in ", phase, ": ", message.substr(1));
+    }
+    absl::Status agreed(static_cast<absl::StatusCode>(code), message);
+    agreed.SetPayload(kAgreedPayload, absl::Cord("1"));
+    return agreed;
   }
   return absl::OkStatus();
 }

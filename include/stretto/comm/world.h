@@ -96,6 +96,10 @@ class World {
   std::unique_ptr<Phase> phase_;
 };
 
+// True for an error that World::Agree returned: all ranks hold the same one, so one may speak for
+// all.
+bool IsAgreed(const absl::Status& status);
+
 }  // namespace stretto
 
 #endif  // STRETTO_COMM_WORLD_H_

@@ -124,7 +124,7 @@ TEST_F(ToolsTest, RefusesInOneLineAndLeavesNothingBehind) {
       {"--output o --validation-fraction 1 a.txt", "must be in [0, 1)"},
       {"--output o --split-documents word a.txt", "one of blank|file|none"},
       {"--output o --tokenizer x a.txt", "there is no tokenizer 'x'"},
-      {"--output no/o a.txt", "cannot create"},
+      {"--output a.txt/o a.txt", "cannot create the directory"},
       {"--decode a.txt", "shorter than a token file's header"},
       {"--outptu o a.txt", "did you mean --output?"},
   };

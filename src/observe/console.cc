@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "absl/strings/str_cat.h"
@@ -118,7 +119,10 @@ std::string StepStatsLine(const StepStats& stats, int64_t total_steps) {
 }
 
 ConsoleSink::ConsoleSink(std::FILE* file, ConsoleOptions options) : file_(file), options_(options) {
-  const bool terminal = isatty(fileno(file)) == 1;
+  // mpirun gives ranks a terminal of its own whatever its output is; TERM=dumb says not to draw.
+  const char* term = std::getenv("TERM");
+  const bool dumb = term != nullptr && std::strcmp(term, "dumb") == 0;
+  const bool terminal = isatty(fileno(file)) == 1 && !dumb;
   const char* no_colour = std::getenv("NO_COLOR");
   live_ = Decide(options.live, terminal);
   colour_ = Decide(options.colour, terminal && (no_colour == nullptr || *no_colour == '\0'));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -187,13 +188,29 @@ void Trainer::AddSink(std::unique_ptr<MetricsSink> sink) {
 
 absl::StatusOr<RunResult> Trainer::Run() {
   Impl& t = *impl_;
+  absl::StatusOr<RunResult> result = t.Run(*this);
+  if (!result.ok() && t.world.size() > 1) {
+    // What this rank had communicated, for whoever asks why.
+    const absl::Status dumped =
+        t.comm->recorder().Dump(t.config.metrics.flight_directory, t.world.rank(), t.world.size());
+    if (!dumped.ok()) LogWarning(std::string(dumped.message()));
+  }
+  return result;
+}
+
+absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
+  Impl& t = *this;
+  // One process may hold several ranks as threads; the first of them answers SIGUSR2.
+  std::error_code ignored;
+  std::filesystem::create_directories(config.metrics.flight_directory, ignored);  // Dump reports it
+  InstallFlightDumpOnSignal(*comm, config.metrics.flight_directory).IgnoreError();
   const auto every = [](int64_t step, int64_t n) { return n > 0 && step % n == 0; };
   int64_t saved_step = -1;
   std::vector<bool> sink_failed(t.sinks.size(), false);
   const auto save = [&]() -> absl::Status {
     if (saved_step == t.state.step) return absl::OkStatus();
     saved_step = t.state.step;
-    return Save();
+    return trainer.Save();
   };
   while (t.state.step < t.config.steps) {
     STRETTO_ASSIGN_OR_RETURN(StepStats stats, t.Step());
@@ -219,12 +236,12 @@ absl::StatusOr<RunResult> Trainer::Run() {
             " is gone, so nothing is saved; the newest earlier checkpoint stays valid"));
       }
       STRETTO_RETURN_IF_ERROR(save());
-      STRETTO_RETURN_IF_ERROR(Finish());
+      STRETTO_RETURN_IF_ERROR(trainer.Finish());
       return RunResult::kRequested;
     }
     if (every(t.state.step, t.config.checkpoint.every) || last) STRETTO_RETURN_IF_ERROR(save());
   }
-  STRETTO_RETURN_IF_ERROR(Finish());
+  STRETTO_RETURN_IF_ERROR(trainer.Finish());
   return RunResult::kFinished;
 }
 

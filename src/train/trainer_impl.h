@@ -85,6 +85,7 @@ struct Trainer::Impl {
 
   absl::StatusOr<StepStats> Step();
   absl::StatusOr<double> Evaluate();
+  absl::StatusOr<RunResult> Run(Trainer& trainer);
   absl::Status RunBatch(const PackedBatch& batch, const ActionList& actions,
                         const FrameLayout& layout, stretto::Run& run, ActionHooks* hooks);
 };

@@ -229,9 +229,12 @@ void Operation::Reset() {
   bytes_sent = 0;
 }
 
-void Operation::ReserveLike(const Operation& other) {
-  const auto like = [](auto& mine, const auto& theirs) {
-    if (mine.capacity() < theirs.capacity()) mine.reserve(theirs.capacity());
+bool Operation::ReserveLike(const Operation& other) {
+  bool grew = false;
+  const auto like = [&grew](auto& mine, const auto& theirs) {
+    if (mine.capacity() >= theirs.capacity()) return;
+    mine.reserve(theirs.capacity());
+    grew = true;
   };
   like(items, other.items);
   like(send_counts, other.send_counts);
@@ -241,6 +244,7 @@ void Operation::ReserveLike(const Operation& other) {
   like(receives, other.receives);
   like(sends, other.sends);
   like(sources, other.sources);
+  return grew;
 }
 
 void Engine::Start(Operation& o) {

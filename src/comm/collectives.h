@@ -107,8 +107,8 @@ struct Operation {
   int64_t bytes_sent = 0;
 
   void Reset();
-  // Makes room for whatever `other` has room for.
-  void ReserveLike(const Operation& other);
+  // Makes room for whatever `other` has room for; true when something grew.
+  bool ReserveLike(const Operation& other);
   bool point_to_point() const { return op == CommOp::kSend || op == CommOp::kReceive; }
 };
 

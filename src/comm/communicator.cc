@@ -88,7 +88,7 @@ struct Communicator::Impl {
   Ticket last_ticket = 0;
   absl::Status error;
   uint64_t delays = 0;
-  std::size_t largest_room = 0;  // of any operation object, in elements of its lists
+  Operation room;  // has the room that any operation object ever needed
 
   void Delay();
   GroupState* Find(const Group& g);
@@ -202,7 +202,7 @@ Operation* Communicator::Impl::New(CommOp op, const Group& g, const std::string&
     const std::size_t more = std::max<std::size_t>(16, pool.size());
     for (std::size_t i = 0; i < more; ++i) {
       pool.push_back(std::make_unique<Operation>());
-      if (i + 1 < pool.size()) pool.back()->ReserveLike(*pool.front());
+      pool.back()->ReserveLike(room);
       free.push_back(pool.back().get());
     }
     free.reserve(pool.size());
@@ -300,16 +300,8 @@ void Communicator::Impl::Finish(Operation& o) {
   engine.Release(o);
   free.push_back(&o);
   // Which operation object serves which call depends on timing too: all grow together.
-  const std::size_t room = o.items.capacity() + o.receives.capacity() + o.sends.capacity() +
-                           o.sources.capacity() + o.send_counts.capacity();
-  if (room > largest_room) {
-    for (const std::unique_ptr<Operation>& other : pool) other->ReserveLike(o);
-    for (const std::unique_ptr<Operation>& other : pool) {
-      largest_room =
-          std::max(largest_room, other->items.capacity() + other->receives.capacity() +
-                                     other->sends.capacity() + other->sources.capacity() +
-                                     other->send_counts.capacity());
-    }
+  if (room.ReserveLike(o)) {
+    for (const std::unique_ptr<Operation>& other : pool) other->ReserveLike(room);
   }
 }
 

@@ -7,9 +7,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <filesystem>
+#include <mutex>
+#include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -27,6 +32,39 @@ constexpr char kHelp[] =
     "usage: stretto-gpt CONFIG.json [--set section.name=value]...\n"
     "       mpirun -np RANKS stretto-gpt ...\n"
     "The fields of the configuration are listed in docs/config.md.\n";
+
+// Ends the process when World::Create hangs in MPI_Init, which it does for ever when another rank
+// is stopped or left before it: nobody can leave that call. A library must not end its host; a
+// program may.
+class InitWatch {
+ public:
+  explicit InitWatch(std::chrono::milliseconds timeout) {
+    thread_ = std::thread([this, timeout] {
+      std::unique_lock<std::mutex> lock(mutex_);
+      if (changed_.wait_for(lock, timeout, [this] { return done_; })) return;
+      std::fprintf(stderr,
+                   "stretto-gpt: MPI_Init did not finish within %lld s: another rank is stopped or "
+                   "ended before "
+                   "it; look at the output of the other ranks\n",
+                   static_cast<long long>(timeout.count() / 1000));
+      _exit(kFailed);
+    });
+  }
+  ~InitWatch() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      done_ = true;
+    }
+    changed_.notify_one();
+    thread_.join();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool done_ = false;
+  std::thread thread_;
+};
 
 // Adds the files and lines that the configuration asks for; rank 0 only.
 absl::Status AddSinks(stretto::Trainer& trainer) {
@@ -147,8 +185,11 @@ int main(int argc, char** argv) {
 
   int code = 0;
   {
-    auto world = stretto::World::Create({.timeout = std::chrono::milliseconds(static_cast<int64_t>(
-                                             config.runtime.timeout_seconds * 1000))});
+    const std::chrono::milliseconds timeout(
+        static_cast<int64_t>(std::clamp(config.runtime.timeout_seconds, 1e-3, 1e9) * 1000));
+    std::optional<InitWatch> watch(std::in_place, timeout);
+    auto world = stretto::World::Create({.timeout = timeout});
+    watch.reset();
     if (!world.ok()) {
       std::fprintf(stderr, "stretto-gpt: %s\n", std::string(world.status().message()).c_str());
       return kFailed;

@@ -1,11 +1,8 @@
 // A world made by mpirun or srun. Built where MPI was found, otherwise world_no_mpi.cc is.
 #include <unistd.h>
 
-#include <condition_variable>
-#include <cstdio>
 #include <cstring>
 #include <map>
-#include <mutex>
 #include <thread>
 #include <utility>
 
@@ -40,37 +37,6 @@ absl::Status Await(MPI_Request* request, net::Deadline deadline, const char* wha
     }
   }
 }
-
-// Ends the process when MPI_Init hangs, which it does for ever when another rank is stopped or left
-// before it: nobody can leave that call.
-class InitWatch {
- public:
-  explicit InitWatch(std::chrono::milliseconds timeout) {
-    thread_ = std::thread([this, timeout] {
-      std::unique_lock<std::mutex> lock(mutex_);
-      if (changed_.wait_for(lock, timeout, [this] { return done_; })) return;
-      std::fprintf(stderr,
-                   "MPI_Init did not finish within %lld s: another rank is stopped or ended before "
-                   "it; look at the output of the other ranks\n",
-                   static_cast<long long>(timeout.count() / 1000));
-      _exit(1);
-    });
-  }
-  ~InitWatch() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      done_ = true;
-    }
-    changed_.notify_one();
-    thread_.join();
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool done_ = false;
-  std::thread thread_;
-};
 
 struct Host {
   char name[64];
@@ -114,7 +80,6 @@ absl::StatusOr<std::unique_ptr<World>> World::FromMpi(const WorldOptions& option
           "MPI was finalised in this process and cannot start again; create one World only");
     }
     int provided = 0;
-    const InitWatch watch(SetupTimeout(options));
     STRETTO_RETURN_IF_ERROR(
         MpiStatus(MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided), "MPI_Init"));
   }

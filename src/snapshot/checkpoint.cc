@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <limits>
 #include <new>
+#include <set>
 #include <thread>
 #include <utility>
 
@@ -113,7 +114,8 @@ struct CheckpointWriter::Impl {
   World& world;
   const CheckpointOptions options;
   const std::filesystem::file_time_type started;
-  std::string prefix;  // of this writer's keys; empty before the first save
+  std::set<int64_t> damaged;  // steps of the directory that rotation does not count
+  std::string prefix;         // of this writer's keys; empty before the first save
   int64_t saves = 0;
   std::unique_ptr<char[]> staging;
   int64_t staging_bytes = 0;
@@ -229,7 +231,8 @@ absl::Status CheckpointWriter::Impl::Commit(const Job& job, const std::vector<Wr
   STRETTO_RETURN_IF_ERROR(
       WriteWholeFile(absl::StrCat(temporary, "/", kManifestName), text).status());
   STRETTO_RETURN_IF_ERROR(CommitTemporary(options.directory, job.step));
-  Prune(options.directory, job.step, options.keep, started);
+  damaged.erase(job.step);  // replaced by a whole one
+  Prune(options.directory, job.step, options.keep, started, damaged);
   return absl::OkStatus();
 }
 
@@ -315,6 +318,11 @@ CheckpointWriter::~CheckpointWriter() {
   // Without Finish the run ends by an error, and the rank that a write waits for may be the reason.
   impl_->last_call = (std::chrono::steady_clock::now() + kGrace).time_since_epoch().count();
   impl_->Join().IgnoreError();
+}
+
+void CheckpointWriter::Distrust(const std::vector<int64_t>& steps) {
+  impl_->Join().IgnoreError();  // kept in first_error, which Finish returns
+  impl_->damaged.insert(steps.begin(), steps.end());
 }
 
 absl::Status CheckpointWriter::Save(int64_t step, const StateRegistry& registry,

@@ -115,12 +115,15 @@ absl::Status RemoveTemporary(const std::string& root, int64_t step) {
   return RemoveAll(TemporaryPath(root, step));
 }
 
-void Prune(const std::string& root, int64_t step, int keep, fs::file_time_type started) {
-  const absl::StatusOr<std::vector<int64_t>> steps = ListSteps(root);
+void Prune(const std::string& root, int64_t step, int keep, fs::file_time_type started,
+           const std::set<int64_t>& damaged) {
+  absl::StatusOr<std::vector<int64_t>> steps = ListSteps(root);
   if (!steps.ok()) {
     LogWarning(absl::StrCat("old checkpoints stay: ", steps.status().ToString()));
     return;
   }
+  std::stable_partition(steps->begin(), steps->end(),
+                        [&](int64_t other) { return damaged.count(other) == 0; });
   int kept = 1;  // `step`
   for (const int64_t other : *steps) {
     if (keep <= 0 || other == step || kept++ < keep) continue;

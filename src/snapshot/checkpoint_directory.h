@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -31,9 +32,10 @@ absl::Status RemoveTemporary(const std::string& root, int64_t step);
 
 // After `step` was committed: removes all but the `keep` highest steps (never `step` itself; all
 // stay when keep <= 0), and the temporary directories of lower steps or last changed before
-// `started`. Failures are logged: they must not fail a save.
-void Prune(const std::string& root, int64_t step, int keep,
-           std::filesystem::file_time_type started);
+// `started`. Steps in `damaged` are no use to a restart, so any other step is kept before them.
+// Failures are logged: they must not fail a save.
+void Prune(const std::string& root, int64_t step, int keep, std::filesystem::file_time_type started,
+           const std::set<int64_t>& damaged = {});
 
 }  // namespace stretto::snapshot_internal
 

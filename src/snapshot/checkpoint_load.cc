@@ -82,6 +82,13 @@ absl::Status NoneIn(const std::string& directory) {
       absl::StrCat("no whole checkpoint in ", directory, "; check the path"));
 }
 
+// Not "none": a new run in this directory would remove what may still be repaired.
+absl::Status NoneWholeIn(const std::string& directory, size_t damaged) {
+  return absl::DataLossError(absl::StrCat(
+      "none of the ", damaged, damaged == 1 ? " checkpoint" : " checkpoints", " in ", directory,
+      " is whole (the warnings of rank 0 say why); repair them, or move them away to start anew"));
+}
+
 // The first names of a list, and how many there are.
 std::string FirstOf(const std::vector<std::string>& names) {
   constexpr size_t kShown = 3;
@@ -179,6 +186,7 @@ absl::Status VerifyCheckpoint(const CheckpointInfo& info, Verify verify) {
 
 absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(const std::string& directory, Verify verify) {
   STRETTO_ASSIGN_OR_RETURN(const std::vector<int64_t> steps, ListSteps(directory));
+  std::vector<int64_t> damaged;
   for (const int64_t step : steps) {
     const std::string path = StepPath(directory, step);
     const absl::StatusOr<Manifest> manifest = ReadStep(directory, step);
@@ -187,12 +195,14 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(const std::string& directory
       CheckpointInfo info = InfoOf(path, *manifest);
       status = VerifyCheckpoint(info, verify);
       info.verified = verify == Verify::kDigests;
+      info.passed_over = damaged;
       if (status.ok()) return info;
     }
+    damaged.push_back(step);
     LogWarning(
         absl::StrCat("checkpoint ", path, " is passed over: ", std::string(status.message())));
   }
-  return NoneIn(directory);
+  return damaged.empty() ? NoneIn(directory) : NoneWholeIn(directory, damaged.size());
 }
 
 absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::string& directory) {
@@ -214,7 +224,7 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
     return absl::UnavailableError(absl::StrCat("rank 0: ", lists[0]));
   }
   std::istringstream words(lists[0].substr(6));
-  int64_t damaged = 0;
+  std::vector<int64_t> damaged;
   for (int64_t step = 0; words >> step;) {
     const std::string path = StepPath(directory, step);
     absl::StatusOr<Manifest> manifest = ReadStep(directory, step);
@@ -232,22 +242,16 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
     if (bad == findings.end()) {
       CheckpointInfo info = InfoOf(path, *manifest);
       info.verified = true;
+      info.passed_over = std::move(damaged);
       return info;
     }
-    ++damaged;
+    damaged.push_back(step);
     if (world.rank() == 0) {
       LogWarning(absl::StrCat("checkpoint ", path, " is passed over: rank ", bad - findings.begin(),
                               ": ", *bad));
     }
   }
-  if (damaged > 0) {
-    // Not "none": a new run in this directory would remove what may still be repaired.
-    return absl::DataLossError(absl::StrCat(
-        "none of the ", damaged, damaged == 1 ? " checkpoint" : " checkpoints", " in ", directory,
-        " is whole (the warnings of rank 0 say why); repair them, or move them away to start "
-        "anew"));
-  }
-  return NoneIn(directory);
+  return damaged.empty() ? NoneIn(directory) : NoneWholeIn(directory, damaged.size());
 }
 
 absl::Status LoadCheckpoint(const CheckpointInfo& info, const StateRegistry& registry,

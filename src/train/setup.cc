@@ -187,6 +187,8 @@ absl::Status Trainer::Impl::Restore() {
         empty = absl::FailedPreconditionError(absl::StrCat(
             "checkpoint.resume is never, but ", directory, " holds a checkpoint of step ",
             old->step, "; choose another output, remove it, or set checkpoint.resume=auto"));
+      } else if (!absl::IsNotFound(old.status())) {
+        empty = old.status();
       }
     }
     STRETTO_RETURN_IF_ERROR(world.Agree("looking for an earlier run", empty));
@@ -229,6 +231,7 @@ absl::Status Trainer::Impl::Restore() {
     return absl::OkStatus();
   };
   STRETTO_RETURN_IF_ERROR(world.Agree("loading the checkpoint", load()));
+  checkpoints->Distrust(newest->passed_over);
   STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
   STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
   if (world.rank() == 0) LogInfo(absl::StrCat("continuing from ", newest->path));

@@ -24,7 +24,7 @@ namespace stretto {
 
 struct CheckpointOptions {
   std::string directory;  // root, on a file system that all ranks share; created when absent
-  int keep = 2;           // newest committed checkpoints that stay; <= 0: all
+  int keep = 2;           // newest committed checkpoints that stay; <= 0: all (see Distrust)
   bool async = true;      // write from a background thread
   // How long a rank waits for another one's part before the save fails. A rank that died or left is
   // noticed within a second.
@@ -39,6 +39,11 @@ class CheckpointWriter {
  public:
   CheckpointWriter(World& world, CheckpointOptions options);
   ~CheckpointWriter();  // finishes a write in progress
+
+  // Steps of the directory that are known to be damaged (CheckpointInfo::passed_over): `keep`
+  // counts them last, so that they never push out a checkpoint that a restart could use. Rank 0's
+  // list matters. A later save of the same step ends that.
+  void Distrust(const std::vector<int64_t>& steps);
 
   // All ranks, same step. `trainer_state` is a JSON object (rank 0's is stored). Waits first for a
   // write still in progress and returns that write's error, if any; the new write is started all
@@ -61,6 +66,7 @@ struct CheckpointInfo {
   int world_size = 0;         // that wrote it
   std::string trainer_state;  // JSON; member order and spacing may differ from what was saved
   bool verified = false;      // the digests of all files were checked: loading need not
+  std::vector<int64_t> passed_over;  // newer steps beside it that the search found damaged
 };
 
 enum class Verify : uint8_t {
@@ -69,7 +75,8 @@ enum class Verify : uint8_t {
 };
 
 // The newest committed checkpoint whose files are all there and whole; NOT_FOUND when there is
-// none. Damaged ones are passed over with a warning that says why.
+// none, DATA_LOSS when there are damaged ones only. Damaged ones are passed over with a warning
+// that says why.
 absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(const std::string& directory,
                                                     Verify verify = Verify::kHeaders);
 // The same for all ranks together: each checks the digests of a part of the files, and all return

@@ -60,6 +60,22 @@ TEST(CheckpointDirectoryTest, PruneKeepsTheNewestAndTheOneJustCommitted) {
   EXPECT_THAT(dir.Names(), ElementsAre("step-00000003"));
 }
 
+TEST(CheckpointDirectoryTest, PruneKeepsDamagedStepsLast) {
+  TempDirectory dir;
+  for (const char* name : {"step-00000001", "step-00000002", "step-00000003", "step-00000009"}) {
+    Make(dir, name);
+  }
+  Prune(dir.path(), 3, 4, kLongAgo, {2, 9});  // there is room for all
+  EXPECT_EQ(dir.Names().size(), 4u);
+  Prune(dir.path(), 3, 3, kLongAgo, {2, 9});
+  EXPECT_THAT(dir.Names(), ElementsAre("step-00000001", "step-00000003", "step-00000009"));
+  Prune(dir.path(), 3, 2, kLongAgo, {2, 9});
+  EXPECT_THAT(dir.Names(), ElementsAre("step-00000001", "step-00000003"));
+  // The one just committed stays whatever is said of it.
+  Prune(dir.path(), 3, 1, kLongAgo, {3});
+  EXPECT_THAT(dir.Names(), ElementsAre("step-00000003"));
+}
+
 TEST(CheckpointDirectoryTest, PruneKeepsAllWhenAskedTo) {
   TempDirectory dir;
   for (const char* name : {"step-00000001", "step-00000002", "step-00000003"}) Make(dir, name);

@@ -120,6 +120,34 @@ TEST_F(CheckpointTest, OldOnesArePruned) {
   EXPECT_EQ(dir_.Names().size(), 5u);
 }
 
+// A run falls back from a damaged newest checkpoint and saves: the sound one that it came from
+// stays until another sound one takes its place.
+TEST_F(CheckpointTest, ADamagedOneDoesNotCountAsKept) {
+  ASSERT_TRUE(SaveFrom(2, dir_.path(), {1, 2, 9}).ok());
+  fs::resize_file(Step(9, ShardName(1)), 5);
+  LogCapture log;
+  const auto run = [&](const std::vector<int64_t>& steps) {
+    return World::RunThreads(2, [&](World& world) -> absl::Status {
+      ModelState state(OddModel(), world.rank(), world.size());
+      CheckpointWriter writer(world, {.directory = dir_.path(), .keep = 2});
+      STRETTO_ASSIGN_OR_RETURN(const CheckpointInfo info, FindNewestCheckpoint(world, dir_.path()));
+      writer.Distrust(info.passed_over);
+      for (const int64_t step : steps) {
+        state.Fill(step);
+        STRETTO_RETURN_IF_ERROR(writer.Save(step, state.registry(), "{}"));
+      }
+      return writer.Finish();
+    });
+  };
+  ASSERT_TRUE(run({3}).ok());
+  EXPECT_THAT(dir_.Names(), ElementsAre("step-00000002", "step-00000003"));
+  // Step 9 again, whole this time: it counts from then on.
+  fs::rename(Step(2), Step(9));
+  ASSERT_TRUE(run({9, 10}).ok());
+  EXPECT_THAT(dir_.Names(), ElementsAre("step-00000009", "step-00000010"));
+  ExpectLoads(*FindNewestCheckpoint(dir_.path()), 2);
+}
+
 TEST_F(CheckpointTest, SavesQueueUpBehindOneAnother) {
   // Each Save waits for the one before it; nothing is lost, and each file holds its own step.
   ASSERT_TRUE(SaveFrom(3, dir_.path(), {1, 2, 3, 4, 5}).ok());
@@ -195,7 +223,7 @@ TEST_F(CheckpointTest, ARenamedDirectoryIsNotTakenForAnotherStep) {
   ASSERT_TRUE(SaveFrom(1, dir_.path(), {1}).ok());
   fs::rename(Step(1), Step(9));
   LogCapture log;
-  EXPECT_EQ(FindNewestCheckpoint(dir_.path()).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(FindNewestCheckpoint(dir_.path()).status().code(), absl::StatusCode::kDataLoss);
   EXPECT_THAT(log.text(), HasSubstr("holds step 1"));
 }
 

@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "src/core/config_text.h"
+#include "src/core/format.h"
 #include "stretto/core/status.h"
 
 namespace stretto {
@@ -51,13 +52,6 @@ std::string Found(const Json& value) {
 
 std::string DidYouMean(const std::string& name) {
   return name.empty() ? "" : absl::StrCat("; did you mean \"", name, "\"?");
-}
-
-// nlohmann's messages start with "[json.exception.parse_error.101] ".
-std::string WithoutTag(const std::string& what) {
-  const size_t end = what.find("] ");
-  return what.rfind("[json.exception.", 0) == 0 && end != std::string::npos ? what.substr(end + 2)
-                                                                            : what;
 }
 
 // True when brackets outside strings and comments nest deeper than kMaxDepth. Values are written
@@ -146,7 +140,7 @@ bool Parse(const std::string& text, bool comments, std::vector<std::string>* dup
         /*allow_exceptions=*/true, comments);
     return true;
   } catch (const std::exception& e) {
-    *error = WithoutTag(e.what());
+    *error = WithoutJsonTag(e.what());
     return false;
   }
 }

@@ -1,7 +1,8 @@
-// Text for reports of the core layer.
+// Text for reports and messages.
 #ifndef STRETTO_SRC_CORE_FORMAT_H_
 #define STRETTO_SRC_CORE_FORMAT_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -21,6 +22,13 @@ inline std::string HumanBytes(int64_t bytes) {
   }
   const double size = value < 0 ? -value : value;
   return absl::StrFormat("%.*f %s", size < 10 ? 2 : (size < 100 ? 1 : 0), value, kUnits[unit]);
+}
+
+// nlohmann's messages start with "[json.exception.parse_error.101] ".
+inline std::string WithoutJsonTag(const std::string& what) {
+  const size_t end = what.find("] ");
+  return what.rfind("[json.exception.", 0) == 0 && end != std::string::npos ? what.substr(end + 2)
+                                                                            : what;
 }
 
 }  // namespace stretto

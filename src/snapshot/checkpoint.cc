@@ -1,5 +1,3 @@
-#include "stretto/snapshot/checkpoint.h"
-
 #include <atomic>
 #include <cstring>
 #include <filesystem>
@@ -10,10 +8,12 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/format.h"
 #include "src/snapshot/checkpoint_directory.h"
 #include "src/snapshot/json.h"
 #include "src/snapshot/manifest.h"
 #include "src/snapshot/safetensors_writer.h"
+#include "stretto/snapshot/checkpoint.h"
 
 namespace stretto {
 namespace {
@@ -70,7 +70,7 @@ absl::StatusOr<Report> Decode(const std::string& text) {
     report.file.bytes = value.at("bytes").get<int64_t>();
     report.file.digest = value.at("digest").get<uint64_t>();
   } catch (const json::exception& e) {
-    return absl::InternalError(absl::StrCat("checkpoint report: ", e.what()));
+    return absl::InternalError(absl::StrCat("checkpoint report: ", WithoutJsonTag(e.what())));
   }
   return report;
 }

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/format.h"
 
 namespace stretto::snapshot_internal {
 namespace {
@@ -46,7 +47,8 @@ absl::StatusOr<nlohmann::json> ParseJson(const std::string& text, const std::str
   try {
     return nlohmann::json::parse(text);
   } catch (const nlohmann::json::exception& e) {
-    return absl::InvalidArgumentError(absl::StrCat(source, ": not valid JSON: ", e.what()));
+    return absl::InvalidArgumentError(
+        absl::StrCat(source, ": not valid JSON: ", WithoutJsonTag(e.what())));
   }
 }
 
@@ -54,7 +56,8 @@ absl::StatusOr<std::string> DumpJson(const nlohmann::json& value, int indent) {
   try {
     return value.dump(indent);
   } catch (const nlohmann::json::exception& e) {
-    return absl::InvalidArgumentError(absl::StrCat("cannot write JSON: ", e.what()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("cannot write JSON: ", WithoutJsonTag(e.what())));
   }
 }
 

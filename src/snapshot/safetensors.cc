@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/format.h"
 #include "src/snapshot/file_io.h"
 #include "src/snapshot/safetensors_types.h"
 
@@ -158,7 +159,8 @@ class HeaderHandler : public nlohmann::json_sax<nlohmann::json> {
   }
   bool parse_error(std::size_t position, const std::string&,
                    const nlohmann::detail::exception& e) override {
-    error = absl::StrCat("the header is not valid JSON at byte ", position, ": ", e.what());
+    error = absl::StrCat("the header is not valid JSON at byte ", position, ": ",
+                         WithoutJsonTag(e.what()));
     return false;
   }
 

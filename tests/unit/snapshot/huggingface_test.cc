@@ -88,7 +88,7 @@ TEST(HuggingFaceTest, BrokenDirectoriesAreRefused) {
     return Message(HfWeights::Open(dir.path()).status());
   };
   EXPECT_EQ(open_with(R"({"weight_map":{"a.weight":"s.safetensors"},"metadata":{"x":[]}})"), "");
-  EXPECT_THAT(open_with("{"), HasSubstr("not valid JSON"));
+  EXPECT_THAT(open_with("{"), HasSubstr("not valid JSON: parse error at line 1"));
   EXPECT_THAT(open_with(R"({"metadata":{}})"), HasSubstr("weight_map"));
   EXPECT_THAT(open_with(R"({"weight_map":{"a":1}})"), HasSubstr("\"a\""));
   EXPECT_THAT(open_with(R"({"weight_map":{"x":"s.safetensors"}})"), HasSubstr("does not hold it"));

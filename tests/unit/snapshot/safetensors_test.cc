@@ -62,7 +62,7 @@ std::vector<Defect> Defects() {
       {"HeaderLengthAboveInt64", negative, "at most 100000000 are allowed"},
       {"LeadingSpace", FileOf(" {}"), "does not start with {"},
       {"NotAnObject", FileOf("[]"), "does not start with {"},
-      {"CutJson", FileOf("{\"a\":"), "not valid JSON"},
+      {"CutJson", FileOf("{\"a\":"), "not valid JSON at byte 6: parse error"},
       {"BytesAfterJson", FileOf("{}x"), "not valid JSON"},
       {"NulAfterJson", FileOf(std::string("{}\0x", 4)), "NUL byte"},
       {"Comment", FileOf("{/* */}"), "not valid JSON"},

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/start_thread.h"
 #include "stretto/comm/communicator.h"
 #include "stretto/core/log.h"
 
@@ -84,9 +85,16 @@ absl::Status InstallFlightDumpOnSignal(Communicator& communicator, const std::st
   }
   fcntl(ends[1], F_SETFL, O_NONBLOCK);  // a handler must not block
   d.read_end = ends[0];
+  absl::StatusOr<std::thread> thread = StartThread("flight dumps", Loop);
+  if (!thread.ok()) {
+    d.recorder = nullptr;
+    close(ends[0]);
+    close(ends[1]);
+    return thread.status();
+  }
+  thread->detach();
   write_end = ends[1];
   d.running = true;
-  std::thread(Loop).detach();
   struct sigaction action = {};
   action.sa_handler = OnSignal;
   action.sa_flags = SA_RESTART;

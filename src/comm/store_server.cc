@@ -17,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "src/comm/socket.h"
 #include "src/comm/wire.h"
+#include "src/core/start_thread.h"
 #include "stretto/comm/store.h"
 
 namespace stretto {
@@ -368,7 +369,7 @@ absl::StatusOr<std::unique_ptr<StoreServer>> StoreServer::Start(const StoreOptio
     return absl::ResourceExhaustedError(
         "cannot create an event descriptor for the store: raise the limit of open files");
   }
-  s.thread = std::thread([&s] { s.Loop(); });
+  STRETTO_ASSIGN_OR_RETURN(s.thread, StartThread("the store", [&s] { s.Loop(); }));
   return server;
 }
 

@@ -8,6 +8,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "src/core/start_thread.h"
 
 namespace stretto {
 namespace {
@@ -129,8 +130,11 @@ ProgressBoard::Parsed ProgressBoard::Parse(const std::string& text) {
 }
 
 Watchdog::Watchdog(Store& store, int rank, const std::string& name, const FlightRecorder& recorder)
-    : store_(store), rank_(rank), prefix_(absl::StrCat("state/", name, "/")), recorder_(recorder) {
-  thread_ = std::thread([this] { Loop(); });
+    : store_(store), rank_(rank), prefix_(absl::StrCat("state/", name, "/")), recorder_(recorder) {}
+
+absl::Status Watchdog::Start() {
+  STRETTO_ASSIGN_OR_RETURN(thread_, StartThread("the watchdog", [this] { Loop(); }));
+  return absl::OkStatus();
 }
 
 Watchdog::~Watchdog() {
@@ -139,7 +143,7 @@ Watchdog::~Watchdog() {
     stop_ = true;
   }
   wake_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
 }
 
 absl::Status Watchdog::Publish() {

@@ -63,6 +63,8 @@ class Watchdog {
 
   Watchdog(Store& store, int rank, const std::string& name, const FlightRecorder& recorder);
   ~Watchdog();
+  // Once, before anything is watched. RESOURCE_EXHAUSTED when there is no thread to be had.
+  absl::Status Start();
 
   ProgressBoard& board() { return board_; }
   // Cheap enough for every poll.

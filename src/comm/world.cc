@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <future>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -14,6 +15,7 @@
 #include "src/comm/transport_tcp.h"
 #include "src/comm/transport_threads.h"
 #include "src/comm/world_internal.h"
+#include "src/core/start_thread.h"
 #include "stretto/core/log.h"
 
 namespace stretto {
@@ -193,17 +195,25 @@ absl::Status World::RunThreads(int ranks, const std::function<absl::Status(World
     world->transport_ = std::make_unique<ThreadsTransport>(hub, rank);
     return body(*world);
   };
+  // Nobody begins before all threads are there: some alone would wait for the others.
+  std::promise<bool> all_there;
+  const std::shared_future<bool> begin = all_there.get_future().share();
   std::vector<std::thread> threads;
-  for (int rank = 0; rank < ranks; ++rank) {
-    threads.emplace_back([&, rank] {
+  absl::Status started;
+  for (int rank = 0; rank < ranks && started.ok(); ++rank) {
+    absl::StatusOr<std::thread> thread = StartThread(absl::StrCat("rank ", rank), [&, rank] {
+      if (!begin.get()) return;
       const absl::Status status = run(rank);
       if (status.ok()) return;
       const std::lock_guard<std::mutex> lock(mutex);
       if (first.ok()) first = status;
     });
+    started = thread.status();
+    if (thread.ok()) threads.push_back(*std::move(thread));
   }
+  all_there.set_value(started.ok());
   for (std::thread& thread : threads) thread.join();
-  return first;
+  return started.ok() ? first : started;
 }
 
 absl::StatusOr<std::vector<std::string>> World::AllGather(const std::string& name,

@@ -1,3 +1,5 @@
+#include "stretto/snapshot/checkpoint.h"
+
 #include <atomic>
 #include <cstring>
 #include <filesystem>
@@ -9,11 +11,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "src/core/format.h"
+#include "src/core/start_thread.h"
 #include "src/snapshot/checkpoint_directory.h"
 #include "src/snapshot/json.h"
 #include "src/snapshot/manifest.h"
 #include "src/snapshot/safetensors_writer.h"
-#include "stretto/snapshot/checkpoint.h"
+#include "stretto/core/log.h"
 
 namespace stretto {
 namespace {
@@ -346,13 +349,21 @@ absl::Status CheckpointWriter::Save(int64_t step, const StateRegistry& registry,
     if (result.ok()) impl.committed = job.step;
     return result;
   };
-  if (!impl.options.async) {
-    const absl::Status result = run(job);
-    if (impl.first_error.ok()) impl.first_error = result;
-    return result;
+  const auto shared = std::make_shared<const Job>(std::move(job));
+  if (impl.options.async) {
+    absl::StatusOr<std::thread> thread = StartThread(
+        "the checkpoint writer", [&impl, run, shared] { impl.thread_result = run(*shared); });
+    if (thread.ok()) {
+      impl.thread = *std::move(thread);
+      return earlier;
+    }
+    // The other ranks count on this one's part, and a slow save is better than none.
+    LogWarning(absl::StrCat(
+        "step ", step, " is saved while training waits: ", std::string(thread.status().message())));
   }
-  impl.thread = std::thread([&impl, run, job = std::move(job)] { impl.thread_result = run(job); });
-  return earlier;
+  const absl::Status result = run(*shared);
+  if (impl.first_error.ok()) impl.first_error = result;
+  return earlier.ok() ? result : earlier;
 }
 
 absl::Status CheckpointWriter::Finish() {

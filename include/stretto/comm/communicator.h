@@ -43,7 +43,8 @@ using Ticket = int64_t;
 // bucket 2]; its last finished operation was ...".
 class Communicator {
  public:
-  // `world` outlives the communicator. Several on one world do not disturb each other.
+  // `world` outlives the communicator. Several on one world do not disturb each other. Without the
+  // thread that it needs its status() is RESOURCE_EXHAUSTED from the start.
   explicit Communicator(World& world);
   ~Communicator();
 

@@ -6,6 +6,8 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/comm/communicator.h"
+#include "support/no_threads.h"
 
 namespace stretto {
 namespace {
@@ -25,6 +27,36 @@ TEST(World, AllGatherAndBarrier) {
     }
     // What past meetings left behind stays small.
     EXPECT_LE(world.store().List("meet/")->size(), 15u);
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+}
+
+// Contract 11: what std::thread throws comes back as a status.
+TEST(World, ThreadsThatCannotBeStartedAreErrors) {
+  bool ran = false;
+  absl::StatusOr<std::unique_ptr<StoreServer>> server = absl::UnknownError("");
+  absl::Status world;
+  {
+    const testing::NoMoreThreads none;
+    server = StoreServer::Start(StoreOptions());
+    world = World::RunThreads(2, [&](World&) {
+      ran = true;
+      return absl::OkStatus();
+    });
+  }
+  EXPECT_TRUE(absl::IsResourceExhausted(server.status())) << server.status();
+  EXPECT_THAT(std::string(server.status().message()), HasSubstr("raise the limit on threads"));
+  EXPECT_TRUE(absl::IsResourceExhausted(world)) << world;
+  EXPECT_FALSE(ran);
+
+  const absl::Status status = World::RunThreads(1, [](World& world) -> absl::Status {
+    const testing::NoMoreThreads none;
+    Communicator c(world);
+    EXPECT_TRUE(absl::IsResourceExhausted(c.status())) << c.status();
+    EXPECT_THAT(std::string(c.status().message()), HasSubstr("the thread of the watchdog"));
+    EXPECT_EQ(c.MakeGroup("g", {0}).status(), c.status());
+    EXPECT_EQ(InstallFlightDumpOnSignal(c, ".").code(), absl::StatusCode::kResourceExhausted);
     return absl::OkStatus();
   });
   EXPECT_TRUE(status.ok()) << status;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "support/no_threads.h"
 #include "unit/snapshot/model_state.h"
 #include "unit/snapshot/testing.h"
 
@@ -145,6 +146,22 @@ TEST_F(CheckpointTest, ADamagedOneDoesNotCountAsKept) {
   fs::rename(Step(2), Step(9));
   ASSERT_TRUE(run({9, 10}).ok());
   EXPECT_THAT(dir_.Names(), ElementsAre("step-00000009", "step-00000010"));
+  ExpectLoads(*FindNewestCheckpoint(dir_.path()), 2);
+}
+
+TEST_F(CheckpointTest, WithoutAThreadTheSaveIsMadeAtOnce) {
+  LogCapture log;
+  const absl::Status status = World::RunThreads(1, [&](World& world) -> absl::Status {
+    ModelState state(OddModel(), 0, 1);
+    state.Fill(4);
+    CheckpointWriter writer(world, {.directory = dir_.path()});
+    const testing::NoMoreThreads none;
+    STRETTO_RETURN_IF_ERROR(writer.Save(4, state.registry(), "{}"));
+    EXPECT_EQ(writer.last_committed_step(), 4);
+    return writer.Finish();
+  });
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_THAT(log.text(), HasSubstr("the thread of the checkpoint writer could not be started"));
   ExpectLoads(*FindNewestCheckpoint(dir_.path()), 2);
 }
 

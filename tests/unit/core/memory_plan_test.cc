@@ -1,7 +1,9 @@
 #include "stretto/core/memory_plan.h"
 
 #include <algorithm>
+#include <numeric>
 #include <string>
+#include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -90,6 +92,77 @@ TEST(MemoryPlannerTest, RandomBuffersNeverOverlap) {
     ASSERT_TRUE(again.ok());
     EXPECT_EQ(plan->offsets, again->offsets);
   }
+}
+
+// The definition, buffer by buffer: largest first, each at the lowest offset that no buffer of its
+// lifetime has taken. Quadratic.
+std::vector<int64_t> PlacedOneByOne(const std::vector<BufferSpec>& buffers, int64_t alignment) {
+  std::vector<int> order(buffers.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    return buffers[a].bytes != buffers[b].bytes ? buffers[a].bytes > buffers[b].bytes
+                                                : buffers[a].first < buffers[b].first;
+  });
+  std::vector<int64_t> offsets(buffers.size(), 0);
+  std::vector<int> placed;  // by offset
+  for (const int id : order) {
+    const BufferSpec& b = buffers[id];
+    if (b.bytes == 0) break;
+    int64_t offset = 0;
+    for (const int other : placed) {
+      const BufferSpec& p = buffers[other];
+      if (p.first > b.last || p.last < b.first) continue;
+      if (offsets[other] >= offset + b.bytes) break;
+      const int64_t end = offsets[other] + p.bytes;
+      offset = std::max(offset, (end + alignment - 1) / alignment * alignment);
+    }
+    offsets[id] = offset;
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), id,
+                                   [&](int x, int y) { return offsets[x] < offsets[y]; }),
+                  id);
+  }
+  return offsets;
+}
+
+TEST(MemoryPlannerTest, PlacesAsTheDefinitionSays) {
+  for (uint64_t seed = 0; seed < 300; ++seed) {
+    const Rng rng(seed, "definition");
+    const int alignment =
+        seed % 3 == 0 ? 1 + static_cast<int>(rng.Below(0, 100)) : 1 << rng.Below(1, 9);
+    const int count = 1 + static_cast<int>(rng.Below(2, seed % 10 == 0 ? 900 : 90));
+    const int actions = 1 + static_cast<int>(rng.Below(3, 200));
+    const uint64_t sizes = 1 + rng.Below(4, 4) * 700;  // also many of one size
+    MemoryPlanner planner(alignment);
+    std::vector<BufferSpec> buffers;
+    for (int i = 0; i < count; ++i) {
+      const uint64_t e = 10 + 4 * static_cast<uint64_t>(i);
+      int first = static_cast<int>(rng.Below(e, actions)) - 7;
+      int last = first + static_cast<int>(rng.Below(e + 1, rng.Below(e + 2, 3) == 0 ? 4 : actions));
+      if (rng.Below(e + 2, 5) == 0) first = -first, last = first + 2 * actions;  // nested
+      buffers.push_back(
+          {std::to_string(i), static_cast<int64_t>(rng.Below(e + 3, sizes)), first, last});
+      planner.Add(buffers.back());
+    }
+    const absl::StatusOr<MemoryPlan> plan = planner.Solve();
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    ASSERT_EQ(plan->offsets, PlacedOneByOne(buffers, alignment)) << "seed " << seed;
+  }
+}
+
+// A training step of 6000 layers is planned while the test waits. The time limit of the test is
+// all that it asks for; looking at every pair of its 60 000 buffers takes far longer.
+TEST(MemoryPlannerTest, PlansManyLayers) {
+  constexpr int kLayers = 6000;
+  MemoryPlanner planner(256);
+  for (int layer = 0; layer < kLayers; ++layer) {
+    const int backward = 2 * kLayers - 1 - layer;
+    for (int i = 0; i < 8; ++i) planner.Add({"act", 256 * (i + 1), layer, backward});
+    planner.Add({"scratch", 256 * 16, layer, layer});
+    planner.Add({"grad", 256 * 8, backward, backward + 1});
+  }
+  const absl::StatusOr<MemoryPlan> plan = planner.Solve();
+  ASSERT_TRUE(plan.ok());
+  EXPECT_EQ(plan->arena_bytes, plan->peak_live_bytes);
 }
 
 TEST(MemoryPlannerTest, TheCheckSeesAnOverlap) {

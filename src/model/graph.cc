@@ -20,16 +20,30 @@ int64_t Graph::ParameterElements() const {
   return n;
 }
 
+namespace {
+
+// The slots that each layer writes.
+std::vector<std::vector<int>> OutputsByLayer(const Graph& graph) {
+  std::vector<std::vector<int>> outputs(graph.layers.size());
+  for (size_t s = 0; s < graph.slots.size(); ++s) {
+    const int producer = graph.slots[s].producer;
+    if (producer >= 0) outputs[producer].push_back(static_cast<int>(s));
+  }
+  return outputs;
+}
+
+}  // namespace
+
 std::string Graph::Describe() const {
+  const std::vector<std::vector<int>> outputs = OutputsByLayer(*this);
   std::string out;
   for (size_t l = 0; l < layers.size(); ++l) {
     absl::StrAppendFormat(&out, "%4d  %-10s %s\n", static_cast<int>(l), layers[l]->kind(),
                           layer_names[l].c_str());
-    for (const SlotInfo& s : slots) {
-      if (s.producer == static_cast<int>(l)) {
-        absl::StrAppendFormat(&out, "          -> %s [tokens, %d] %s\n", s.name.c_str(), s.width,
-                              stretto::Name(s.dtype));
-      }
+    for (int output : outputs[l]) {
+      const SlotInfo& s = slots[output];
+      absl::StrAppendFormat(&out, "          -> %s [tokens, %d] %s\n", s.name.c_str(), s.width,
+                            stretto::Name(s.dtype));
     }
   }
   return out;
@@ -74,13 +88,12 @@ bool Droppable(const Graph& graph, const SlotInfo& slot, Recompute recompute) {
   return false;
 }
 
-// A layer whose recompute source is kept does not read its inputs when it runs again.
-bool RecomputeReadsInputs(const Graph& graph, const ActionList& list, int layer) {
-  for (size_t s = 0; s < graph.slots.size(); ++s) {
-    const SlotInfo& slot = graph.slots[s];
-    if (slot.producer == layer && slot.recompute_source && !list.dropped[s]) return false;
-  }
-  return true;
+// Whether the layer that writes `outputs` reads its inputs when it runs again: not while its
+// recompute source is kept.
+bool RecomputeReadsInputs(const Graph& graph, const ActionList& list,
+                          const std::vector<int>& outputs) {
+  return std::none_of(outputs.begin(), outputs.end(),
+                      [&](int s) { return graph.slots[s].recompute_source && !list.dropped[s]; });
 }
 
 unsigned BackwardUses(const SlotInfo& slot) {
@@ -97,12 +110,12 @@ ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_w
   list.dropped.assign(graph.slots.size(), false);
 
   // What each layer writes and reads in forward.
-  std::vector<std::vector<int>> outputs(layers), inputs(layers);
+  const std::vector<std::vector<int>> outputs = OutputsByLayer(graph);
+  std::vector<std::vector<int>> inputs(layers);
   // Layers that cannot run again: they change in place what is not written again before them.
   std::vector<bool> once(layers, false);
   for (size_t s = 0; s < graph.slots.size(); ++s) {
     const SlotInfo& slot = graph.slots[s];
-    if (slot.producer >= 0) outputs[slot.producer].push_back(static_cast<int>(s));
     for (const SlotInfo::Reader& r : slot.readers) {
       if (r.uses & kInForward) inputs[r.layer].push_back(static_cast<int>(s));
       if (slot.modified_by_reader && !SameBlock(graph, slot, r.layer)) once[r.layer] = true;
@@ -130,7 +143,7 @@ ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_w
     }
     if (!run) continue;
     again[l] = true;
-    if (!RecomputeReadsInputs(graph, list, l)) continue;
+    if (!RecomputeReadsInputs(graph, list, outputs[l])) continue;
     for (int s : inputs[l]) {
       needed[s] = true;
       if (!SameBlock(graph, graph.slots[s], l)) {
@@ -220,18 +233,17 @@ struct Times {
 
 // Whether the gradient of `slot` may lie where the gradient of its share_with slot lies: from the
 // sharing layer's B on both hold the same values until one of them is changed, so every later
-// change of one must come after the last read of the other.
-bool MayShareGradient(const Graph& graph, const Times& times, int slot) {
+// change of one must come after the last read of the other. `sharers` are the slots that share with
+// the same slot.
+bool MayShareGradient(const Graph& graph, const Times& times, int slot,
+                      const std::vector<int>& sharers) {
   const SlotInfo& a = graph.slots[slot];
   if (a.share_with < 0) return false;
   if (times.b[a.share_layer] == kNever) return false;
   // All inputs of the sharing layer that share with the same output form one group.
-  for (size_t other = 0; other < graph.slots.size(); ++other) {
+  for (int other : sharers) {
     const SlotInfo& o = graph.slots[other];
-    if (static_cast<int>(other) == slot || o.share_with != a.share_with ||
-        o.share_layer != a.share_layer) {
-      continue;
-    }
+    if (other == slot || o.share_layer != a.share_layer) continue;
     const auto first_change = [&](const SlotInfo& s) {
       int t = times.end + 1;
       for (const SlotInfo::Reader& r : s.readers) {
@@ -283,6 +295,11 @@ absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& acti
     return token_capacity * s.width * SizeOf(s.dtype) + s.fixed_bytes;
   };
 
+  const std::vector<std::vector<int>> outputs = OutputsByLayer(graph);
+  std::vector<bool> reads_inputs_again(graph.layers.size());
+  for (size_t l = 0; l < graph.layers.size(); ++l) {
+    reads_inputs_again[l] = RecomputeReadsInputs(graph, actions, outputs[l]);
+  }
   for (int i = 0; i < slots; ++i) {
     const SlotInfo& s = graph.slots[i];
     Span f, b;
@@ -296,7 +313,7 @@ absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& acti
     for (const SlotInfo::Reader& r : s.readers) {
       if (r.uses & kInForward) {
         f.Add(times.f[r.layer]);
-        if (RecomputeReadsInputs(graph, actions, r.layer)) b.Add(times.r[r.layer]);
+        if (reads_inputs_again[r.layer]) b.Add(times.r[r.layer]);
       }
       times.AddBackward(&b, r.layer, r.uses);
     }
@@ -335,13 +352,17 @@ absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& acti
       }
     }
     const auto find = [&](int i) {
-      while (root[i] != i) i = root[i];
+      while (root[i] != i) i = root[i] = root[root[i]];
       return i;
     };
+    std::vector<std::vector<int>> sharers(slots);  // by the slot that they share with
+    for (int i = 0; i < slots; ++i) {
+      if (graph.slots[i].share_with >= 0) sharers[graph.slots[i].share_with].push_back(i);
+    }
     for (int i = slots - 1; i >= 0; --i) {
       const SlotInfo& s = graph.slots[i];
       if (s.share_with < 0 || span[i].empty() || span[s.share_with].empty()) continue;
-      if (!MayShareGradient(graph, times, i)) continue;
+      if (!MayShareGradient(graph, times, i, sharers[s.share_with])) continue;
       layout.grad_shared[i] = 1;
       root[find(i)] = find(s.share_with);
     }

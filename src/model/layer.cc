@@ -28,25 +28,89 @@ absl::Status Builder::Add(const std::string& name, std::unique_ptr<Layer> layer)
 }
 
 void Builder::BeginBlock() {
+  if (block_ >= 0) {
+    Fail(absl::InvalidArgumentError(
+        absl::StrCat("a block begins inside another one", AfterLastLayer(),
+                     "; the layers of a block follow each other, so end the other one first")));
+  }
   block_ = blocks_++;
   block_layers_ = 0;
 }
-void Builder::EndBlock() { block_ = -1; }
+
+void Builder::EndBlock() {
+  if (block_ < 0) {
+    Fail(absl::InvalidArgumentError(
+        absl::StrCat("a block ends that has not begun", AfterLastLayer(), "; call BeginBlock")));
+  }
+  block_ = -1;
+}
+
+std::string Builder::AfterLastLayer() const {
+  return graph_.layer_names.empty() ? "" : absl::StrCat(" after layer ", graph_.layer_names.back());
+}
 
 void Builder::Fail(absl::Status error) {
   if (status_.ok()) status_ = std::move(error);
 }
 
-absl::StatusOr<Graph> Builder::Finish() {
-  if (!status_.ok()) return status_;
+// What the action lists and the frame planner rely on (graph.cc).
+absl::Status Builder::CheckGraph() const {
+  // Layers that change in place what their own block does not write again cannot run again.
+  std::vector<bool> once(graph_.layers.size(), false);
   for (const SlotInfo& s : graph_.slots) {
-    if (s.modified_by_reader && s.readers.size() != 1) {
+    if (!s.modified_by_reader) continue;
+    if (s.readers.size() != 1) {
       return absl::InvalidArgumentError(
           absl::StrCat("slot ", s.name, " is changed in place by one of its ", s.readers.size(),
                        " readers; give the others a copy"));
     }
+    const int reader = s.readers[0].layer;
+    if (s.producer < 0 || graph_.layer_block[s.producer] < 0 ||
+        graph_.layer_block[s.producer] != graph_.layer_block[reader]) {
+      once[reader] = true;
+    }
+    if (s.own_uses & (kInBackwardInput | kInBackwardWeight)) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "slot ", s.name, " is changed in place by layer ", graph_.layer_names[reader],
+          ", but the layer that writes it reads it in backward; give the reader a copy"));
+    }
   }
+  for (const SlotInfo& s : graph_.slots) {
+    if (s.modified_by_reader && s.producer >= 0 && once[s.producer] &&
+        graph_.layer_block[s.producer] >= 0 &&
+        graph_.layer_block[s.producer] == graph_.layer_block[s.readers[0].layer]) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "slot ", s.name, " is changed in place in the block of layer ",
+          graph_.layer_names[s.producer],
+          ", which writes it and itself changes a slot from outside of that block, so that neither "
+          "can be computed again; put a copy between them"));
+    }
+    if (s.share_with < 0) continue;
+    const SlotInfo& output = graph_.slots[s.share_with];
+    if (output.producer != s.share_layer || output.width != s.width || output.dtype != s.dtype) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "layer ", graph_.layer_names[s.share_layer], " shares the gradient of slot ", s.name,
+          " with slot ", output.name, "; that must be an output of it of the same width and type"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Graph> Builder::Finish() {
+  if (block_ >= 0) {
+    Fail(absl::InvalidArgumentError(
+        absl::StrCat("a block has not ended", AfterLastLayer(), "; call EndBlock")));
+  }
+  STRETTO_RETURN_IF_ERROR(status_);
+  STRETTO_RETURN_IF_ERROR(CheckGraph());
   return std::move(graph_);
+}
+
+bool Builder::InDeclare(const std::string& what) {
+  if (current_ >= 0) return true;
+  Fail(absl::InvalidArgumentError(
+      absl::StrCat(what, " belongs to no layer; call this from a layer's Declare")));
+  return false;
 }
 
 DType Builder::accumulate_type() const { return AccumulateType(graph_.dtype); }
@@ -55,6 +119,7 @@ int64_t Builder::Width(SlotId slot) const {
 }
 
 void Builder::Reads(SlotId slot, unsigned uses, bool writes_grad) {
+  if (!InDeclare("the reader of a slot")) return;
   if (!slot.valid()) {
     Fail(absl::InvalidArgumentError(absl::StrCat(prefix_, " reads a slot that does not exist")));
     return;
@@ -81,6 +146,7 @@ SlotId Builder::Input(const std::string& name, int64_t width) {
 }
 
 SlotId Builder::Output(const std::string& name, int64_t width, const OutputOptions& options) {
+  if (!InDeclare("slot " + name)) return {};
   SlotInfo s;
   s.name = prefix_ + "." + name;
   s.kind = SlotKind::kActivation;
@@ -98,6 +164,7 @@ SlotId Builder::Output(const std::string& name, int64_t width, const OutputOptio
 }
 
 SlotId Builder::Saved(const std::string& name, int64_t width, DType dtype, unsigned uses) {
+  if (!InDeclare("slot " + name)) return {};
   SlotInfo s;
   s.name = prefix_ + "." + name;
   s.kind = SlotKind::kSaved;
@@ -112,6 +179,7 @@ SlotId Builder::Saved(const std::string& name, int64_t width, DType dtype, unsig
 SlotId Builder::Scratch(const std::string& name, int64_t width, DType dtype, unsigned uses,
                         int64_t fixed_bytes) {
   const SlotId id = Saved(name, width, dtype, uses);
+  if (!id.valid()) return id;
   graph_.slots[id.value].kind = SlotKind::kScratch;
   graph_.slots[id.value].fixed_bytes = fixed_bytes;
   return id;
@@ -130,12 +198,11 @@ void Builder::ShareGradient(SlotId input, SlotId output) {
 }
 
 ParamId Builder::Parameter(ParameterSpec spec) {
+  if (!InDeclare("parameter " + spec.name)) return {};
   spec.name = prefix_ + "." + spec.name;
-  for (const ParameterInfo& p : graph_.parameters) {
-    if (p.spec.name == spec.name) {
-      Fail(absl::InvalidArgumentError(
-          absl::StrCat("parameter ", spec.name, " is declared twice; layer names must differ")));
-    }
+  if (!parameter_names_.insert(spec.name).second) {
+    Fail(absl::InvalidArgumentError(
+        absl::StrCat("parameter ", spec.name, " is declared twice; layer names must differ")));
   }
   ParameterInfo info;
   info.spec = std::move(spec);
@@ -145,7 +212,8 @@ ParamId Builder::Parameter(ParameterSpec spec) {
 }
 
 void Builder::UsesParameter(ParamId param) {
-  if (param.valid()) graph_.parameters[param.value].layers.push_back(current_);
+  if (!param.valid() || !InDeclare("the user of a parameter")) return;
+  graph_.parameters[param.value].layers.push_back(current_);
 }
 
 ConstantId Builder::Constant(ConstantInfo info) {

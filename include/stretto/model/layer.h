@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -103,6 +104,7 @@ class Builder {
   ParamId LossHead(const std::string& name, SlotId x, int64_t vocabulary, int64_t chunk,
                    ParamId tied, double init_std);
   // Layers added between BeginBlock and EndBlock belong to one transformer block (recompute unit).
+  // Blocks do not nest.
   void BeginBlock();
   void EndBlock();
   // True while no layer has been added to the open block.
@@ -146,9 +148,14 @@ class Builder {
   void Fail(absl::Status error);
 
  private:
+  absl::Status CheckGraph() const;
+  bool InDeclare(const std::string& what);  // fails by name when no layer is being declared
+  std::string AfterLastLayer() const;       // for messages
+
   Graph graph_;
   Strategies strategies_;
   absl::Status status_;
+  std::unordered_set<std::string> parameter_names_;
   std::string prefix_;
   int current_ = -1;
   int block_ = -1;

@@ -198,6 +198,115 @@ TEST(Builder, RefusesSecondReaderOfSlotChangedInPlace) {
               ::testing::HasSubstr("slot x is changed in place by one of its 2 readers"));
 }
 
+// A layer that only declares: Finish looks at declarations alone.
+class Declares : public Layer {
+ public:
+  explicit Declares(std::function<void(Builder&)> declare) : declare_(std::move(declare)) {}
+  const char* kind() const override { return "declares"; }
+  absl::Status Declare(Builder& b) override {
+    declare_(b);
+    return absl::OkStatus();
+  }
+  void Forward(Run&, Frame&) const override {}
+  void BackwardInput(Run&, Frame&) const override {}
+  void BackwardWeight(Run&, Frame&) const override {}
+
+ private:
+  std::function<void(Builder&)> declare_;
+};
+
+// Why Finish refuses what `declare` builds; "" when it does not.
+std::string Refusal(const std::function<void(Builder&)>& declare) {
+  Builder b(DType::kF32);
+  declare(b);
+  return std::string(b.Finish().status().message());
+}
+
+TEST(Builder, RefusesBlocksThatAreNotOneAfterTheOther) {
+  const auto linear = [](Builder& b, const char* name) {
+    b.Linear(name, Role::kColumn, b.Input(std::string("in_") + name, 4), 4, 4);
+  };
+  EXPECT_EQ(Refusal([&](Builder& b) {
+              b.BeginBlock();
+              linear(b, "a");
+              b.EndBlock();
+            }),
+            "");
+  EXPECT_THAT(Refusal([&](Builder& b) {
+                b.BeginBlock();
+                linear(b, "a");
+                b.BeginBlock();
+                linear(b, "b");
+                b.EndBlock();
+                b.EndBlock();
+              }),
+              ::testing::HasSubstr("a block begins inside another one after layer a;"));
+  EXPECT_THAT(Refusal([&](Builder& b) { b.EndBlock(); }),
+              ::testing::HasSubstr("a block ends that has not begun;"));
+  EXPECT_THAT(Refusal([&](Builder& b) {
+                b.BeginBlock();
+                linear(b, "a");
+              }),
+              ::testing::HasSubstr("a block has not ended after layer a;"));
+}
+
+TEST(Builder, RefusesDeclarationsOutsideOfLayers) {
+  EXPECT_THAT(Refusal([](Builder& b) { b.Reads(b.Input("x", 4), kInForward); }),
+              ::testing::HasSubstr("the reader of a slot belongs to no layer"));
+  EXPECT_THAT(Refusal([](Builder& b) { b.Output("y", 4, {}); }),
+              ::testing::HasSubstr("slot y belongs to no layer"));
+  EXPECT_THAT(Refusal([](Builder& b) { b.Scratch("s", 4, DType::kF32, kInForward); }),
+              ::testing::HasSubstr("slot s belongs to no layer"));
+  EXPECT_THAT(Refusal([](Builder& b) {
+                b.Parameter({.name = "w", .shape = {2, 2}});
+              }),
+              ::testing::HasSubstr("parameter w belongs to no layer"));
+}
+
+TEST(Builder, RefusesValuesThatCannotBeComputedAgain) {
+  // A layer that changes its input in place and writes an output that is changed in place in turn.
+  const auto chain = [](bool block_between, unsigned value_uses) {
+    return [=](Builder& b) {
+      SlotId slot = b.Input("x", 4);
+      b.BeginBlock();
+      for (const char* name : {"first", "second"}) {
+        b.Add(name, std::make_unique<Declares>([&](Builder& d) {
+                d.Reads(slot, kInForward);
+                d.ModifiesInPlace(slot);
+                slot = d.Output("y", 4, {.value_uses = value_uses});
+              }))
+            .IgnoreError();
+        if (block_between) b.EndBlock(), b.BeginBlock();
+      }
+      b.EndBlock();
+    };
+  };
+  EXPECT_EQ(Refusal(chain(true, 0)), "");
+  EXPECT_THAT(
+      Refusal(chain(false, 0)),
+      ::testing::HasSubstr("slot first.y is changed in place in the block of layer first,"));
+  EXPECT_THAT(
+      Refusal(chain(true, kInBackwardInput)),
+      ::testing::HasSubstr("slot first.y is changed in place by layer second, but the layer "
+                           "that writes it reads it in backward"));
+}
+
+TEST(Builder, RefusesToShareGradientsOfDifferentWidths) {
+  const auto shares = [](int64_t width) {
+    return [=](Builder& b) {
+      const SlotId x = b.Input("x", 4);
+      b.Add("add", std::make_unique<Declares>([&](Builder& d) {
+              d.Reads(x, kInForward);
+              d.ShareGradient(x, d.Output("y", width, {}));
+            }))
+          .IgnoreError();
+    };
+  };
+  EXPECT_EQ(Refusal(shares(4)), "");
+  EXPECT_THAT(Refusal(shares(5)),
+              ::testing::HasSubstr("layer add shares the gradient of slot x with slot add.y"));
+}
+
 TEST(ModelConfig, ResolveNamesEveryProblem) {
   ModelConfig c;
   c.family = "llama";

@@ -64,8 +64,6 @@ void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
   v.Field("overlap", &overlap, "reduce gradients while the backward pass still runs");
   v.Field("bucket_bytes", &bucket_bytes, "gradient bytes that are reduced together, about",
           {.min = 1});
-  v.Field("zero1", &zero1,
-          "each rank keeps the optimizer state of its share of the rows only (ZeRO-1)");
 }
 
 void TrainConfig::Runtime::Visit(ConfigVisitor& v) {

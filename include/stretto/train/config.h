@@ -57,7 +57,6 @@ struct TrainConfig {
     int64_t dp = 0;
     bool overlap = true;
     int64_t bucket_bytes = int64_t{25} << 20;
-    bool zero1 = true;
     void Visit(ConfigVisitor& v);
   } parallel;
 

@@ -68,7 +68,7 @@ TEST(TrainConfig, EveryFieldCanBeSetByName) {
         "optimizer": {"name": "adamw", "lr": 0.5, "beta1": 0.1, "beta2": 0.2, "eps": 0.3,
                       "weight_decay": 0.4, "clip_norm": 0.6, "schedule": "wsd", "warmup": 3,
                       "final_fraction": 0.7, "decay_fraction": 0.8},
-        "parallel": {"dp": 1, "overlap": false, "bucket_bytes": 9, "zero1": false},
+        "parallel": {"dp": 1, "overlap": false, "bucket_bytes": 9},
         "runtime": {"device": "cpu", "dtype": "bf16", "threads": 3, "stream": "fifo",
                     "recompute": "block", "loss_chunk": 11, "timeout_seconds": 1.5,
                     "host_memory_bytes": 12, "peak_tflops": 13.5},

@@ -144,6 +144,14 @@ void StoreServer::State::Remove(uint64_t id) {
     // "trouble" counts events, so that watchers read one key and look closer only when it moved.
     Put(absl::StrCat(c.goodbye ? "left/" : "dead/", c.rank), "connection closed");
     AddTo("trouble", 1);
+    // Launchers end a job soon after a death: whoever waits for a meeting has to hear of it now.
+    for (const Waiter& w : waiters) {
+      const auto waiting = connections.find(w.connection);
+      if (w.count > 0 && waiting != connections.end()) {
+        AnswerList(waiting->second, w.request, w.key);
+      }
+    }
+    std::erase_if(waiters, [](const Waiter& w) { return w.count > 0; });
   }
   const std::lock_guard<std::mutex> lock(mutex);
   --clients;

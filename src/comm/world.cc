@@ -224,8 +224,17 @@ absl::StatusOr<std::vector<std::string>> World::AllGather(const std::string& nam
     STRETTO_RETURN_IF_ERROR(store_->Erase(absl::StrCat("meet/", meeting - 2, "/")));
   }
   const std::string prefix = absl::StrCat("meet/", meeting, "/");
-  STRETTO_RETURN_IF_ERROR(
-      store_->Set(absl::StrCat(prefix, rank()), absl::StrCat(name.size(), " ", name, value)));
+  // Rank 0 serves the control plane.
+  const auto explain = [&](const absl::Status& status) {
+    if (!absl::IsUnavailable(status) || rank() == 0) return status;
+    phase_->failed = true;
+    return absl::UnavailableError(absl::StrCat(std::string(status.message()), " while rank ",
+                                               rank(), " was at '", name,
+                                               "'; see its messages, or restart the job"));
+  };
+  const absl::Status came_here =
+      store_->Set(absl::StrCat(prefix, rank()), absl::StrCat(name.size(), " ", name, value));
+  if (!came_here.ok()) return explain(came_here);
 
   const auto begin = net::Clock::now();
   const net::Deadline deadline = net::After(options_.timeout);
@@ -233,13 +242,15 @@ absl::StatusOr<std::vector<std::string>> World::AllGather(const std::string& nam
   while (true) {
     const std::chrono::milliseconds slice(std::max(1, net::PollTimeout(deadline, 500)));
     auto listed = store_->ListWhen(prefix, size(), slice);
-    if (listed.ok()) {
+    if (listed.ok() && static_cast<int>(listed->size()) == size()) {
       pairs = std::move(*listed);
       break;
     }
-    if (!absl::IsDeadlineExceeded(listed.status())) return listed.status();
+    if (!listed.ok() && !absl::IsDeadlineExceeded(listed.status())) {
+      return explain(listed.status());
+    }
     auto there = store_->List(prefix);
-    STRETTO_RETURN_IF_ERROR(there.status());
+    if (!there.ok()) return explain(there.status());
     if (static_cast<int>(there->size()) == size()) continue;
     std::vector<bool> came(static_cast<std::size_t>(size()), false);
     for (const auto& [key, unused] : *there) {
@@ -256,6 +267,7 @@ absl::StatusOr<std::vector<std::string>> World::AllGather(const std::string& nam
     };
     const std::vector<int> dead = missing_of(DeadRanks());
     if (!dead.empty()) {
+      phase_->failed = true;  // the end of this world waits for nobody
       return absl::UnavailableError(
           absl::StrCat(Text(dead), " died before coming to '", name, "'; restart the job"));
     }

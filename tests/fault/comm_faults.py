@@ -19,10 +19,10 @@ RANKS = int(LAUNCHER[1])
 
 
 class Job:
-    def __init__(self, timeout_ms, directory):
+    def __init__(self, timeout_ms, directory, *absent):
         self.process = subprocess.Popen(
-            LAUNCHER + [PROGRAM, str(timeout_ms), directory], stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, bufsize=1)
+            LAUNCHER + [PROGRAM, str(timeout_ms), directory, *map(str, absent)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
         self.lines = []
         self.pids = {}
         self.reader = threading.Thread(target=self.read)
@@ -102,6 +102,15 @@ def killed(victim):
         verdict(job, victim, rf"FAULT.*rank {victim} died", begin, 20)
 
 
+def killed_in_setup(victim):
+    print(f"kill -9 of rank {victim} while the others agree on a step of set-up")
+    with tempfile.TemporaryDirectory() as directory:
+        job = Job(60000, directory, victim)
+        begin = time.time()
+        os.kill(job.pids[victim], signal.SIGKILL)
+        verdict(job, victim, rf"FAULT.*rank {victim} (has left or )?died.*'loading the data'", begin, 20)
+
+
 def stopped(victim):
     print(f"SIGSTOP of rank {victim}")
     with tempfile.TemporaryDirectory() as directory:
@@ -147,6 +156,8 @@ def asked():
 asked()
 killed(RANKS - 1)
 killed(0)
+killed_in_setup(RANKS - 1)
+killed_in_setup(0)
 stopped(1)
 stopped(0)
 print("ok")

@@ -57,7 +57,8 @@ class Store {
   absl::StatusOr<int64_t> Add(const std::string& key, int64_t amount);
   // All pairs whose keys start with `prefix`, sorted by key.
   absl::StatusOr<std::vector<std::pair<std::string, std::string>>> List(const std::string& prefix);
-  // The same, as soon as there are at least `count` of them; DEADLINE_EXCEEDED otherwise.
+  // The same, as soon as there are at least `count` of them, or fewer when a rank dies or leaves
+  // meanwhile: who waits should look whether it waits for that one. DEADLINE_EXCEEDED otherwise.
   absl::StatusOr<std::vector<std::pair<std::string, std::string>>> ListWhen(
       const std::string& prefix, int64_t count, std::chrono::milliseconds timeout);
   // Removes all keys that start with `prefix`.

@@ -79,7 +79,7 @@ TEST_F(StoreTest, SetsAndGets) {
 
 TEST_F(StoreTest, WaitsForKeys) {
   const auto a = Client(0);
-  const auto b = Client(1);
+  auto b = Client(1);
   std::thread setter([&] {
     std::this_thread::sleep_for(milliseconds(50));
     EXPECT_TRUE(b->Set("late", "v").ok());
@@ -99,6 +99,15 @@ TEST_F(StoreTest, WaitsForKeys) {
   EXPECT_TRUE(absl::IsDeadlineExceeded(never.status()));
   EXPECT_THAT(std::string(never.status().message()), HasSubstr("'never'"));
   EXPECT_TRUE(absl::IsDeadlineExceeded(a->ListWhen("all/", 3, milliseconds(30)).status()));
+  // Nobody waits out the time for a rank that is gone.
+  std::thread leaves([&] {
+    std::this_thread::sleep_for(milliseconds(50));
+    b.reset();
+  });
+  const auto listed = a->ListWhen("all/", 3, std::chrono::minutes(10));
+  leaves.join();
+  ASSERT_TRUE(listed.ok()) << listed.status();
+  EXPECT_EQ(listed->size(), 2u);
   EXPECT_EQ(*a->Add("count", 0), 100);
 }
 

@@ -43,8 +43,7 @@ absl::Status Bench(World& world, TrainConfig config) {
     const Rng rng(1, "bench/tokens");
     const int64_t count = 64 * config.batch.global * (config.data.sequence_length + 1);
     std::vector<int32_t> ids;
-    // The tokenizer's ids: the vocabulary may be padded beyond them.
-    const uint64_t below = std::min<int64_t>(config.model.vocabulary, 256);
+    const auto below = static_cast<uint64_t>(config.model.vocabulary);
     for (int64_t i = 0; i < count; ++i) {
       ids.push_back(static_cast<int32_t>(rng.Below(static_cast<uint64_t>(i), below)));
     }

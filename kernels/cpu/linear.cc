@@ -179,6 +179,18 @@ class CpuLinear final : public LinearKernels {
     });
   }
 
+  // A product and then a pass over its result: on the CPU the pass is a small part of both.
+  void ForwardGelu(Stream& s, Tensor y, Tensor pre, Tensor x, Tensor w,
+                   Tensor bias) const override {
+    Forward(s, pre, x, w, bias);
+    Activation()->GeluForward(s, y, pre);
+  }
+
+  void BackwardInputGelu(Stream& s, Tensor dpre, Tensor dy, Tensor w, Tensor pre) const override {
+    BackwardInput(s, dpre, dy, w, false);
+    Activation()->GeluBackward(s, dpre, dpre, pre, false);
+  }
+
   void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor w, bool acc) const override {
     ThreadPool* pool = &s.pool();
     s.Enqueue([=] {

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <string>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/families.h"
@@ -64,6 +65,13 @@ float WeightOf(const Tensor& weights, int64_t t) {
   return weights.present() ? weights.as<float>()[t] : 1.0f;
 }
 
+void FailTarget(Stream& stream, const std::string& target, int64_t row) {
+  stream.Fail(absl::OutOfRangeError(
+      absl::StrCat("Loss: ", target, " of row ", row,
+                   " is in no chunk of the vocabulary, or its logit is -inf; check the data "
+                   "against the vocabulary, or give the token weight 0")));
+}
+
 class CpuLoss final : public LossKernels {
  public:
   void Fold(Stream& s, Tensor state, Tensor logits, Tensor targets, int64_t first,
@@ -111,14 +119,59 @@ class CpuLoss final : public LossKernels {
             const std::string id = targets.present()
                                        ? absl::StrCat("target ", targets.as<int32_t>()[t])
                                        : "the target";
-            stream->Fail(absl::OutOfRangeError(
-                absl::StrCat("Loss: ", id, " of row ", t,
-                             " is in no chunk of the vocabulary, or its logit is -inf; check the "
-                             "data against the vocabulary, or give the token weight 0")));
+            FailTarget(*stream, id, t);
           }
           loss = w * (st[0] - st[2] + std::log(st[1]));
           sum += loss;
           weight_sum += w;
+        }
+        double* out = total.as<double>();
+        out[0] = (acc ? out[0] : 0) + sum;
+        out[1] = (acc ? out[1] : 0) + weight_sum;
+      });
+    });
+  }
+
+  void Fused(Stream& s, Tensor logits, Tensor losses, Tensor total, Tensor targets, Tensor weights,
+             bool acc) const override {
+    Stream* stream = &s;
+    s.Enqueue([=] {
+      ForModelType(logits.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        using A = Acc<T>;
+        const int64_t columns = logits.dims[1];
+        stream->pool().ParallelFor(
+            logits.rows(), 1,
+            [&](int64_t begin, int64_t end, int) {
+              for (int64_t t = begin; t < end; ++t) {
+                const A w = WeightOf(weights, t);
+                T* row = logits.as<T>(t);
+                A& loss = losses.as<A>()[t];
+                loss = 0;
+                A state[2] = {-std::numeric_limits<A>::infinity(), 0};
+                if (w == 0) {
+                  GradientRow(row, state, w, columns);
+                  continue;
+                }
+                FoldRow<T, A>(state, row, columns);
+                const int64_t target = targets.as<int32_t>()[t];
+                const bool here = target >= 0 && target < columns;
+                const A logit = here ? Widen(row[target]) : -std::numeric_limits<A>::infinity();
+                if (logit == -std::numeric_limits<A>::infinity()) {
+                  FailTarget(*stream, absl::StrCat("target ", target), t);
+                }
+                loss = w * (state[0] - logit + std::log(state[1]));
+                const A at_target = w * (std::exp(logit - state[0]) / state[1] - 1);
+                GradientRow(row, state, w, columns);
+                if (here) row[target] = Narrow<T>(at_target);
+              }
+            },
+            kSerialElements / std::max<int64_t>(columns, 1));
+        double sum = 0;
+        double weight_sum = 0;
+        for (int64_t t = 0; t < logits.rows(); ++t) {
+          sum += losses.as<A>()[t];
+          weight_sum += WeightOf(weights, t);
         }
         double* out = total.as<double>();
         out[0] = (acc ? out[0] : 0) + sum;

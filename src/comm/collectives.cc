@@ -222,6 +222,9 @@ void Operation::Reset() {
   receive_begins.clear();
   after = Event();
   started = false;
+  device = OnDevice::kNo;
+  ready = false;
+  done = Event();
   reduce = ReduceOp::kSum;
   peer = -1;
   phases = phase = 0;
@@ -247,10 +250,10 @@ bool Operation::ReserveLike(const Operation& other) {
   return grew;
 }
 
-void Engine::Start(Operation& o) {
-  o.started = true;
+namespace {
+
+void ChoosePhases(Operation& o) {
   const int n = o.group->size();
-  const std::size_t me = static_cast<std::size_t>(o.group->index);
   const int64_t size = SizeOf(o.dtype);
   const auto then = [&o](Pattern p) { o.patterns[o.phases++] = p; };
   o.phases = o.phase = 0;
@@ -270,10 +273,6 @@ void Engine::Start(Operation& o) {
       then(Pattern::kReduceScatter);
       break;
     case CommOp::kAllGather:
-      for (const Operation::Item& item : o.items) {
-        Copy(item.output + static_cast<int64_t>(me) * item.elements * size, item.input,
-             item.elements * size);
-      }
       if (n > 1) then(Pattern::kAllGather);
       break;
     case CommOp::kBroadcast:
@@ -286,8 +285,6 @@ void Engine::Start(Operation& o) {
       }
       break;
     case CommOp::kAllToAll:
-      Copy(o.items[0].output + o.receive_begins[me] * size,
-           o.items[0].input + o.send_begins[me] * size, o.send_counts[me] * size);
       if (n > 1) then(Pattern::kAllToAll);
       break;
     case CommOp::kSend:
@@ -298,6 +295,59 @@ void Engine::Start(Operation& o) {
       break;
     case CommOp::kBarrier:
       break;
+  }
+}
+
+// Elements of one item that go to `peer` in the current phase.
+int64_t ElementsTo(const Operation& o, const Operation::Item& item, int peer) {
+  const int me = o.group->index;
+  switch (PatternOf(o)) {
+    case Pattern::kReduceScatter:
+      return PartOf(o, item, peer).count;
+    case Pattern::kAllGather:
+      if (o.op == CommOp::kBroadcast && peer == o.peer) return 0;  // the root has it
+      return PartOf(o, item, me).count;
+    case Pattern::kGatherReduce:
+    case Pattern::kSend:
+      return item.elements;
+    case Pattern::kScatter:
+      return me == o.peer ? PartOf(o, item, peer).count : 0;
+    case Pattern::kFan:
+      return me == o.peer ? item.elements : 0;
+    case Pattern::kAllToAll:
+      return o.send_counts[static_cast<std::size_t>(peer)];
+    case Pattern::kReceive:
+      return 0;
+  }
+  return 0;
+}
+
+}  // namespace
+
+int64_t BytesToSend(Operation& o) {
+  int64_t elements = 0;
+  ChoosePhases(o);
+  for (; o.phase < o.phases; ++o.phase) {
+    for (const Operation::Item& item : o.items) {
+      for (int lane = 0; lane < Lanes(o); ++lane) elements += ElementsTo(o, item, PeerOf(o, lane));
+    }
+  }
+  return elements * SizeOf(o.dtype);
+}
+
+void Engine::Start(Operation& o) {
+  o.started = true;
+  const std::size_t me = static_cast<std::size_t>(o.group->index);
+  const int64_t size = SizeOf(o.dtype);
+  ChoosePhases(o);
+  if (o.op == CommOp::kAllGather) {
+    for (const Operation::Item& item : o.items) {
+      Copy(item.output + static_cast<int64_t>(me) * item.elements * size, item.input,
+           item.elements * size);
+    }
+  } else if (o.op == CommOp::kAllToAll) {
+    Copy(o.items[0].output + o.receive_begins[me] * size,
+         o.items[0].input + o.send_begins[me] * size, o.send_counts[me] * size);
   }
   if (o.phases > 0) BeginPhase(o);
 }

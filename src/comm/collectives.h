@@ -88,6 +88,16 @@ struct Operation {
   char label[56] = {};
   Event after;
   bool started = false;
+  // Of an operation on tensors of a device: how far the device has been told of it.
+  enum class OnDevice : uint8_t {
+    kNo,       // on tensors in host memory
+    kWaiting,  // for operations before it
+    kIssued,   // handed over
+    kQueued,   // in the order of the device's communication stream: `done` is valid
+  };
+  OnDevice device = OnDevice::kNo;
+  bool ready = false;  // on a device: `after` has been seen
+  Event done;
   DType dtype = DType::kF32;
   ReduceOp reduce = ReduceOp::kSum;
   int peer = -1;  // or the root
@@ -111,6 +121,10 @@ struct Operation {
   bool ReserveLike(const Operation& other);
   bool point_to_point() const { return op == CommOp::kSend || op == CommOp::kReceive; }
 };
+
+// The bytes that Engine sends from this rank for `o`, whatever carries it out: the measure of
+// Communicator::BytesSent.
+int64_t BytesToSend(Operation& o);
 
 // Runs operations over a transport.
 class Engine {

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/device_runtime.h"
 #include "src/core/format.h"
 
 namespace stretto {
@@ -45,11 +46,7 @@ absl::StatusOr<Arena> Arena::Create(Device device, const std::string& name, int6
     return absl::InvalidArgumentError(absl::StrCat("the arena \"", name, "\" was asked for ", bytes,
                                                    " bytes; ask for zero or more"));
   }
-  if (device.kind != DeviceKind::kCpu) {
-    return absl::UnimplementedError(
-        absl::StrCat("the arena \"", name, "\" was asked for on ", Name(device),
-                     ", but this build has no backend for it; use cpu"));
-  }
+  if (device.kind != DeviceKind::kCpu) return CreateOn(device, name, bytes, /*host=*/false);
   const auto exhausted = [&](int error) {
     return absl::ResourceExhaustedError(
         absl::StrCat("the arena \"", name, "\" of ", HumanBytes(bytes), " (", bytes, " bytes) on ",
@@ -76,10 +73,45 @@ absl::StatusOr<Arena> Arena::Create(Device device, const std::string& name, int6
   return arena;
 }
 
+absl::StatusOr<Arena> Arena::CreateHost(Device device, const std::string& name, int64_t bytes) {
+  if (device.kind == DeviceKind::kCpu) return Create(device, name, bytes);
+  if (bytes < 0) return Create(Device::Cpu(), name, bytes);  // refuses it
+  return CreateOn(device, name, bytes, /*host=*/true);
+}
+
+absl::StatusOr<Arena> Arena::CreateOn(Device device, const std::string& name, int64_t bytes,
+                                      bool host) {
+  const DeviceRuntime* runtime = RuntimeOf(device.kind);
+  if (runtime == nullptr) {
+    return absl::UnimplementedError(
+        absl::StrCat("the arena \"", name, "\" was asked for on ", Name(device),
+                     ", but this build has no backend for it; use cpu"));
+  }
+  const int64_t size = MappedBytes(bytes);
+  absl::StatusOr<std::byte*> memory =
+      host ? runtime->AllocateHost(device.index, size) : runtime->Allocate(device.index, size);
+  if (!memory.ok()) {
+    return absl::Status(
+        memory.status().code(),
+        absl::StrCat("the arena \"", name, "\" of ", HumanBytes(bytes), " (", bytes, " bytes) ",
+                     host ? "of page-locked host memory for " : "on ", Name(device),
+                     " could not be allocated: ", std::string(memory.status().message()),
+                     "; shrink the model or the micro-batch"));
+  }
+  Arena arena;
+  arena.device_ = device;
+  arena.host_ = host;
+  arena.name_ = name;
+  arena.data_ = *memory;
+  arena.bytes_ = bytes;
+  return arena;
+}
+
 Arena::~Arena() { Release(); }
 
 Arena::Arena(Arena&& other) noexcept
     : device_(other.device_),
+      host_(other.host_),
       name_(std::move(other.name_)),
       data_(std::exchange(other.data_, nullptr)),
       bytes_(std::exchange(other.bytes_, 0)) {}
@@ -88,6 +120,7 @@ Arena& Arena::operator=(Arena&& other) noexcept {
   if (this == &other) return *this;
   Release();
   device_ = other.device_;
+  host_ = other.host_;
   name_ = std::move(other.name_);
   data_ = std::exchange(other.data_, nullptr);
   bytes_ = std::exchange(other.bytes_, 0);
@@ -95,7 +128,14 @@ Arena& Arena::operator=(Arena&& other) noexcept {
 }
 
 void Arena::Release() {
-  if (data_ != nullptr) munmap(data_, static_cast<size_t>(MappedBytes(bytes_)));
+  if (data_ == nullptr) return;
+  if (device_.kind == DeviceKind::kCpu) {
+    munmap(data_, static_cast<size_t>(MappedBytes(bytes_)));
+  } else if (host_) {
+    RuntimeOf(device_.kind)->FreeHost(data_);
+  } else {
+    RuntimeOf(device_.kind)->Free(device_.index, data_);
+  }
   data_ = nullptr;
   bytes_ = 0;
 }

@@ -1,6 +1,7 @@
 #include "stretto/core/stream.h"
 
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <system_error>
@@ -9,7 +10,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/device_runtime.h"
 #include "src/core/wait_counter.h"
+#include "stretto/core/copy.h"
 
 namespace stretto {
 
@@ -49,10 +52,20 @@ Stream::Stream(Device device, StreamOptions options)
 
 absl::StatusOr<std::unique_ptr<Stream>> Stream::Create(Device device, StreamOptions options) {
   if (device.kind != DeviceKind::kCpu) {
-    return absl::UnimplementedError(
-        absl::StrCat("a stream was asked for on ", Name(device),
-                     ", but this build has no backend for it; use cpu"));
+    const DeviceRuntime* runtime = RuntimeOf(device.kind);
+    if (runtime == nullptr) {
+      return absl::UnimplementedError(
+          absl::StrCat("a stream was asked for on ", Name(device),
+                       ", but this build has no backend for it; use cpu"));
+    }
+    options.mode = StreamMode::kDevice;
+    options.threads = 1;
+    std::unique_ptr<Stream> stream(new Stream(device, options));
+    stream->pool_ = std::make_unique<ThreadPool>(1);
+    STRETTO_ASSIGN_OR_RETURN(stream->device_queue_, runtime->CreateQueue(device.index, options));
+    return stream;
   }
+  if (options.mode == StreamMode::kDevice) options.mode = StreamMode::kInline;
   if (options.threads < 1) {
     return absl::InvalidArgumentError(absl::StrCat("a stream was asked for with ", options.threads,
                                                    " threads; give one or more"));
@@ -87,7 +100,18 @@ Stream::~Stream() {
   BackgroundThreads::Add(-1);
 }
 
+void* Stream::native() const { return device_queue_ ? device_queue_->native() : nullptr; }
+Stream::Workspace Stream::workspace() const {
+  return device_queue_ ? device_queue_->workspace() : Workspace();
+}
+DeviceFault* Stream::fault() const { return device_queue_ ? device_queue_->fault() : nullptr; }
+
 void* Stream::BeginPush() {
+  if (device_queue_) {
+    Fail(
+        absl::InternalError(absl::StrCat("host code was enqueued on a stream of ", Name(device_))));
+    return nullptr;
+  }
   Queue& q = *queue_;
   const uint64_t ticket = q.tickets + 1;
   // The slot is free when the entry one turn of the ring earlier has finished.
@@ -101,27 +125,47 @@ void Stream::EndPush(void (*call)(void*)) {
   q.pushed.Raise(++q.tickets);
 }
 
-bool Stream::DoneAt(uint64_t ticket) const { return queue_->finished.Load() >= ticket; }
+bool Stream::DoneAt(uint64_t ticket) const {
+  return device_queue_ ? device_queue_->Done(ticket) : queue_->finished.Load() >= ticket;
+}
 
 Event Stream::Record() {
   Event event;
-  if (options_.mode == StreamMode::kFifo) {
-    event.stream_ = this;
-    event.ticket_ = queue_->tickets;
-  }
+  if (options_.mode == StreamMode::kInline) return event;
+  event.stream_ = this;
+  event.ticket_ = device_queue_ ? device_queue_->Record() : queue_->tickets;
   return event;
 }
 
 void Stream::Wait(const Event& event) {
   if (event.stream_ == this || event.Done()) return;
+  if (device_queue_ && event.stream_->device_queue_) {
+    Fail(device_queue_->WaitFor(*event.stream_->device_queue_, event.ticket_));
+    return;
+  }
+  if (device_queue_ || event.stream_->device_queue_) {
+    // Between kinds of device the host waits.
+    while (!event.Done()) std::this_thread::yield();
+    return;
+  }
   const WaitCounter* finished = &event.stream_->queue_->finished;
   const uint64_t ticket = event.ticket_;
   Enqueue([finished, ticket] { finished->WaitFor(ticket); });
 }
 
 absl::Status Stream::Synchronize() {
+  if (device_queue_) Fail(device_queue_->Synchronize());
   if (options_.mode == StreamMode::kFifo) queue_->finished.WaitFor(queue_->tickets);
   return status();
+}
+
+void CopyBytes(Stream& stream, void* to, const void* from, int64_t bytes) {
+  if (bytes <= 0) return;
+  if (stream.device_queue_) {
+    stream.Fail(stream.device_queue_->Copy(to, from, bytes));
+    return;
+  }
+  stream.Enqueue([=] { std::memcpy(to, from, static_cast<size_t>(bytes)); });
 }
 
 void Stream::Fail(absl::Status error) {
@@ -133,7 +177,9 @@ void Stream::Fail(absl::Status error) {
 }
 
 absl::Status Stream::status() const {
-  if (!queue_->failed.load(std::memory_order_acquire)) return absl::OkStatus();
+  if (!queue_->failed.load(std::memory_order_acquire)) {
+    return device_queue_ ? device_queue_->Reported() : absl::OkStatus();
+  }
   std::lock_guard<std::mutex> lock(queue_->mutex);
   return queue_->error;
 }

@@ -70,6 +70,7 @@ AttentionShape LocalAttentionLayer::Shape(const Frame& frame) const {
   AttentionShape shape;
   shape.cu_q = shape.cu_k = frame.tokens.cu_seqlens;
   shape.max_q = shape.max_k = frame.tokens.max_length;
+  shape.uniform = frame.tokens.uniform;
   shape.causal = true;
   shape.scale = 1.0 / std::sqrt(static_cast<double>(options_.head_dim));
   return shape;

@@ -1,5 +1,7 @@
 #include "stretto/model/layer.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 
 namespace stretto {
@@ -118,6 +120,10 @@ int64_t Builder::Width(SlotId slot) const {
   return slot.valid() ? graph_.slots[slot.value].width : 0;
 }
 
+bool Builder::IsGeluOf(SlotId slot, SlotId pre) const {
+  return slot.valid() && pre.valid() && graph_.slots[slot.value].gelu_of == pre.value;
+}
+
 void Builder::Reads(SlotId slot, unsigned uses, bool writes_grad) {
   if (!InDeclare("the reader of a slot")) return;
   if (!slot.valid()) {
@@ -158,6 +164,7 @@ SlotId Builder::Output(const std::string& name, int64_t width, const OutputOptio
   s.cheap = options.cheap;
   s.boundary = options.boundary;
   s.recompute_source = options.recompute_source;
+  s.gelu_of = options.gelu_of.value;
   s.grad_changed_by_producer = options.grad_changed_by_producer;
   graph_.slots.push_back(std::move(s));
   return {static_cast<int>(graph_.slots.size()) - 1};
@@ -216,6 +223,12 @@ void Builder::UsesParameter(ParamId param) {
   graph_.parameters[param.value].layers.push_back(current_);
 }
 
+void Builder::PadRows(ParamId param, int64_t rows) {
+  if (!param.valid()) return;
+  int64_t& padded = graph_.parameters[param.value].padded_rows;
+  padded = std::max(padded, rows);
+}
+
 ConstantId Builder::Constant(ConstantInfo info) {
   for (size_t i = 0; i < graph_.constants.size(); ++i) {
     if (graph_.constants[i].name == info.name) return {static_cast<int>(i)};
@@ -234,14 +247,14 @@ Tensor Frame::Value(SlotId slot) const {
                              ? layout_->forward_offset[slot.value]
                              : layout_->backward_offset[slot.value];
   if (offset < 0) return {};
-  return Tensor::Of(memory_ + offset, info.dtype, {tokens.tokens, info.width});
+  return Tensor::Of(memory_ + offset, info.dtype, {tokens.tokens, info.width}, device_);
 }
 
 Tensor Frame::Grad(SlotId slot) const {
   const int64_t offset = layout_->grad_offset[slot.value];
   if (offset < 0) return {};
   const SlotInfo& info = graph_->slots[slot.value];
-  return Tensor::Of(memory_ + offset, info.dtype, {tokens.tokens, info.width});
+  return Tensor::Of(memory_ + offset, info.dtype, {tokens.tokens, info.width}, device_);
 }
 
 bool Frame::AccumulateGrad(SlotId slot) const {

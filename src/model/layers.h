@@ -2,6 +2,7 @@
 #ifndef STRETTO_SRC_MODEL_LAYERS_H_
 #define STRETTO_SRC_MODEL_LAYERS_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 
@@ -10,7 +11,7 @@
 
 namespace stretto::internal {
 
-// y = x w^T + bias.
+// y = x w^T + bias, with gelu behind it or in front of it fused in (LinearOptions).
 class LinearLayer : public Layer {
  public:
   LinearLayer(SlotId x, int64_t in, int64_t out, const LinearOptions& options, SlotId* y)
@@ -18,11 +19,12 @@ class LinearLayer : public Layer {
   const char* kind() const override { return "linear"; }
   absl::Status Declare(Builder& b) override;
   void Forward(Run& run, Frame& frame) const override;
+  void Recompute(Run& run, Frame& frame) const override;
   void BackwardInput(Run& run, Frame& frame) const override;
   void BackwardWeight(Run& run, Frame& frame) const override;
 
  private:
-  SlotId x_, y_;
+  SlotId x_, y_, gelu_;
   int64_t in_, out_;
   LinearOptions options_;
   SlotId* y_out_;
@@ -143,7 +145,9 @@ class LossHeadLayer : public Layer {
                 ParamId* weight)
       : x_(x),
         vocabulary_(vocabulary),
-        chunk_(chunk <= 0 || chunk > vocabulary ? vocabulary : chunk),
+        padded_((vocabulary + kUnit - 1) / kUnit * kUnit),
+        chunk_(chunk <= 0 || chunk >= vocabulary ? padded_
+                                                 : std::max(kUnit, chunk / kUnit * kUnit)),
         weight_(tied),
         init_std_(init_std),
         weight_out_(weight) {}
@@ -154,11 +158,16 @@ class LossHeadLayer : public Layer {
   void BackwardWeight(Run& run, Frame& frame) const override;
 
  private:
-  bool one_chunk() const { return chunk_ == vocabulary_; }
-  Tensor Logits(Frame& frame, int64_t first) const;
+  // Products run over whole units of the vocabulary: libraries' kernels are several times slower on
+  // sizes such as 50257.
+  static constexpr int64_t kUnit = 64;
+  bool one_chunk() const { return chunk_ == padded_; }
+  // Logits of the chunk that starts at entry `first`: with the padding, and those that exist.
+  Tensor Padded(const Frame& frame, int64_t first) const;
+  Tensor Logits(const Frame& frame, int64_t first) const;
 
   SlotId x_, logits_, state_, losses_;
-  int64_t vocabulary_, chunk_;
+  int64_t vocabulary_, padded_, chunk_;
   ParamId weight_;
   double init_std_;
   ParamId* weight_out_;

@@ -7,8 +7,21 @@ absl::Status LinearLayer::Declare(Builder& b) {
     return absl::InvalidArgumentError(
         absl::StrCat("its input has ", b.Width(x_), " features per token, not ", in_));
   }
-  b.Reads(x_, kInForward | kInBackwardWeight);
-  *y_out_ = y_ = b.Output("y", out_, {});
+  const SlotId pre = options_.gelu_input;
+  if (pre.valid()) {
+    if (!b.IsGeluOf(x_, pre)) {
+      return absl::InvalidArgumentError("its input is not gelu of the slot named in gelu_input");
+    }
+    b.Reads(x_, kInForward | kInBackwardWeight, /*writes_grad=*/false);
+    b.Reads(pre, kInBackwardInput);
+  } else {
+    b.Reads(x_, kInForward | kInBackwardWeight);
+  }
+  const bool gelu = options_.gelu_output != nullptr;
+  *y_out_ = y_ = b.Output("y", out_, {.recompute_source = gelu});
+  if (gelu)
+    *options_.gelu_output = gelu_ =
+        b.Output("gelu", out_, {.grad_uses = 0, .cheap = true, .gelu_of = y_});
   weight_ = b.Parameter({.name = "weight",
                          .shape = {out_, in_},
                          .init = Init::kNormal,
@@ -22,15 +35,34 @@ absl::Status LinearLayer::Declare(Builder& b) {
 }
 
 void LinearLayer::Forward(Run& run, Frame& frame) const {
-  ops::Linear(run.ops(), frame.Value(y_), frame.Value(x_), run.Parameter(weight_),
-              bias_.valid() ? run.Parameter(bias_) : Tensor());
+  const Tensor bias = bias_.valid() ? run.Parameter(bias_) : Tensor();
+  if (gelu_.valid()) {
+    ops::LinearGelu(run.ops(), frame.Value(gelu_), frame.Value(y_), frame.Value(x_),
+                    run.Parameter(weight_), bias);
+  } else {
+    ops::Linear(run.ops(), frame.Value(y_), frame.Value(x_), run.Parameter(weight_), bias);
+  }
+}
+
+void LinearLayer::Recompute(Run& run, Frame& frame) const {
+  if (gelu_.valid() && !frame.Dropped(y_)) {
+    ops::Gelu(run.ops(), frame.Value(gelu_), frame.Value(y_));
+  } else {
+    Forward(run, frame);
+  }
 }
 
 void LinearLayer::BackwardInput(Run& run, Frame& frame) const {
-  const Tensor dx = frame.Grad(x_);
+  const SlotId pre = options_.gelu_input;
+  const Tensor dx = frame.Grad(pre.valid() ? pre : x_);
   if (!dx.present()) return;
-  ops::LinearBackwardInput(run.ops(), dx, frame.Grad(y_), run.Parameter(weight_),
-                           frame.AccumulateGrad(x_));
+  if (pre.valid()) {
+    ops::LinearBackwardInputGelu(run.ops(), dx, frame.Grad(y_), run.Parameter(weight_),
+                                 frame.Value(pre));
+  } else {
+    ops::LinearBackwardInput(run.ops(), dx, frame.Grad(y_), run.Parameter(weight_),
+                             frame.AccumulateGrad(x_));
+  }
 }
 
 void LinearLayer::BackwardWeight(Run& run, Frame& frame) const {

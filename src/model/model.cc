@@ -61,16 +61,18 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
     branch =
         b.Linear(block + "attn.out", Role::kRow, o, c.heads * c.head_dim, c.hidden, into_residual);
     std::tie(x, n) = b.AddNorm(block + "mlp_norm", x, branch, norm);
-    SlotId inner;
+    SlotId inner, pre;
     if (c.gated_mlp()) {
       inner =
           b.Swiglu(block + "mlp.act", b.Linear(block + "mlp.gate_up", Role::kColumn, n, c.hidden,
                                                2 * c.ffn, {.bias = false, .init_std = c.init_std}));
     } else {
-      inner = b.Gelu(block + "mlp.act", b.Linear(block + "mlp.up", Role::kColumn, n, c.hidden,
-                                                 c.ffn, {.bias = true, .init_std = c.init_std}));
+      pre = b.Linear(block + "mlp.up", Role::kColumn, n, c.hidden, c.ffn,
+                     {.bias = true, .init_std = c.init_std, .gelu_output = &inner});
     }
-    branch = b.Linear(block + "mlp.down", Role::kRow, inner, c.ffn, c.hidden, into_residual);
+    LinearOptions down = into_residual;
+    down.gelu_input = pre;
+    branch = b.Linear(block + "mlp.down", Role::kRow, inner, c.ffn, c.hidden, down);
     b.EndBlock();
   }
   std::tie(x, n) = b.AddNorm("norm", x, branch, norm);

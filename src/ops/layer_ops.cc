@@ -13,6 +13,18 @@ void Linear(Context c, Tensor y, Tensor x, Tensor w, Tensor bias) {
   if (check.ok()) c.kernels->linear->Forward(*c.stream, y, x, w, bias);
 }
 
+void LinearGelu(Context c, Tensor y, Tensor pre, Tensor x, Tensor w, Tensor bias) {
+  Check check(c, "LinearGelu", {{"y", y}, {"pre", pre}, {"x", x}, {"w", w}, {"bias", bias}});
+  check.Supported(x.dtype)
+      .That(IsMatrix(x) && IsMatrix(w), "x must be [tokens, in] and w [out, in]")
+      .That(Is(w, x.dtype, {w.dims[0], x.dims[1]}), "w must be [out, in] of x's type")
+      .That(Is(y, x.dtype, {x.dims[0], w.dims[0]}), "y must be [tokens, out] of x's type")
+      .That(Like(pre, y, x.dtype), "pre must be like y")
+      .That(!y.present() || y.data != pre.data, "y and pre must be two tensors")
+      .That(IsOrAbsent(bias, x.dtype, {w.dims[0]}), "bias must be [out] of x's type or absent");
+  if (check.ok()) c.kernels->linear->ForwardGelu(*c.stream, y, pre, x, w, bias);
+}
+
 void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc) {
   Check check(c, "LinearBackwardInput", {{"dx", dx}, {"dy", dy}, {"w", w}});
   check.Supported(dy.dtype)
@@ -20,6 +32,17 @@ void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc) {
       .That(Is(w, dy.dtype, {dy.dims[1], w.dims[1]}), "w must be [out, in] of dy's type")
       .That(Is(dx, dy.dtype, {dy.dims[0], w.dims[1]}), "dx must be [tokens, in] of dy's type");
   if (check.ok()) c.kernels->linear->BackwardInput(*c.stream, dx, dy, w, acc);
+}
+
+void LinearBackwardInputGelu(Context c, Tensor dpre, Tensor dy, Tensor w, Tensor pre) {
+  Check check(c, "LinearBackwardInputGelu", {{"dpre", dpre}, {"dy", dy}, {"w", w}, {"pre", pre}});
+  check.Supported(dy.dtype)
+      .That(IsMatrix(dy) && IsMatrix(w), "dy must be [tokens, out] and w [out, in]")
+      .That(Is(w, dy.dtype, {dy.dims[1], w.dims[1]}), "w must be [out, in] of dy's type")
+      .That(Is(pre, dy.dtype, {dy.dims[0], w.dims[1]}), "pre must be [tokens, in] of dy's type")
+      .That(Like(dpre, pre, dy.dtype), "dpre must be like pre")
+      .That(!dpre.present() || dpre.data != pre.data, "dpre must not be pre");
+  if (check.ok()) c.kernels->linear->BackwardInputGelu(*c.stream, dpre, dy, w, pre);
 }
 
 void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, bool acc) {

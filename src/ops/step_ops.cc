@@ -46,6 +46,25 @@ void LossBackward(Context c, Tensor logits, Tensor state, Tensor targets, Tensor
   if (check.ok()) c.kernels->loss->Backward(*c.stream, logits, state, targets, weights, first);
 }
 
+void LossFused(Context c, Tensor logits, Tensor losses, Tensor total, Tensor targets,
+               Tensor weights, bool acc) {
+  Check check(c, "LossFused",
+              {{"logits", logits},
+               {"losses", losses},
+               {"total", total},
+               {"targets", targets},
+               {"weights", weights}});
+  check.Supported(logits.dtype)
+      .That(IsMatrix(logits), "logits must be [tokens, vocabulary]")
+      .That(Is(losses, AccumulateType(logits.dtype), {logits.dims[0]}),
+            "losses must be [tokens] of the statistics' type")
+      .That(total.present() && Is(total, DType::kF64, {2}), "total must be f64[2]")
+      .That(Is(targets, DType::kI32, {logits.dims[0]}), "targets must be i32[tokens]")
+      .That(IsOrAbsent(weights, DType::kF32, {logits.dims[0]}),
+            "weights must be f32[tokens] or absent");
+  if (check.ok()) c.kernels->loss->Fused(*c.stream, logits, losses, total, targets, weights, acc);
+}
+
 void SumSquares(Context c, Tensor total, Tensor x, bool acc) {
   Check check(c, "SumSquares", {{"total", total}, {"x", x}});
   check.Supported(x.dtype)

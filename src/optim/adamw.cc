@@ -26,7 +26,7 @@ absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const Graph& graph,
                                                      const AdamWOptions& options) {
   auto adamw = std::unique_ptr<AdamW>(new AdamW(graph, ops, options));
   const int64_t bytes = StateBytes(graph, parameters.group().size(), parameters.group().index);
-  STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "optimizer state", bytes));
+  STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(ops.stream->device()), "optimizer state", bytes));
   STRETTO_ASSIGN_OR_RETURN(adamw->arena_,
                            Arena::Create(ops.stream->device(), "optimizer state", bytes));
   std::byte* next = adamw->arena_.data();

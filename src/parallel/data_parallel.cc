@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/core/copy.h"
 #include "stretto/model/model.h"
 
 namespace stretto {
@@ -46,12 +47,36 @@ namespace {
 constexpr int64_t kAlignment = 64;
 int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 int64_t StoredElements(const ParameterInfo& p, int ranks) {
-  return CutRows(p.rows(), ranks, 0).part * ranks * p.columns();
+  return std::max(CutRows(p.rows(), ranks, 0).part * ranks, p.padded_rows) * p.columns();
 }
 // A tensor of a parameter's rank: [rows, columns], or [rows] for vectors.
-Tensor View(const ParameterInfo& p, std::byte* data, DType dtype, int64_t rows) {
-  return p.spec.shape.size() > 1 ? Tensor::Of(data, dtype, {rows, p.columns()})
-                                 : Tensor::Of(data, dtype, {rows});
+Tensor View(const ParameterInfo& p, std::byte* data, DType dtype, int64_t rows, Device device) {
+  return p.spec.shape.size() > 1 ? Tensor::Of(data, dtype, {rows, p.columns()}, device)
+                                 : Tensor::Of(data, dtype, {rows}, device);
+}
+
+// Calls fill(first row, rows) with host memory for some rows of `target` at a time, and brings them
+// to where the target lies.
+template <class Fill>
+absl::Status FillRows(Tensor target, const Fill& fill) {
+  if (target.device.kind == DeviceKind::kCpu) {
+    fill(int64_t{0}, target);
+    return absl::OkStatus();
+  }
+  constexpr int64_t kBufferBytes = 16 << 20;
+  const int64_t row_bytes = std::max<int64_t>(1, target.row_elements() * SizeOf(target.dtype));
+  const int64_t most = std::max<int64_t>(1, kBufferBytes / row_bytes);
+  std::vector<std::byte> buffer(static_cast<size_t>(std::min(most, target.rows()) * row_bytes));
+  for (int64_t first = 0; first < target.rows(); first += most) {
+    const Tensor rows = target.Rows(first, std::min(most, target.rows() - first));
+    Tensor host = rows;
+    host.data = buffer.data();
+    host.device = Device::Cpu();
+    host.row_stride = host.row_elements();
+    fill(first, host);
+    STRETTO_RETURN_IF_ERROR(CopyFromHost(rows, buffer.data()));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -114,8 +139,9 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
   for (const ConstantInfo& c : graph.constants) {
     constant_bytes += Aligned(c.rows * c.columns * SizeOf(c.dtype));
   }
+  const Device device = stream.device();
   const auto make = [&](const char* name, int64_t size, Arena* arena) -> absl::Status {
-    STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, name, size));
+    STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(device), name, size));
     STRETTO_ASSIGN_OR_RETURN(*arena, Arena::Create(stream.device(), name, size));
     return absl::OkStatus();
   };
@@ -130,31 +156,35 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     const ParameterInfo& p = graph.parameters[i];
     const RowCut cut = CutRows(p.rows(), n, group.index);
     const int64_t stored = cut.part * n;
-    stored_values.push_back(View(p, value, graph.dtype, stored));
-    stored_grads.push_back(View(p, grad, acc, stored));
-    dp->parameters_.push_back(View(p, value, graph.dtype, p.rows()));
-    dp->gradients_.push_back(View(p, grad, acc, p.rows()));
+    stored_values.push_back(View(p, value, graph.dtype, stored, device));
+    stored_grads.push_back(View(p, grad, acc, stored, device));
+    dp->parameters_.push_back(View(p, value, graph.dtype, p.rows(), device));
+    dp->gradients_.push_back(View(p, grad, acc, p.rows(), device));
     dp->shards_.push_back({ParamId{static_cast<int>(i)}, cut.first,
                            dp->parameters_.back().Rows(cut.first, cut.count),
                            dp->gradients_.back().Rows(cut.first, cut.count)});
-    InitialValues(p.spec, seed, 0, dp->parameters_.back());
-    value += Aligned(stored * p.columns() * SizeOf(graph.dtype));
-    grad += Aligned(stored * p.columns() * SizeOf(acc));
+    STRETTO_RETURN_IF_ERROR(FillRows(dp->parameters_.back(), [&](int64_t first, Tensor rows) {
+      InitialValues(p.spec, seed, first, rows);
+    }));
+    value += Aligned(StoredElements(p, n) * SizeOf(graph.dtype));
+    grad += Aligned(StoredElements(p, n) * SizeOf(acc));
   }
 
   std::byte* constant = dp->constant_arena_.data();
   for (const ConstantInfo& c : graph.constants) {
-    const Tensor t = Tensor::Of(constant, c.dtype, {c.rows, c.columns});
-    for (int64_t r = 0; r < c.rows; ++r) {
-      for (int64_t k = 0; k < c.columns; ++k) {
-        const double v = c.value(r, k);
-        if (c.dtype == DType::kF64) {
-          t.as<double>(r)[k] = v;
-        } else {
-          t.as<float>(r)[k] = static_cast<float>(v);
+    const Tensor t = Tensor::Of(constant, c.dtype, {c.rows, c.columns}, device);
+    STRETTO_RETURN_IF_ERROR(FillRows(t, [&](int64_t first, Tensor rows) {
+      for (int64_t r = 0; r < rows.rows(); ++r) {
+        for (int64_t k = 0; k < c.columns; ++k) {
+          const double v = c.value(first + r, k);
+          if (c.dtype == DType::kF64) {
+            rows.as<double>(r)[k] = v;
+          } else {
+            rows.as<float>(r)[k] = static_cast<float>(v);
+          }
         }
       }
-    }
+    }));
     dp->constants_.push_back(t);
     constant += Aligned(t.bytes());
   }

@@ -16,6 +16,7 @@
 #include "src/snapshot/json.h"
 #include "src/snapshot/manifest.h"
 #include "src/snapshot/safetensors_writer.h"
+#include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 
 namespace stretto {
@@ -132,14 +133,13 @@ struct CheckpointWriter::Impl {
 
 absl::Status CheckpointWriter::Impl::StageTensors(const StateRegistry& registry, Job* job) {
   int64_t total = 0;
+  bool copy = options.async;  // what lies on a device passes through the host anyway
+  std::vector<Tensor> sources;
   for (const StateEntry& entry : registry.entries()) {
     const int64_t rows = OwnedRows(entry);
     if (rows == 0) continue;
-    if (entry.local.device.kind != DeviceKind::kCpu) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("tensor \"", entry.name, "\" cannot be saved: its local slice must be in ",
-                       "memory of the CPU, it is ", Describe(entry.local)));
-    }
+    copy = copy || entry.local.device.kind != DeviceKind::kCpu;
+    sources.push_back(entry.local);
     SafetensorsItem item;
     item.name = entry.name;
     item.dtype = entry.dtype;
@@ -150,7 +150,7 @@ absl::Status CheckpointWriter::Impl::StageTensors(const StateRegistry& registry,
     job->items.push_back(std::move(item));
   }
   STRETTO_ASSIGN_OR_RETURN(job->metadata, ShardMetadata(registry));
-  if (!options.async) return absl::OkStatus();
+  if (!copy) return absl::OkStatus();
 
   if (total > staging_bytes) {
     staging.reset();
@@ -159,16 +159,15 @@ absl::Status CheckpointWriter::Impl::StageTensors(const StateRegistry& registry,
     if (staging == nullptr) {
       return absl::ResourceExhaustedError(
           absl::StrCat("no memory for a staging buffer of ", total,
-                       " bytes; switch asynchronous checkpoints off to do without"));
+                       " bytes; on a CPU checkpoint.async=false does without"));
     }
     staging_bytes = total;
   }
   char* cursor = staging.get();
-  for (SafetensorsItem& item : job->items) {
-    STRETTO_ASSIGN_OR_RETURN(const int64_t bytes, snapshot_internal::DataBytes(item));
-    if (bytes > 0) std::memcpy(cursor, item.data, bytes);
-    item.data = cursor;
-    cursor += bytes;
+  for (size_t i = 0; i < sources.size(); ++i) {
+    STRETTO_RETURN_IF_ERROR(CopyToHost(cursor, sources[i]));
+    job->items[i].data = cursor;
+    cursor += sources[i].bytes();
   }
   return absl::OkStatus();
 }

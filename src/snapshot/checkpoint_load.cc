@@ -14,6 +14,7 @@
 #include "src/snapshot/convert.h"
 #include "src/snapshot/manifest.h"
 #include "src/snapshot/read_converted.h"
+#include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 #include "stretto/snapshot/checkpoint.h"
 #include "stretto/snapshot/safetensors.h"
@@ -148,13 +149,26 @@ absl::Status CheckSameModel(const std::string& path, const Manifest& manifest,
       "; load it with the configuration that wrote it or choose another checkpoint directory"));
 }
 
-absl::Status CheckLocal(const StateEntry& entry) {
-  if (OwnedRows(entry) == 0 || entry.local.device.kind == DeviceKind::kCpu) {
-    return absl::OkStatus();
+// Rows of a stored tensor, from row `first` of it on, into `target`; into a device's memory through
+// a buffer of bounded size.
+absl::Status ReadRows(const SafetensorsFile& file, const SafetensorsEntry& stored, int64_t first,
+                      const Tensor& target) {
+  const int64_t row_elements = target.row_elements();
+  if (target.device.kind == DeviceKind::kCpu) {
+    return ReadConverted(file, stored, first * row_elements, target.elements(), target.dtype,
+                         target.data);
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("tensor \"", entry.name, "\" cannot be loaded: its local slice must be ",
-                   "in memory of the CPU, it is ", Describe(entry.local)));
+  constexpr int64_t kBufferBytes = 16 << 20;
+  const int64_t row_bytes = std::max<int64_t>(1, row_elements * SizeOf(target.dtype));
+  const int64_t most = std::max<int64_t>(1, kBufferBytes / row_bytes);
+  std::vector<std::byte> buffer(static_cast<size_t>(std::min(most, target.rows()) * row_bytes));
+  for (int64_t done = 0; done < target.rows(); done += most) {
+    const int64_t rows = std::min(most, target.rows() - done);
+    STRETTO_RETURN_IF_ERROR(ReadConverted(file, stored, (first + done) * row_elements,
+                                          rows * row_elements, target.dtype, buffer.data()));
+    STRETTO_RETURN_IF_ERROR(CopyFromHost(target.Rows(done, rows), buffer.data()));
+  }
+  return absl::OkStatus();
 }
 
 // Calls `visit(piece, first, rows)` for the rows [first, first + rows) of `entry` in each piece.
@@ -262,7 +276,6 @@ absl::Status LoadCheckpoint(const CheckpointInfo& info, const StateRegistry& reg
   // Files that hold wanted rows; the others are not touched.
   std::vector<std::unique_ptr<SafetensorsFile>> files(manifest.files.size());
   for (const StateEntry& entry : registry.entries()) {
-    STRETTO_RETURN_IF_ERROR(CheckLocal(entry));
     const ManifestTensor& tensor = manifest.tensors.at(entry.name);
     STRETTO_RETURN_IF_ERROR(
         ForEachOverlap(entry, tensor, [&](const Piece& piece, int64_t, int64_t) -> absl::Status {
@@ -288,15 +301,12 @@ absl::Status LoadCheckpoint(const CheckpointInfo& info, const StateRegistry& reg
   }
 
   for (const StateEntry& entry : registry.entries()) {
-    const int64_t row_elements = entry.local.row_elements();
     STRETTO_RETURN_IF_ERROR(
         ForEachOverlap(entry, manifest.tensors.at(entry.name),
                        [&](const Piece& piece, int64_t first, int64_t rows) {
                          const SafetensorsFile& file = *files[piece.file];
-                         const Tensor target = entry.local.Rows(first - entry.first_row, rows);
-                         return ReadConverted(file, *file.Find(entry.name),
-                                              (first - piece.first_row) * row_elements,
-                                              rows * row_elements, entry.dtype, target.data);
+                         return ReadRows(file, *file.Find(entry.name), first - piece.first_row,
+                                         entry.local.Rows(first - entry.first_row, rows));
                        }));
   }
   return absl::OkStatus();

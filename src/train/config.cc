@@ -86,6 +86,8 @@ void TrainConfig::Runtime::Visit(ConfigVisitor& v) {
           "seconds after which a communication that does not complete is an error", {.min = 0});
   v.Field("host_memory_bytes", &host_memory_bytes,
           "budget of this process for buffers in host memory, in bytes; -1: no limit", {.min = -1});
+  v.Field("device_memory_bytes", &device_memory_bytes,
+          "budget of this process for buffers in GPU memory, in bytes; -1: no limit", {.min = -1});
   v.Field("peak_tflops", &peak_tflops,
           "peak of one rank in TFLOP/s, the base of MFU; 0: measured at start where possible, else "
           "MFU is left out",
@@ -238,6 +240,9 @@ absl::Status TrainConfig::Resolve(int ranks) {
   }
   if (runtime.host_memory_bytes == 0) {
     fail("runtime.host_memory_bytes is 0; give a number of bytes, or -1 for no limit.");
+  }
+  if (runtime.device_memory_bytes == 0) {
+    fail("runtime.device_memory_bytes is 0; give a number of bytes, or -1 for no limit.");
   }
   if (output.empty()) fail("output is empty; name a directory.");
   if (metrics.flight_directory.empty() && !output.empty()) {

@@ -55,7 +55,12 @@ int64_t SentParts(const Graph& graph, int ranks, DType dtype) {
 
 }  // namespace
 
+int64_t DeviceWorkspaceBytes(DeviceKind device) {
+  return device == DeviceKind::kCpu ? 0 : int64_t{2} << 30;
+}
+
 absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index) {
+  const DeviceKind device = config.runtime.device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
   RunPlan plan;
   const std::optional<DType> dtype = ParseDType(config.runtime.dtype);
   if (!dtype) {
@@ -85,12 +90,18 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
       {"optimizer state", AdamW::StateBytes(graph, ranks, index)},
       {"activations", std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes())},
   };
+  if (device != DeviceKind::kCpu) {
+    plan.arenas.push_back({"tokens", TokenFeeder::DeviceBytes(device, plan.micro_batch_tokens)});
+    plan.arenas.push_back({"workspace", DeviceWorkspaceBytes(device)});
+  }
   for (const NamedBytes& a : plan.arenas) plan.arena_bytes += a.bytes;
   // Measured on Debian 12 with OpenBLAS 0.3.21 and Open MPI 4.1.4: code, heap and thread stacks of
   // a process; the panels that OpenBLAS packs (most for a wide vocabulary); MPI's shared segments
   // and the staging buffers of reductions.
   constexpr int64_t kMiB = 1 << 20;
   plan.overheads = {{"process", 16 * kMiB}, {"matrix products", 56 * kMiB}};
+  // On a GPU what the driver keeps for the process and the code of kernels and libraries.
+  if (device != DeviceKind::kCpu) plan.overheads = {{"context and libraries", 1024 * kMiB}};
   if (ranks > 1) plan.overheads.push_back({"messages", 32 * kMiB});
   for (const NamedBytes& o : plan.overheads) plan.overhead_bytes += o.bytes;
   if (ranks > 1) {

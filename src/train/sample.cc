@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "src/train/trainer_impl.h"
+#include "stretto/core/copy.h"
 
 namespace stretto {
 namespace {
@@ -55,9 +56,10 @@ absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t t
     STRETTO_ASSIGN_OR_RETURN(
         const Arena logits_arena,
         Arena::Create(t.stream->device(), "sampling", 8 * head.rows() + 4 * head.rows()));
-    const Tensor logits = Tensor::Of(logits_arena.data(), head.dtype, {1, head.rows()});
+    const Device device = t.stream->device();
+    const Tensor logits = Tensor::Of(logits_arena.data(), head.dtype, {1, head.rows()}, device);
     const Tensor wide =
-        Tensor::Of(logits_arena.data() + 8 * head.rows(), DType::kF32, {1, head.rows()});
+        Tensor::Of(logits_arena.data() + 8 * head.rows(), DType::kF32, {1, head.rows()}, device);
     std::vector<float> values(static_cast<size_t>(vocabulary));
     std::vector<int32_t> order;
     PackedBatch batch;
@@ -73,17 +75,18 @@ absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t t
       batch.cu_seqlens.push_back(static_cast<int32_t>(length));
       batch.max_length = length;
       Frame frame(&t.plan.model.graph, &t.plan.evaluation_actions, &t.plan.evaluation_frame,
-                  t.frame_arena.data());
-      frame.tokens = ViewsOf(batch);
+                  t.frame_arena.data(), device);
+      STRETTO_ASSIGN_OR_RETURN(frame.tokens, t.feeder->Feed(batch));
       // Everything but the head, which is only needed for the last token.
       ActionList body = t.plan.evaluation_actions;
       body.actions.pop_back();
       Execute(t.plan.model.graph, body, *t.evaluation_run, frame);
       const Tensor hidden = frame.Value(t.plan.model.final_hidden).Rows(length - 1, 1);
-      ops::Linear(t.ops(), logits, Tensor::Of(hidden.data, hidden.dtype, {1, width}), head, {});
+      ops::Linear(t.ops(), logits, Tensor::Of(hidden.data, hidden.dtype, {1, width}, device), head,
+                  {});
       ops::Copy(t.ops(), wide, logits);
       STRETTO_RETURN_IF_ERROR(t.stream->Synchronize());
-      std::copy_n(wide.as<float>(), vocabulary, values.begin());
+      STRETTO_RETURN_IF_ERROR(CopyToHost(values.data(), wide.Columns(0, vocabulary)));
       const int32_t next =
           Draw(values, temperature, top_k, rng.Uniform(static_cast<uint64_t>(i)), &order);
       if (next == t.tokenizer->end_of_text()) break;

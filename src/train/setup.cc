@@ -7,18 +7,43 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "src/train/trainer_impl.h"
+#include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
 
 namespace stretto {
 namespace {
 
-absl::StatusOr<Device> ChooseDevice(const std::string& name) {
+// The device of a rank: the GPU with its number on the machine. "auto" takes the CPU where the
+// build or the machine has no GPU for it.
+absl::StatusOr<Device> ChooseDevice(const std::string& name, const World& world) {
   if (name == "cpu") return Device::Cpu();
-  if (name == "auto") {
-    return KernelsFor(Device::Cuda(0)).ok() ? Device::Cuda(0) : Device::Cpu();
+  const Device gpu = Device::Cuda(world.info().local_rank);
+  const absl::Status usable = DescribeDevice(gpu).status();
+  if (usable.ok()) return gpu;
+  if (name != "auto") return usable;
+  if (!absl::IsUnimplemented(usable) && world.rank() == 0) {
+    LogInfo(absl::StrCat("on the CPU: ", std::string(usable.message())));
   }
-  return Device::Cuda(0);
+  return Device::Cpu();
+}
+
+// Refuses a world in which ranks would compute on different kinds of device: their bits differ, and
+// they could not talk to each other in one way. "auto" takes the CPU everywhere then.
+absl::StatusOr<Device> SameDeviceEverywhere(World& world, Device device, const std::string& name) {
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                           world.AllGather("device", Name(Device{device.kind, 0})));
+  for (int r = 1; r < world.size(); ++r) {
+    if (all[r] == all[0]) continue;
+    const std::string differ = absl::StrCat("rank ", r, " chose ", all[r], " and rank 0 ", all[0]);
+    if (name == "auto") {
+      if (world.rank() == 0) LogInfo(absl::StrCat("on the CPU: ", differ));
+      return Device::Cpu();
+    }
+    return absl::FailedPreconditionError(
+        absl::StrCat(differ, "; give every rank a GPU of its own, or set runtime.device=cpu"));
+  }
+  return device;
 }
 
 // Refuses ranks that were started with different configurations.
@@ -40,7 +65,18 @@ absl::Status SameConfigEverywhere(World& world, const TrainConfig& config) {
 
 // Refuses a plan that this machine cannot hold, before any of it is touched: later the kernel would
 // end some process.
-absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const World& world) {
+absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const World& world,
+                         Device device) {
+  if (device.kind != DeviceKind::kCpu) {
+    STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
+    if (plan.arena_bytes <= info.free_bytes) return absl::OkStatus();
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "the plan needs ", HumanBytes(plan.arena_bytes), " on ", Name(device), " (", info.name,
+        "), of which ", HumanBytes(info.free_bytes), " of ", HumanBytes(info.total_bytes),
+        " are free; what saves most: runtime.recompute=block, a smaller batch.micro, "
+        "runtime.loss_chunk=8192\n",
+        plan.MemoryTable()));
+  }
   const int64_t available = AvailableMemory();
   const int ranks = std::max(1, world.info().local_size);
   // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
@@ -61,7 +97,11 @@ absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const W
 absl::Status Trainer::Impl::SetUpRuntime() {
   STRETTO_RETURN_IF_ERROR(SameConfigEverywhere(world, config));
   STRETTO_RETURN_IF_ERROR(config.Resolve(world.size()));
-  STRETTO_ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.runtime.device));
+  absl::StatusOr<Device> chosen = ChooseDevice(config.runtime.device, world);
+  STRETTO_RETURN_IF_ERROR(world.Agree("choosing the device", chosen.status()));
+  STRETTO_ASSIGN_OR_RETURN(const Device device,
+                           SameDeviceEverywhere(world, *chosen, config.runtime.device));
+  config.runtime.device = device.kind == DeviceKind::kCpu ? "cpu" : "cuda";
   STRETTO_ASSIGN_OR_RETURN(kernels, KernelsFor(device));
   const std::optional<DType> dtype = ParseDType(config.runtime.dtype);
   if (!dtype || !kernels->supports(*dtype)) {
@@ -77,8 +117,10 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   STRETTO_ASSIGN_OR_RETURN(
       stream, Stream::Create(device, {.mode = config.runtime.stream == "fifo" ? StreamMode::kFifo
                                                                               : StreamMode::kInline,
-                                      .threads = static_cast<int>(config.runtime.threads)}));
+                                      .threads = static_cast<int>(config.runtime.threads),
+                                      .workspace_bytes = DeviceWorkspaceBytes(device.kind)}));
   comm = std::make_unique<Communicator>(world);
+  STRETTO_RETURN_IF_ERROR(comm->UseDevice(device));
   STRETTO_ASSIGN_OR_RETURN(const Mesh mesh,
                            Mesh::Create(world.size(), world.rank(), {{"dp", world.size()}}));
   STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh.Along({"dp"})));
@@ -89,9 +131,9 @@ absl::Status Trainer::Impl::SetUpRuntime() {
 absl::Status Trainer::Impl::SetUpModel() {
   absl::StatusOr<RunPlan> planned = PlanRun(config, dp_group.size(), dp_group.index);
   // Agreed on here, since a rank that goes on takes memory that another one counts as free.
-  STRETTO_RETURN_IF_ERROR(
-      world.Agree("planning the memory",
-                  planned.ok() ? CheckMemory(*planned, config, world) : planned.status()));
+  STRETTO_RETURN_IF_ERROR(world.Agree(
+      "planning the memory",
+      planned.ok() ? CheckMemory(*planned, config, world, stream->device()) : planned.status()));
   plan = *std::move(planned);
   const Graph& graph = plan.model.graph;
   STRETTO_ASSIGN_OR_RETURN(
@@ -105,14 +147,21 @@ absl::Status Trainer::Impl::SetUpModel() {
                                           .eps = config.optimizer.eps,
                                           .weight_decay = config.optimizer.weight_decay}));
   const int64_t frame_bytes = std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes());
-  STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "activations", frame_bytes));
+  STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream->device()), "activations", frame_bytes));
   STRETTO_ASSIGN_OR_RETURN(frame_arena,
                            Arena::Create(stream->device(), "activations", frame_bytes));
   STRETTO_ASSIGN_OR_RETURN(
       scalar_arena,
       Arena::Create(stream->device(), "scalars", (StepScalars::kCount + 2) * SizeOf(DType::kF64)));
-  scalars = Tensor::Of(scalar_arena.data(), DType::kF64, {StepScalars::kCount});
-  evaluation_total = Tensor::Of(scalars.as<double>() + StepScalars::kCount, DType::kF64, {2});
+  scalars = Tensor::Of(scalar_arena.data(), DType::kF64, {StepScalars::kCount}, stream->device());
+  evaluation_total =
+      Tensor::Of(scalars.as<double>() + StepScalars::kCount, DType::kF64, {2}, stream->device());
+  STRETTO_ASSIGN_OR_RETURN(
+      host_arena, Arena::CreateHost(stream->device(), "scalars",
+                                    (StepScalars::kCount + kHostInputs) * SizeOf(DType::kF64)));
+  host_scalars = reinterpret_cast<double*>(host_arena.data());
+  host_inputs = host_scalars + StepScalars::kCount;
+  STRETTO_ASSIGN_OR_RETURN(feeder, TokenFeeder::Create(*stream, plan.micro_batch_tokens, budget));
   run.emplace(ops());
   evaluation_run.emplace(ops());
   dp->Attach(&*run, scalars.Rows(StepScalars::kLossSum, 2));
@@ -228,6 +277,7 @@ absl::Status Trainer::Impl::Restore() {
     state.step = saved.step;
     state.applied = saved.applied;
     state.skipped = saved.skipped;
+    state.choices = saved.choices;
     return absl::OkStatus();
   };
   STRETTO_RETURN_IF_ERROR(world.Agree("loading the checkpoint", load()));
@@ -240,24 +290,79 @@ absl::Status Trainer::Impl::Restore() {
 
 absl::Status Trainer::Impl::MeasurePeak() {
   peak_tflops = config.runtime.peak_tflops;
-  if (peak_tflops > 0 || stream->device().kind != DeviceKind::kCpu) return absl::OkStatus();
-  // The best of a few square products in the model's type, in the activation arena.
+  if (peak_tflops > 0) return absl::OkStatus();
+  // The best of a few square products in the model's type, in the activation arena. Long enough
+  // that neither a moment's interruption nor the launch counts.
+  const bool cpu = stream->device().kind == DeviceKind::kCpu;
   const DType dtype = plan.model.graph.dtype;
-  int64_t n = 768;
+  int64_t n = cpu ? 768 : 8192;
+  const int products = cpu ? 2 : 20;
   while (n > 64 && 3 * n * n * SizeOf(dtype) > frame_arena.bytes()) n /= 2;
   if (3 * n * n * SizeOf(dtype) > frame_arena.bytes()) return absl::OkStatus();
   const auto matrix = [&](int i) {
-    return Tensor::Of(frame_arena.data() + i * n * n * SizeOf(dtype), dtype, {n, n});
+    return Tensor::Of(frame_arena.data() + i * n * n * SizeOf(dtype), dtype, {n, n},
+                      stream->device());
   };
+  // Numbers as a model has them: multiplying zeros draws less power, and a GPU then runs faster.
+  const ParameterSpec noise = {.name = "peak", .shape = {n, n}, .std = 0.02};
+  std::vector<std::byte> values(static_cast<size_t>(n * n * SizeOf(dtype)));
+  InitialValues(noise, 1, 0, Tensor::Of(values.data(), dtype, {n, n}));
+  for (int i : {1, 2}) STRETTO_RETURN_IF_ERROR(CopyFromHost(matrix(i), values.data()));
   for (int i = 0; i < 5; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    ops::Linear(ops(), matrix(0), matrix(1), matrix(2), {});
+    for (int k = 0; k < products; ++k) ops::Linear(ops(), matrix(0), matrix(1), matrix(2), {});
     STRETTO_RETURN_IF_ERROR(stream->Synchronize());
     const double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / products;
     peak_tflops = std::max(peak_tflops, 2.0 * static_cast<double>(n * n * n) / seconds / 1e12);
   }
   return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::WarmUp() {
+  if (kernels->set_measuring == nullptr) return absl::OkStatus();
+  // Rank 0 measures, then everybody has its choices. Those of a checkpoint come first: a run that
+  // was interrupted goes on with the same bits.
+  if (!state.choices.empty()) {
+    STRETTO_RETURN_IF_ERROR(kernels->import_choices(state.choices));
+  }
+  PackedBatch batch;
+  batch.Clear();
+  const int64_t length = config.data.sequence_length;
+  for (int64_t t = 0; t < plan.micro_batch_tokens; ++t) {
+    const auto id = static_cast<int32_t>(t * 7919 % config.model.vocabulary);
+    batch.ids.push_back(id);
+    batch.targets.push_back(id);
+    batch.weights.push_back(1);
+    batch.positions.push_back(static_cast<int32_t>(t % length));
+    if ((t + 1) % length == 0) batch.cu_seqlens.push_back(static_cast<int32_t>(t + 1));
+  }
+  batch.max_length = length;
+  const auto run_through = [&]() -> absl::Status {
+    for (int i = 0; i < 2; ++i) {  // gradients are written first and added to afterwards
+      STRETTO_RETURN_IF_ERROR(RunBatch(batch, plan.train_actions, plan.train_frame, *run, nullptr));
+    }
+    evaluation_run->BeginStep();
+    STRETTO_RETURN_IF_ERROR(
+        RunBatch(batch, plan.evaluation_actions, plan.evaluation_frame, *evaluation_run, nullptr));
+    return stream->Synchronize();
+  };
+  run->BeginStep();
+  absl::Status measured;
+  if (world.rank() == 0) {
+    kernels->set_measuring(true);
+    measured = run_through();
+    kernels->set_measuring(false);
+    state.choices = kernels->export_choices();
+  }
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                           world.AllGather("measured choices", state.choices));
+  if (world.rank() != 0 && measured.ok()) {
+    state.choices = all[0];
+    measured = kernels->import_choices(all[0]);
+    if (measured.ok()) measured = run_through();
+  }
+  return measured;
 }
 
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const TrainConfig& config) {
@@ -267,6 +372,7 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const Tra
   STRETTO_RETURN_IF_ERROR(world.Agree("opening the data", impl->SetUpData()));
   STRETTO_RETURN_IF_ERROR(world.Agree("measuring the device", impl->MeasurePeak()));
   STRETTO_RETURN_IF_ERROR(world.Agree("restoring a checkpoint", impl->Restore()));
+  STRETTO_RETURN_IF_ERROR(world.Agree("warming up", impl->WarmUp()));
   return std::unique_ptr<Trainer>(new Trainer(std::move(impl)));
 }
 

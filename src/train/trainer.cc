@@ -7,6 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "src/train/trainer_impl.h"
+#include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
 
@@ -28,10 +29,16 @@ absl::Status Trainer::Impl::RunBatch(const PackedBatch& batch, const ActionList&
                                             " tokens, the frame was planned for ",
                                             layout.token_capacity));
   }
-  Frame frame(&plan.model.graph, &actions, &layout, frame_arena.data());
-  frame.tokens = ViewsOf(batch);
+  Frame frame(&plan.model.graph, &actions, &layout, frame_arena.data(), stream->device());
+  STRETTO_ASSIGN_OR_RETURN(frame.tokens, feeder->Feed(batch));
   Execute(plan.model.graph, actions, batch_run, frame, hooks);
   return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::SumOverRanks(Tensor data, const char* label) {
+  if (dp_group.size() == 1) return absl::OkStatus();
+  return comm->Wait(*stream,
+                    comm->AllReduce(dp_group, data, ReduceOp::kSum, label, stream->Record()));
 }
 
 absl::StatusOr<StepStats> Trainer::Impl::Step() {
@@ -51,26 +58,24 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
                                      &dp->hooks(i + 1 == batches->size())));
   }
   STRETTO_RETURN_IF_ERROR(dp->FinishGradients(*run));
-  const bool stop_requested = StopSignals::Received() != 0;
-  const Tensor s = scalars;
-  stream->Enqueue([s, work, stop_requested] {
-    double* v = s.as<double>();
-    v[StepScalars::kStop] = stop_requested ? 1 : 0;
-    v[StepScalars::kSeenTokens] = static_cast<double>(work.tokens);
-    v[StepScalars::kSquaredLengths] = static_cast<double>(work.squared_lengths);
-  });
+  static_assert(StepScalars::kSeenTokens == StepScalars::kStop + 1 &&
+                StepScalars::kSquaredLengths == StepScalars::kStop + 2);
+  host_inputs[0] = StopSignals::Received() != 0 ? 1 : 0;
+  host_inputs[1] = static_cast<double>(work.tokens);
+  host_inputs[2] = static_cast<double>(work.squared_lengths);
+  CopyBytes(*stream, scalars.Rows(StepScalars::kStop, 1).data, host_inputs,
+            kHostInputs * static_cast<int64_t>(sizeof(double)));
   optimizer->AddSumSquares(scalars);
-  STRETTO_RETURN_IF_ERROR(
-      comm->Wait(*stream, comm->AllReduce(dp_group, scalars.Rows(0, StepScalars::kReduced),
-                                          ReduceOp::kSum, "step scalars", stream->Record())));
+  STRETTO_RETURN_IF_ERROR(SumOverRanks(scalars.Rows(0, StepScalars::kReduced), "step scalars"));
   ops::PrepareStep(ops(), scalars, config.optimizer.clip_norm, config.spikes.max_loss);
   const double lr = learning_rate->At(state.step);
   optimizer->Step(scalars, lr, state.applied + 1);
+  CopyBytes(*stream, host_scalars, scalars.data, scalars.bytes());
   // The update is known to be good before parameters leave: a failed stream must not spread.
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
   STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
 
-  const double* v = scalars.as<double>();
+  const double* v = host_scalars;
   StepStats stats;
   stats.step = ++state.step;
   stats.skipped = v[StepScalars::kSkip] != 0;
@@ -101,8 +106,11 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   stats.data_ms = Seconds(start, data_ready) * 1e3;
   stats.comm_exposed_ms = dp->TakeExposedSeconds() * 1e3;
   stats.compute_ms = Seconds(data_ready, end) * 1e3 - stats.comm_exposed_ms;
-  const absl::StatusOr<ProcessMemory> memory = ReadProcessMemory();
-  if (memory.ok()) stats.memory_bytes = memory->peak_resident_bytes;
+  if (stream->device().kind != DeviceKind::kCpu) {
+    stats.memory_bytes = budget.Used(Resource::kDeviceMemory);
+  } else if (const absl::StatusOr<ProcessMemory> memory = ReadProcessMemory(); memory.ok()) {
+    stats.memory_bytes = memory->peak_resident_bytes;
+  }
   if (stats.skipped) {
     // All ranks see the same numbers and end here together.
     const bool stop = config.spikes.nonfinite == "stop";
@@ -147,11 +155,10 @@ absl::StatusOr<double> Trainer::Impl::Evaluate() {
                                      plan.evaluation_frame, *evaluation_run, nullptr));
     STRETTO_RETURN_IF_ERROR(stream->Synchronize());  // the batch is about to be overwritten
   }
-  STRETTO_RETURN_IF_ERROR(comm->Wait(
-      *stream,
-      comm->AllReduce(dp_group, evaluation_total, ReduceOp::kSum, "evaluation", stream->Record())));
+  STRETTO_RETURN_IF_ERROR(SumOverRanks(evaluation_total, "evaluation"));
+  CopyBytes(*stream, host_scalars, evaluation_total.data, evaluation_total.bytes());
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
-  const double* total = evaluation_total.as<double>();
+  const double* total = host_scalars;
   if (total[1] == 0) {
     return absl::FailedPreconditionError(
         absl::StrCat("no token of the ", samples, " validation samples counts for the loss"));
@@ -252,11 +259,17 @@ const Model& Trainer::model() const { return impl_->plan.model; }
 std::string Trainer::Describe() const {
   const Impl& t = *impl_;
   const Graph& graph = t.plan.model.graph;
+  std::string where = t.kernels->name;
+  if (t.stream->device().kind == DeviceKind::kCpu) {
+    where = absl::StrCat(t.config.runtime.threads, " threads each");
+  } else if (const auto info = DescribeDevice(t.stream->device()); info.ok()) {
+    where = absl::StrCat(info->name, ", ", info->total_bytes >> 30, " GiB");
+  }
   std::string out = absl::StrFormat(
-      "%s, %.2f M parameters in %s, %d %s of %d threads (%s), %s backend\n",
-      t.config.model.family.c_str(), static_cast<double>(graph.ParameterElements()) / 1e6,
-      Name(graph.dtype), t.world.size(), t.world.size() == 1 ? "rank" : "ranks",
-      t.config.runtime.threads, t.world.info().source.c_str(), t.kernels->name);
+      "%s, %.2f M parameters in %s, %d %s (%s) on %s: %s\n", t.config.model.family.c_str(),
+      static_cast<double>(graph.ParameterElements()) / 1e6, Name(graph.dtype), t.world.size(),
+      t.world.size() == 1 ? "rank" : "ranks", t.world.info().source.c_str(),
+      Name(t.stream->device()).c_str(), where);
   absl::StrAppendFormat(&out, "%d samples of %d tokens, %d a step; %d micro-batch tokens planned",
                         t.train_data->samples(), t.config.data.sequence_length,
                         t.config.batch.global, t.plan.micro_batch_tokens);

@@ -33,14 +33,20 @@ struct TrainerState {
   uint64_t seed = 0;
   int64_t global_batch = 0;  // resuming with others than these would change the data order
   int64_t sequence_length = 0;
-  std::string config;  // resolved, for the reader
+  std::string config;   // resolved, for the reader
+  std::string choices;  // what the backend chose by measuring (KernelTable::export_choices)
 };
 std::string ToJson(const TrainerState& state);
 absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const std::string& source);
 
+// What a rank writes to the step's scalars from the host, from StepScalars::kStop on.
+inline constexpr int kHostInputs = 3;
+
 struct Trainer::Impl {
   Impl(World& w, const TrainConfig& c)
-      : world(w), config(c), budget(c.runtime.host_memory_bytes, -1, -1) {}
+      : world(w),
+        config(c),
+        budget(c.runtime.host_memory_bytes, c.runtime.device_memory_bytes, -1) {}
 
   World& world;
   TrainConfig config;
@@ -51,9 +57,14 @@ struct Trainer::Impl {
   std::unique_ptr<DataParallel> dp;
   std::unique_ptr<AdamW> optimizer;
   std::optional<LearningRate> learning_rate;
-  Arena frame_arena, scalar_arena;
+  Arena frame_arena, scalar_arena, host_arena;
   Tensor scalars;           // f64 [StepScalars::kCount]
   Tensor evaluation_total;  // f64 [2]
+  // On the host, for copies from and to the stream's device: what this rank adds to the scalars
+  // kStop, kSeenTokens and kSquaredLengths, and the scalars as they came back.
+  double* host_inputs = nullptr;
+  double* host_scalars = nullptr;
+  std::unique_ptr<TokenFeeder> feeder;
   std::optional<stretto::Run> run, evaluation_run;
 
   std::unique_ptr<Tokenizer> tokenizer;
@@ -82,10 +93,15 @@ struct Trainer::Impl {
   absl::Status SetUpData();
   absl::Status Restore();
   absl::Status MeasurePeak();
+  // Runs one micro-batch of made-up tokens, so that libraries are loaded and what the backend
+  // chooses by measuring is chosen before the first step.
+  absl::Status WarmUp();
 
   absl::StatusOr<StepStats> Step();
   absl::StatusOr<double> Evaluate();
   absl::StatusOr<RunResult> Run(Trainer& trainer);
+  // In place, over the data-parallel ranks.
+  absl::Status SumOverRanks(Tensor data, const char* label);
   absl::Status RunBatch(const PackedBatch& batch, const ActionList& actions,
                         const FrameLayout& layout, stretto::Run& run, ActionHooks* hooks);
 };

@@ -14,6 +14,7 @@ std::string ToJson(const TrainerState& state) {
   j["sequence_length"] = state.sequence_length;
   nlohmann::json config = nlohmann::json::parse(state.config, nullptr, false);
   if (!config.is_discarded()) j["config"] = std::move(config);
+  if (!state.choices.empty()) j["choices"] = state.choices;
   return j.dump();
 }
 
@@ -39,6 +40,9 @@ absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const st
   STRETTO_RETURN_IF_ERROR(read("seed", &state.seed));
   STRETTO_RETURN_IF_ERROR(read("global_batch", &state.global_batch));
   STRETTO_RETURN_IF_ERROR(read("sequence_length", &state.sequence_length));
+  if (const auto choices = j.find("choices"); choices != j.end() && choices->is_string()) {
+    state.choices = choices->get<std::string>();
+  }
   return state;
 }
 

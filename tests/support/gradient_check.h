@@ -150,6 +150,17 @@ class LayerGradientCheck {
       }
       for (int64_t i = 0; i < t.elements(); ++i) Set(t, i, pristine_[k][static_cast<size_t>(i)]);
     }
+    // A value that is a function of another input follows it.
+    for (int s : inputs_) {
+      const int pre = graph_.slots[s].gelu_of;
+      if (pre < 0 || std::find(inputs_.begin(), inputs_.end(), pre) == inputs_.end()) continue;
+      const Tensor x = frame.Value({pre}), y = frame.Value({s});
+      for (int64_t i = 0; i < x.elements(); ++i) {
+        const double v = Get(x, i);
+        const double u = std::sqrt(2 / std::numbers::pi) * (v + 0.044715 * v * v * v);
+        Set(y, i, 0.5 * v * (1 + std::tanh(u)));
+      }
+    }
   }
 
   void FillGradient(Frame& frame, int slot) {

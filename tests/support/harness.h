@@ -2,6 +2,7 @@
 #ifndef STRETTO_TESTS_SUPPORT_HARNESS_H_
 #define STRETTO_TESTS_SUPPORT_HARNESS_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -111,7 +112,8 @@ class Harness {
 
  private:
   Tensor Allocate(const ParameterInfo& p, DType dtype) {
-    storage_.emplace_back(static_cast<size_t>(p.elements()) + 1);
+    const int64_t rows = std::max(p.rows(), p.padded_rows);
+    storage_.emplace_back(static_cast<size_t>(rows * p.columns()) + 1);
     return p.spec.shape.size() > 1
                ? Tensor::Of(storage_.back().data(), dtype, {p.rows(), p.columns()})
                : Tensor::Of(storage_.back().data(), dtype, {p.rows()});

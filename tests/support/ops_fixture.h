@@ -11,6 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "stretto/core/arena.h"
+#include "stretto/core/copy.h"
 #include "stretto/ops/ops.h"
 
 namespace stretto::test {
@@ -32,15 +34,24 @@ inline Values Plus(Values a, const Values& b) {
 }
 
 // Owns a tensor whose rows lie `padding` elements apart. The padding holds a pattern that Read()
-// checks: a kernel that writes outside its rows is caught.
+// checks: a kernel that writes outside its rows is caught. It lies on the device of the test that
+// runs, with a copy on the host.
 class Buffer {
  public:
+  // Where buffers are made; set by Runner.
+  static inline Device where;
+
   Buffer(DType dtype, std::vector<int64_t> dims, int64_t padding = 0) {
     view_.dtype = dtype;
     for (int64_t d : dims) view_.dims[view_.rank++] = d;
     view_.row_stride = view_.row_elements() + padding;
     bytes_.assign((view_.rows() * view_.row_stride + 1) * SizeOf(dtype), std::byte{0x5a});
     view_.data = bytes_.data();
+    if (where.kind == DeviceKind::kCpu) return;
+    arena_ = Arena::Create(where, "test", static_cast<int64_t>(bytes_.size())).value();
+    view_.device = where;
+    view_.data = arena_.data();
+    Send();
   }
   Buffer(DType dtype, std::vector<int64_t> dims, const Values& values, int64_t padding = 0)
       : Buffer(dtype, std::move(dims), padding) {
@@ -55,8 +66,10 @@ class Buffer {
     ASSERT_EQ(static_cast<int64_t>(values.size()), view_.elements());
     const int64_t n = view_.row_elements();
     for (size_t i = 0; i < values.size(); ++i) Put(i / n * view_.row_stride + i % n, values[i]);
+    Send();
   }
   Values Read() const {
+    Fetch();
     const int64_t n = view_.row_elements();
     Values values(view_.elements());
     for (size_t i = 0; i < values.size(); ++i) values[i] = Get(i / n * view_.row_stride + i % n);
@@ -68,9 +81,23 @@ class Buffer {
     }
     return values;
   }
-  const std::vector<std::byte>& bytes() const { return bytes_; }
+  const std::vector<std::byte>& bytes() const {
+    Fetch();
+    return bytes_;
+  }
 
  private:
+  Tensor AllBytes() const {
+    return Tensor::Of(view_.data, DType::kU8, {static_cast<int64_t>(bytes_.size())}, view_.device);
+  }
+  void Send() const {
+    if (view_.device.kind == DeviceKind::kCpu) return;
+    ASSERT_TRUE(CopyFromHost(AllBytes(), bytes_.data()).ok());
+  }
+  void Fetch() const {
+    if (view_.device.kind == DeviceKind::kCpu) return;
+    ASSERT_TRUE(CopyToHost(bytes_.data(), AllBytes()).ok());
+  }
   void Put(int64_t i, double x) {
     if (view_.dtype == DType::kF64) reinterpret_cast<double*>(bytes_.data())[i] = x;
     if (view_.dtype == DType::kF32) reinterpret_cast<float*>(bytes_.data())[i] = x;
@@ -93,7 +120,8 @@ class Buffer {
   }
 
   Tensor view_;
-  std::vector<std::byte> bytes_;
+  mutable std::vector<std::byte> bytes_;
+  Arena arena_;  // not on the CPU
 };
 
 inline Buffer Indices(const std::vector<int32_t>& values) {
@@ -128,9 +156,13 @@ struct Setting {
   DType dtype = DType::kF32;
   int threads = 1;
   StreamMode mode = StreamMode::kInline;
+  Device device;
 };
 
 inline std::string SettingName(const ::testing::TestParamInfo<Setting>& info) {
+  if (info.param.device.kind == DeviceKind::kCuda) {
+    return std::string(Name(info.param.dtype)) + "Cuda";
+  }
   return std::string(Name(info.param.dtype)) + "Threads" + std::to_string(info.param.threads) +
          (info.param.mode == StreamMode::kFifo ? "Fifo" : "Inline");
 }
@@ -142,21 +174,35 @@ inline std::vector<Setting> AllSettings() {
     all.push_back({dtype, 2, StreamMode::kFifo});
     all.push_back({dtype, 3, StreamMode::kInline});
   }
+  if (KernelsFor(Device::Cuda(0)).ok()) {
+    for (DType dtype : {DType::kF32, DType::kBF16}) {
+      all.push_back({dtype, 1, StreamMode::kDevice, Device::Cuda(0)});
+    }
+  }
   return all;
 }
 
-// A stream with the CPU's kernels.
+// A stream with the kernels of its device.
 class Runner {
  public:
-  explicit Runner(Setting setting = {DType::kF64}) : setting_(setting) {
+  explicit Runner(Setting setting = {DType::kF64}) : setting_(setting), outer_(Buffer::where) {
     StreamOptions options;
     options.mode = setting.mode;
     options.threads = setting.threads;
-    stream_ = Stream::Create(Device::Cpu(), options).value();
-    context_ = {stream_.get(), KernelsFor(Device::Cpu()).value()};
+    Buffer::where = Device::Cpu();
+    if (!DescribeDevice(setting.device).ok()) return;  // the test is skipped
+    Buffer::where = setting.device;
+    stream_ = Stream::Create(setting.device, options).value();
+    context_ = {stream_.get(), KernelsFor(setting.device).value()};
   }
+  ~Runner() { Buffer::where = outer_; }
+  Runner(const Runner&) = delete;
+  Runner& operator=(const Runner&) = delete;
   ops::Context context() const { return context_; }
   DType dtype() const { return setting_.dtype; }
+  // The same on one thread.
+  Setting serial() const { return {setting_.dtype, 1, StreamMode::kInline, setting_.device}; }
+  bool on_cpu() const { return setting_.device.kind == DeviceKind::kCpu; }
   DType wide() const { return AccumulateType(setting_.dtype); }
   double tolerance() const { return Tolerance(setting_.dtype); }
   // For results that are kept in the accumulate type: bf16 operands do not blur them.
@@ -167,17 +213,28 @@ class Runner {
     EXPECT_TRUE(status.ok()) << status.message();
   }
   Buffer Make(std::vector<int64_t> dims, const Values& values, int64_t padding = 0) const {
+    const Here here(setting_.device);
     return Buffer(dtype(), std::move(dims), values, padding);
   }
   Buffer Make(std::vector<int64_t> dims, int64_t padding = 0) const {
+    const Here here(setting_.device);
     return Buffer(dtype(), std::move(dims), padding);
   }
   Buffer Wide(std::vector<int64_t> dims, int64_t padding = 0) const {
+    const Here here(setting_.device);
     return Buffer(wide(), std::move(dims), padding);
   }
 
  private:
+  // Buffers made in its scope lie on `device`.
+  struct Here {
+    explicit Here(Device device) : outer(Buffer::where) { Buffer::where = device; }
+    ~Here() { Buffer::where = outer; }
+    Device outer;
+  };
+
   Setting setting_;
+  Device outer_;  // of the runner around this one
   std::unique_ptr<Stream> stream_;
   ops::Context context_;
 };
@@ -186,6 +243,10 @@ class Runner {
 class OpsTest : public ::testing::TestWithParam<Setting> {
  protected:
   OpsTest() : run(GetParam()), c(run.context()) {}
+  void SetUp() override {
+    const absl::Status usable = DescribeDevice(GetParam().device).status();
+    if (!usable.ok()) GTEST_SKIP() << usable.message();
+  }
   Runner run;
   ops::Context c;
 };

@@ -41,6 +41,17 @@ using Ticket = int64_t;
 // An error (peer gone, time-out) is sticky: every later call returns it. A time-out asks the
 // control plane who is missing and says "rank 3 never entered reduce_scatter(dp) seq 17 [grad
 // bucket 2]; its last finished operation was ...".
+//
+// Tensors on a GPU travel through NCCL, after UseDevice. The device waits for `after` by itself,
+// and Wait(Stream&, ticket) returns at once: the host need not be there. What differs:
+// - NCCL chooses the order of additions: a layout gives the same bits again, not the CPU's. It adds
+//   bf16 in bf16, rounding at every step; maxima and minima need not carry NaN.
+// - Operations run in the order of submission, one after the other, and only a send or receive
+//   proceeds together with those submitted directly before and after it, until a wait, Done,
+//   Progress or a collective. Two ranks that send to each other submit both directions before that.
+// - Sends and receives of all groups between two ranks match in one order.
+// - An error also fails the streams that were given to Wait and not yet synchronized, and ends the
+//   kernels that wait for other ranks, so no host thread hangs in a synchronization.
 class Communicator {
  public:
   // `world` outlives the communicator. Several on one world do not disturb each other. Without the
@@ -49,6 +60,12 @@ class Communicator {
   ~Communicator();
 
   World& world();
+  // From now on tensors on `device` may be given too (one device for each communicator; nothing
+  // happens for the CPU). All ranks call this in the same order, each with a GPU of its own; ends
+  // in an agreement of all ranks. Connects the ranks, so that the first operations need not.
+  // UNAVAILABLE, in one sentence, when there is no NCCL or it is too old, FAILED_PRECONDITION when
+  // two ranks share a GPU.
+  absl::Status UseDevice(Device device);
   // Makes a group known; all ranks of the world call this in the same order with their own list
   // (groups along one mesh axis partition the world; a rank outside passes any list it is in).
   absl::StatusOr<Group> MakeGroup(const std::string& name, const RankList& ranks);
@@ -93,7 +110,8 @@ class Communicator {
   // Blocks until the ticket is done, or fails: at once when a rank of the group died or failed, and
   // after WorldOptions::timeout otherwise.
   absl::Status Wait(Ticket ticket);
-  // Work enqueued on `stream` from now on sees the result.
+  // Work enqueued on `stream` from now on sees the result. For an operation on the stream's own
+  // device the host does not wait, and `stream` outlives the communicator.
   absl::Status Wait(Stream& stream, Ticket ticket);
   absl::Status WaitAll();
   // The sticky error.

@@ -20,17 +20,25 @@ class Arena {
   // nothing; `prefault` touches them all.
   static absl::StatusOr<Arena> Create(Device device, const std::string& name, int64_t bytes,
                                       bool prefault = false);
+  // Host memory that `device` copies from and to without holding the host up (page-locked); plain
+  // memory for the CPU.
+  static absl::StatusOr<Arena> CreateHost(Device device, const std::string& name, int64_t bytes);
   ~Arena();
   Arena(Arena&& other) noexcept;
   Arena& operator=(Arena&& other) noexcept;
 
   std::byte* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+  // Where the memory lies: the CPU for CreateHost.
+  Device device() const { return host_ ? Device::Cpu() : device_; }
   const std::string& name() const { return name_; }
 
  private:
+  static absl::StatusOr<Arena> CreateOn(Device device, const std::string& name, int64_t bytes,
+                                        bool host);
   void Release();
   Device device_;
+  bool host_ = false;  // page-locked for device_
   std::string name_;
   std::byte* data_ = nullptr;
   int64_t bytes_ = 0;

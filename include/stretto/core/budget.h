@@ -8,11 +8,17 @@
 #include <mutex>
 #include <string>
 
+#include "stretto/core/device.h"
 #include "stretto/core/status.h"
 
 namespace stretto {
 
 enum class Resource : uint8_t { kHostMemory, kDeviceMemory, kSms };
+
+// The account that memory on a device is drawn from.
+constexpr Resource MemoryOf(Device device) {
+  return device.kind == DeviceKind::kCpu ? Resource::kHostMemory : Resource::kDeviceMemory;
+}
 
 // Grants shares of fixed capacities. Thread-safe.
 class Budget {

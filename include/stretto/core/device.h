@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <string>
 
+#include "stretto/core/status.h"
+
 namespace stretto {
 
 enum class DeviceKind : uint8_t { kCpu, kCuda };
@@ -20,6 +22,19 @@ struct Device {
 
 // "cpu" or "cuda:3".
 std::string Name(Device device);
+
+struct DeviceInfo {
+  std::string name;         // "NVIDIA H100 80GB HBM3"
+  int devices = 1;          // of this kind that the process can see
+  int64_t total_bytes = 0;  // of its memory
+  int64_t free_bytes = 0;
+  int major = 0, minor = 0;  // compute capability
+  int multiprocessors = 0;
+};
+
+// What is there. UNIMPLEMENTED when the build has no backend for this kind; UNAVAILABLE when there
+// is no driver or no such device, in one sentence that says what to do.
+absl::StatusOr<DeviceInfo> DescribeDevice(Device device);
 
 }  // namespace stretto
 

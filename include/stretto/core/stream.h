@@ -16,6 +16,8 @@
 namespace stretto {
 
 class Stream;
+class DeviceQueue;   // src/core/device_runtime.h
+struct DeviceFault;  // src/core/device_fault.h
 
 // A point in a stream's order. Cheap to copy; a default-constructed event has always happened. The
 // stream must outlive its events and the waits for them: synchronize the waiting streams first.
@@ -34,12 +36,14 @@ class Event {
 enum class StreamMode : uint8_t {
   kInline,  // CPU: Enqueue runs the work before it returns
   kFifo,    // CPU: a real thread runs the work in order, as a GPU stream would
+  kDevice,  // the device's own queue; what a stream on another device than the CPU always is
 };
 
 struct StreamOptions {
   StreamMode mode = StreamMode::kInline;
   int threads = 1;            // size of the stream's thread pool
   int queue_capacity = 1024;  // kFifo: entries; Enqueue waits while the queue is full
+  int64_t workspace_bytes = int64_t{64} << 20;  // kDevice: scratch memory for kernels and libraries
 };
 
 // An in-order queue of work on one device. All calls come from one host thread (Event::Done may be
@@ -54,6 +58,15 @@ class Stream {
 
   Device device() const { return device_; }
   StreamMode mode() const { return options_.mode; }
+  // For the kernels of a device's backend: its own handle (cudaStream_t), scratch memory that
+  // belongs to whatever runs on the stream, and where a kernel reports bad data. Null on the CPU.
+  struct Workspace {
+    std::byte* data = nullptr;
+    int64_t bytes = 0;
+  };
+  void* native() const;
+  Workspace workspace() const;
+  DeviceFault* fault() const;
   // The pool that CPU kernels on this stream run on. Only enqueued work may use it.
   ThreadPool& pool() const { return *pool_; }
 
@@ -70,7 +83,8 @@ class Stream {
   absl::Status status() const;
 
   // Runs `work()` on the stream (CPU). The callable is copied into a fixed slot: it must be
-  // trivially copyable and at most kSlotBytes large (capture Tensors and scalars by value).
+  // trivially copyable and at most kSlotBytes large (capture Tensors and scalars by value). On
+  // another device the stream fails: there is no place for host code in its queue.
   static constexpr std::size_t kSlotBytes = 1024;
   static constexpr std::size_t kSlotAlignment = 64;
   template <class F>
@@ -82,12 +96,14 @@ class Stream {
       return;
     }
     void* slot = BeginPush();
+    if (slot == nullptr) return;
     ::new (slot) F(work);
     EndPush([](void* f) { (*static_cast<F*>(f))(); });
   }
 
  private:
   friend class Event;
+  friend void CopyBytes(Stream& stream, void* to, const void* from, int64_t bytes);
   struct Queue;
   Stream(Device device, StreamOptions options);
   void* BeginPush();
@@ -97,7 +113,8 @@ class Stream {
   Device device_;
   StreamOptions options_;
   std::unique_ptr<ThreadPool> pool_;
-  std::unique_ptr<Queue> queue_;  // also holds the sticky error, in both modes
+  std::unique_ptr<DeviceQueue> device_queue_;  // kDevice
+  std::unique_ptr<Queue> queue_;               // also holds the sticky error, in both modes
 };
 
 }  // namespace stretto

@@ -63,6 +63,8 @@ struct SlotInfo {
   bool recompute_source = false;          // while this is kept its layer recomputes from it alone
   bool grad_changed_by_producer = false;  // the producer's B adds to the gradient in place
   bool keep_to_end = false;               // readable after the last forward action
+  int gelu_of =
+      -1;  // the value is gelu of this slot's: who reads both may differentiate through it
   struct Reader {
     int layer;
     unsigned uses;
@@ -88,6 +90,9 @@ struct ParameterSpec {
 struct ParameterInfo {
   ParameterSpec spec;
   std::vector<int> layers;  // that use it, ascending
+  // Storage of the parameter and of its gradient has at least this many rows on every rank; those
+  // behind rows() hold zeros. They exist in storage alone.
+  int64_t padded_rows = 0;
   int64_t rows() const { return spec.shape[0]; }
   int64_t columns() const { return spec.shape.size() > 1 ? spec.shape[1] : 1; }
   int64_t elements() const { return rows() * columns(); }

@@ -50,6 +50,11 @@ enum class Role : uint8_t {
 struct LinearOptions {
   bool bias = false;
   double init_std = 0.02;
+  // The layer has two outputs, y and gelu(y), computed as one operation. Its reader takes gelu(y)
+  // as `x` and says so in gelu_input: it then sends the gradient straight to y.
+  SlotId* gelu_output = nullptr;
+  // `x` is gelu of this slot.
+  SlotId gelu_input;
 };
 struct NormOptions {
   bool rms = true;
@@ -116,6 +121,7 @@ class Builder {
   DType dtype() const { return graph_.dtype; }
   DType accumulate_type() const;
   int64_t Width(SlotId slot) const;
+  bool IsGeluOf(SlotId slot, SlotId pre) const;
   // The layer reads `slot` in the given halves and, unless told otherwise, writes its gradient.
   void Reads(SlotId slot, unsigned uses, bool writes_grad = true);
   struct OutputOptions {
@@ -125,6 +131,7 @@ class Builder {
     bool boundary = false;
     bool recompute_source = false;
     bool grad_changed_by_producer = false;
+    SlotId gelu_of;  // see SlotInfo
   };
   SlotId Output(const std::string& name, int64_t width, const OutputOptions& options);
   // Written in forward, read in `uses`; no gradient.
@@ -141,6 +148,9 @@ class Builder {
   ParamId Parameter(ParameterSpec spec);
   // Uses a parameter that another layer declared (tied weights).
   void UsesParameter(ParamId param);
+  // Asks for storage of `rows` rows at least (ParameterInfo::padded_rows), where a kernel runs
+  // better on more rows than there are: see PaddedRows.
+  void PadRows(ParamId param, int64_t rows);
   ConstantId Constant(ConstantInfo info);  // the same name returns the same constant
   // Keeps a slot readable after forward (the final hidden state, for sampling).
   void KeepToEnd(SlotId slot);
@@ -171,13 +181,16 @@ struct TokenViews {
   Tensor weights;       // f32 [tokens]
   Tensor cu_seqlens;    // i32 [documents + 1]
   int64_t max_length = 0;
+  int64_t uniform = 0;  // > 0: every document has exactly this many tokens
 };
 
 // The planned activation memory of one micro-batch in flight, with that micro-batch's tokens.
 class Frame {
  public:
-  Frame(const Graph* graph, const ActionList* actions, const FrameLayout* layout, std::byte* memory)
-      : graph_(graph), actions_(actions), layout_(layout), memory_(memory) {}
+  // `memory` has layout->bytes() bytes on `device`.
+  Frame(const Graph* graph, const ActionList* actions, const FrameLayout* layout, std::byte* memory,
+        Device device = Device::Cpu())
+      : graph_(graph), actions_(actions), layout_(layout), memory_(memory), device_(device) {}
 
   TokenViews tokens;
 
@@ -196,8 +209,15 @@ class Frame {
   const ActionList* actions_;
   const FrameLayout* layout_;
   std::byte* memory_;
+  Device device_;
   Action action_;
 };
+
+// A parameter or a gradient with the rows that Builder::PadRows asked for.
+inline Tensor PaddedRows(Tensor t, int64_t rows) {
+  t.dims[0] = rows;
+  return t;
+}
 
 // What a running layer works with besides its frame. Neither knows a model.
 class Run {

@@ -28,8 +28,13 @@ class LinearKernels {
                        Tensor w,             // [out, in]
                        Tensor bias           // [out] or absent
   ) const = 0;
+  // pre = x w^T + bias, y = gelu(pre) (tanh form), as one operation.
+  virtual void ForwardGelu(Stream& s, Tensor y, Tensor pre,  // [tokens, out] each
+                           Tensor x, Tensor w, Tensor bias) const = 0;
   // dx (acc)= dy w
   virtual void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor w, bool acc) const = 0;
+  // dpre = gelu'(pre) * (dy w): the input of this layer is gelu(pre), pre [tokens, in].
+  virtual void BackwardInputGelu(Stream& s, Tensor dpre, Tensor dy, Tensor w, Tensor pre) const = 0;
   // dw (acc)= dy^T x, and db (acc)= column sums of dy when present. dw, db: f32 for f32 and bf16
   // operands, f64 for f64.
   virtual void BackwardWeight(Stream& s, Tensor dw, Tensor db, Tensor dy, Tensor x,
@@ -86,8 +91,10 @@ struct AttentionShape {
   Tensor cu_k;        // i32 [sequences + 1]; the same tensor as cu_q for ordinary self-attention
   int64_t max_q = 0;  // longest query sequence
   int64_t max_k = 0;
-  bool causal = true;  // query j of a sequence sees keys 0..j of it; needs equal lengths
-  double scale = 0;    // multiplies q k^T
+  bool causal = true;   // query j of a sequence sees keys 0..j of it; needs equal lengths
+  double scale = 0;     // multiplies q k^T
+  int64_t uniform = 0;  // > 0: every sequence has exactly this many queries and keys, and they are
+                        // as many as fill the operands; 0: lengths may differ
 };
 
 // Variable-length attention with grouped-query heads; never builds a T x T matrix.
@@ -137,6 +144,10 @@ class LossKernels {
   // logits <- weight * (softmax - onehot(target)), in place, for the chunk starting at `first`.
   virtual void Backward(Stream& s, Tensor logits, Tensor state, Tensor targets, Tensor weights,
                         int64_t first) const = 0;
+  // Fold, Finish and Backward in one pass over the logits of the whole vocabulary: losses, total
+  // and weights as in Finish; logits [tokens, vocabulary] become their gradient.
+  virtual void Fused(Stream& s, Tensor logits, Tensor losses, Tensor total, Tensor targets,
+                     Tensor weights, bool acc) const = 0;
 };
 
 // Scalars of one optimizer step that never leave the device: f64[kCount].
@@ -203,6 +214,14 @@ struct KernelTable {
   const LossKernels* loss = nullptr;
   const OptimizerKernels* optimizer = nullptr;
   const ElementwiseKernels* elementwise = nullptr;
+
+  // Choices that a backend makes by measuring, such as the algorithm of each matrix product; null
+  // where there are none. While measuring is on, an operation met for the first time is timed in
+  // its variants, which clobbers its outputs and makes the host wait. The choices are run state
+  // (contract 10): one text, the same on all ranks and kept with the checkpoint.
+  void (*set_measuring)(bool on) = nullptr;
+  std::string (*export_choices)() = nullptr;
+  absl::Status (*import_choices)(const std::string& text) = nullptr;
 };
 
 // The table for a device; UNIMPLEMENTED names the backends that were built.

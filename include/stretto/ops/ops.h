@@ -19,7 +19,11 @@ struct Context {
 };
 
 void Linear(Context c, Tensor y, Tensor x, Tensor w, Tensor bias);
+// y and pre must be two tensors.
+void LinearGelu(Context c, Tensor y, Tensor pre, Tensor x, Tensor w, Tensor bias);
 void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc);
+// dpre must not be pre.
+void LinearBackwardInputGelu(Context c, Tensor dpre, Tensor dy, Tensor w, Tensor pre);
 void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, bool acc);
 
 void Norm(Context c, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Tensor residual,
@@ -51,6 +55,8 @@ void LossFinish(Context c, Tensor losses, Tensor total, Tensor state, Tensor wei
                 Tensor targets = {});
 void LossBackward(Context c, Tensor logits, Tensor state, Tensor targets, Tensor weights,
                   int64_t first);
+void LossFused(Context c, Tensor logits, Tensor losses, Tensor total, Tensor targets,
+               Tensor weights, bool acc);
 
 void SumSquares(Context c, Tensor total, Tensor x, bool acc);
 void PrepareStep(Context c, Tensor scalars, double max_norm, double max_loss);

@@ -69,6 +69,7 @@ struct TrainConfig {
     int64_t loss_chunk = 0;
     double timeout_seconds = 600;
     int64_t host_memory_bytes = -1;
+    int64_t device_memory_bytes = -1;
     double peak_tflops = 0;
     void Visit(ConfigVisitor& v);
   } runtime;

@@ -39,9 +39,12 @@ struct RunPlan {
   std::string MemoryTable() const;
 };
 
-// `config` must be resolved for `ranks` ranks. `index` is the rank's place in the data-parallel
-// group.
+// `config` must be resolved for `ranks` ranks; runtime.device says for which kind of device, "auto"
+// counting as the CPU. `index` is the rank's place in the data-parallel group.
 absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index);
+
+// Scratch memory that a stream of the trainer has for kernels and libraries; 0 on the CPU.
+int64_t DeviceWorkspaceBytes(DeviceKind device);
 
 absl::StatusOr<Recompute> ParseRecompute(const std::string& name);
 

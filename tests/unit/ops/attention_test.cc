@@ -167,7 +167,7 @@ TEST_P(AttentionTest, ExtremeLogitsStayFinite) {
 TEST_P(AttentionTest, SameBitsOnEveryRunAndWithOneThread) {
   const AttentionSizes sizes = {4, 2, 16, {0, 3, 170, 171}, {0, 3, 170, 171}, true, 0.25};
   Problem first(run, sizes), again(run, sizes);
-  Runner one({run.dtype(), 1});
+  Runner one(run.serial());
   Problem serial(one, sizes);
   first.Forward(c);
   first.Backward(c);

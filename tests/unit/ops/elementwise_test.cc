@@ -9,6 +9,7 @@ STRETTO_ALL_SETTINGS(ElementwiseTest);
 TEST_P(ElementwiseTest, CopyAndAddConvert) {
   const int64_t rows = 103, n = 107;
   for (DType from : {DType::kF64, DType::kF32, DType::kBF16}) {
+    if (from == DType::kF64 && !run.on_cpu()) continue;  // no such model type elsewhere
     for (int64_t padding : {0, 3}) {
       Buffer x(from, {rows, n}, Random(rows * n, 1), padding);
       Buffer y = run.Make({rows, n}, 2 * padding);

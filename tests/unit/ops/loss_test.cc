@@ -11,7 +11,7 @@ STRETTO_ALL_SETTINGS(LossTest);
 
 constexpr int64_t kTokens = 13;
 
-// Runs the loss over `vocab` columns in chunks of at most `chunk`, then the backward pass.
+// A batch of tokens whose loss and gradient are computed, in parts or as one operation.
 struct Problem {
   int64_t vocab;
   Values logits;
@@ -41,6 +41,7 @@ struct Problem {
     }
     return v;
   }
+  // In chunks of at most `chunk` columns, then the backward pass.
   void Run(const Runner& run, int64_t chunk, bool weighted, bool acc) {
     const Tensor w = weighted ? weights.view() : Tensor{};
     for (int64_t first = 0; first < vocab; first += chunk) {
@@ -59,6 +60,13 @@ struct Problem {
       const Values g = part.Read();
       for (int64_t i = 0; i < kTokens * n; ++i) gradient[i / n * vocab + first + i % n] = g[i];
     }
+  }
+  void RunFused(const Runner& run, bool weighted, bool acc, int64_t padding = 5) {
+    Buffer all = run.Make({kTokens, vocab}, logits, padding);
+    ops::LossFused(run.context(), all, losses, total, targets, weighted ? weights.view() : Tensor{},
+                   acc);
+    run.Wait().IgnoreError();
+    gradient = all.Read();
   }
 };
 
@@ -95,56 +103,99 @@ TEST_P(LossTest, MatchesReference) {
   }
 }
 
+TEST_P(LossTest, FusedEqualsItsParts) {
+  struct Case {
+    int64_t vocab;
+    double scale;
+    int64_t padding;  // rows of 5003 + 5 elements start at multiples of 16 bytes
+  };
+  // The last is a row that does not fit a GPU's shared memory in any type.
+  for (const Case& x : {Case{5, 1, 3}, Case{5003, 1, 5}, Case{5003, 1e4, 0}, Case{5003, 1, 6},
+                        Case{120001, 1, 0}}) {
+    for (bool weighted : {false, true}) {
+      if (weighted && x.vocab > 100000) continue;  // takes its time
+      Problem parts(run, x.vocab, x.scale), fused(run, x.vocab, x.scale);
+      parts.Run(run, x.vocab, weighted, weighted);
+      fused.RunFused(run, weighted, weighted, x.padding);
+      run.ExpectOk();
+      EXPECT_TRUE(Near(fused.losses.Read(), parts.losses.Read(), run.wide_tolerance()));
+      EXPECT_TRUE(Near(fused.total.Read(), parts.total.Read(), run.wide_tolerance()));
+      EXPECT_TRUE(Near(fused.gradient, parts.gradient, run.tolerance())) << x.vocab;
+    }
+  }
+}
+
+TEST_P(LossTest, FusedOfNoTokensKeepsOrClearsTheTotal) {
+  for (bool acc : {true, false}) {
+    Buffer logits = run.Make({0, 7}), losses = run.Wide({0}), targets = Indices({});
+    Buffer total(DType::kF64, {2}, Values{10, 20});
+    ops::LossFused(c, logits, losses, total, targets, {}, acc);
+    run.ExpectOk();
+    EXPECT_EQ(total.Read(), acc ? (Values{10, 20}) : (Values{0, 0}));
+  }
+}
+
 TEST_P(LossTest, TokensOfWeightZeroContributeNothing) {
-  Problem p(run, 31, 1.0);
-  Values targets = p.targets.Read();
-  targets[4] = -100;
-  p.targets.Write(targets);
-  p.Run(run, 31, true, false);
-  run.ExpectOk();
-  EXPECT_EQ(p.losses.Read()[4], 0);
-  for (int64_t j = 0; j < 31; ++j) EXPECT_EQ(p.gradient[4 * 31 + j], 0);
+  for (bool fused : {false, true}) {
+    Problem p(run, 31, 1.0);
+    Values targets = p.targets.Read();
+    targets[4] = -100;
+    p.targets.Write(targets);
+    p.logits[4 * 31 + 2] = NAN;
+    fused ? p.RunFused(run, true, false) : p.Run(run, 31, true, false);
+    run.ExpectOk();
+    EXPECT_EQ(p.losses.Read()[4], 0);
+    EXPECT_FALSE(std::isnan(p.total.Read()[0]));
+    for (int64_t j = 0; j < 31; ++j) EXPECT_EQ(p.gradient[4 * 31 + j], 0);
+  }
 }
 
 TEST_P(LossTest, TargetOutsideTheVocabularyIsNamed) {
-  for (int bad : {-1, 31}) {
-    Runner fresh(GetParam());
-    Problem p(fresh, 31, 1.0);
-    Values targets = p.targets.Read();
-    targets[7] = bad;
-    p.targets.Write(targets);
-    p.Run(fresh, 10, true, false);
-    const absl::Status status = fresh.Wait();
-    EXPECT_EQ(status.code(), absl::StatusCode::kOutOfRange);
-    EXPECT_NE(std::string(status.message()).find("target " + std::to_string(bad) + " of row 7"),
-              std::string::npos)
-        << status.message();
+  for (bool fused : {false, true}) {
+    for (int bad : {-1, 31}) {
+      Runner fresh(GetParam());
+      Problem p(fresh, 31, 1.0);
+      Values targets = p.targets.Read();
+      targets[7] = bad;
+      p.targets.Write(targets);
+      fused ? p.RunFused(fresh, true, false) : p.Run(fresh, 10, true, false);
+      const absl::Status status = fresh.Wait();
+      EXPECT_EQ(status.code(), absl::StatusCode::kOutOfRange);
+      EXPECT_NE(std::string(status.message()).find("target " + std::to_string(bad) + " of row 7"),
+                std::string::npos)
+          << status.message();
+    }
   }
 }
 
 TEST_P(LossTest, NanLogitsGiveNanLoss) {
-  Problem p(run, 31, 1.0);
-  p.logits[2 * 31 + 5] = NAN;
-  p.Run(run, 31, false, false);
-  run.ExpectOk();
-  EXPECT_TRUE(std::isnan(p.losses.Read()[2]));
-  EXPECT_TRUE(std::isnan(p.total.Read()[0]));
-  EXPECT_FALSE(std::isnan(p.losses.Read()[3]));
+  for (bool fused : {false, true}) {
+    Problem p(run, 31, 1.0);
+    p.logits[2 * 31 + 5] = NAN;
+    fused ? p.RunFused(run, false, false) : p.Run(run, 31, false, false);
+    run.ExpectOk();
+    EXPECT_TRUE(std::isnan(p.losses.Read()[2]));
+    EXPECT_TRUE(std::isnan(p.total.Read()[0]));
+    EXPECT_FALSE(std::isnan(p.losses.Read()[3]));
+  }
 }
 
 TEST_P(LossTest, MaskedColumnsOfMinusInfinityCountNothing) {
-  Problem p(run, 31, 1.0);
-  for (int64_t t = 0; t < kTokens; ++t) p.target[t] = 20;
-  p.targets.Write(Values(kTokens, 20));
-  for (int64_t t = 0; t < kTokens; ++t) {
-    for (int64_t j = 0; j < 12; ++j) p.logits[t * 31 + j] = -INFINITY;
-  }
-  p.Run(run, 10, false, false);  // the whole first chunk is masked
-  run.ExpectOk();
-  for (int64_t t = 0; t < kTokens; ++t) {
-    EXPECT_NEAR(p.losses.Read()[t], reference::CrossEntropy(&p.logits[t * 31 + 12], 19, 8),
-                5 * run.wide_tolerance());
-    EXPECT_EQ(p.gradient[t * 31 + 3], 0);
+  for (bool fused : {false, true}) {
+    Problem p(run, 31, 1.0);
+    for (int64_t t = 0; t < kTokens; ++t) p.target[t] = 20;
+    p.targets.Write(Values(kTokens, 20));
+    for (int64_t t = 0; t < kTokens; ++t) {
+      for (int64_t j = 0; j < 12; ++j) p.logits[t * 31 + j] = -INFINITY;
+    }
+    // In parts the whole first chunk is masked.
+    fused ? p.RunFused(run, false, false) : p.Run(run, 10, false, false);
+    run.ExpectOk();
+    for (int64_t t = 0; t < kTokens; ++t) {
+      EXPECT_NEAR(p.losses.Read()[t], reference::CrossEntropy(&p.logits[t * 31 + 12], 19, 8),
+                  5 * run.wide_tolerance());
+      EXPECT_EQ(p.gradient[t * 31 + 3], 0);
+    }
   }
 }
 

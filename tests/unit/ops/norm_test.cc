@@ -76,7 +76,8 @@ TEST_P(NormTest, BackwardMatchesF64) {
       const auto widen = [](const Buffer& b) {
         const Tensor t = b.view();
         std::vector<int64_t> dims(t.dims.begin(), t.dims.begin() + t.rank);
-        return Buffer(DType::kF64, dims, b.Read());
+        Runner on_cpu;
+        return on_cpu.Make(dims, b.Read());
       };
       Buffer h64 = widen(h), dy64 = widen(dy), weight64 = widen(weight), bias64 = widen(bias);
       Buffer y64 = exact.Make({tokens, heads, dim}), dx64 = widen(dx);

@@ -23,7 +23,7 @@ TEST_P(OptimizerTest, SumSquaresMatchesReference) {
 }
 
 TEST_P(OptimizerTest, SumSquaresDoesNotDependOnThreads) {
-  Runner one({run.dtype(), 1});
+  Runner one(run.serial());
   Buffer x = run.Make({200003}, Random(200003, 1));
   Buffer a(DType::kF64, {1}), b(DType::kF64, {1});
   ops::SumSquares(c, a, x, false);

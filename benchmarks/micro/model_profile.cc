@@ -1,0 +1,172 @@
+// Where a micro-batch's time goes: `stretto-model-profile CONFIG.json [--set ...]
+// [--workspace-mib N]` runs forward and
+// backward of the configured model on made-up tokens on one rank, waits after each action, and
+// prints the milliseconds by kind of layer and by half, beside the floors of a device copy and of a
+// matrix product.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "stretto/comm/communicator.h"
+#include "stretto/core/copy.h"
+#include "stretto/core/log.h"
+#include "stretto/optim/optimizer.h"
+#include "stretto/parallel/data_parallel.h"
+#include "stretto/train/memory.h"
+
+namespace stretto {
+namespace {
+
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double Median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v.empty() ? 0 : v[v.size() / 2];
+}
+
+// Median seconds of `work` over some repetitions of `inner` calls.
+template <class Work>
+double Time(Stream& stream, int inner, const Work& work) {
+  std::vector<double> seconds;
+  for (int i = 0; i < 7; ++i) {
+    const double start = Now();
+    for (int k = 0; k < inner; ++k) work();
+    stream.Synchronize().IgnoreError();
+    seconds.push_back((Now() - start) / inner);
+  }
+  return Median(seconds);
+}
+
+absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes) {
+  STRETTO_RETURN_IF_ERROR(config.Resolve(1));
+  const Device device = config.runtime.device == "cuda" ? Device::Cuda(0) : Device::Cpu();
+  STRETTO_ASSIGN_OR_RETURN(RunPlan plan, PlanRun(config, 1, 0));
+  const Graph& graph = plan.model.graph;
+  STRETTO_ASSIGN_OR_RETURN(
+      const auto stream,
+      Stream::Create(
+          device, {.threads = static_cast<int>(std::max<int64_t>(1, config.runtime.threads)),
+                   .workspace_bytes =
+                       workspace_bytes > 0 ? workspace_bytes : DeviceWorkspaceBytes(device.kind)}));
+  STRETTO_ASSIGN_OR_RETURN(const KernelTable* const kernels, KernelsFor(device));
+  Communicator comm(world);
+  Budget budget(-1, -1, -1);
+  STRETTO_ASSIGN_OR_RETURN(const auto dp, DataParallel::Create(comm, comm.all(), graph, *stream,
+                                                               *kernels, 1, budget, {}));
+  Run run({stream.get(), kernels});
+  STRETTO_ASSIGN_OR_RETURN(const auto adam, AdamW::Create(graph, *dp, run.ops(), budget, {}));
+  STRETTO_ASSIGN_OR_RETURN(const Arena memory,
+                           Arena::Create(device, "frame", plan.train_frame.bytes()));
+  STRETTO_ASSIGN_OR_RETURN(const Arena scalar_memory, Arena::Create(device, "scalars", 1024));
+  const Tensor scalars =
+      Tensor::Of(scalar_memory.data(), DType::kF64, {StepScalars::kCount}, device);
+  STRETTO_ASSIGN_OR_RETURN(const auto feeder,
+                           TokenFeeder::Create(*stream, plan.micro_batch_tokens, budget));
+  dp->Attach(&run, scalars.Rows(0, 2));
+  PackedBatch batch;
+  batch.Clear();
+  const Rng rng(1, "profile/tokens");
+  const int64_t length = config.data.sequence_length;
+  for (int64_t t = 0; t < plan.micro_batch_tokens; ++t) {
+    const auto below = static_cast<uint64_t>(config.model.vocabulary);
+    batch.ids.push_back(static_cast<int32_t>(rng.Below(static_cast<uint64_t>(2 * t), below)));
+    batch.targets.push_back(
+        static_cast<int32_t>(rng.Below(static_cast<uint64_t>(2 * t + 1), below)));
+    batch.weights.push_back(1);
+    batch.positions.push_back(static_cast<int32_t>(t % length));
+    if ((t + 1) % length == 0) batch.cu_seqlens.push_back(static_cast<int32_t>(t + 1));
+  }
+  batch.max_length = length;
+
+  Frame frame(&graph, &plan.train_actions, &plan.train_frame, memory.data(), device);
+  STRETTO_ASSIGN_OR_RETURN(frame.tokens, feeder->Feed(batch));
+  const auto step = [&] { Execute(graph, plan.train_actions, run, frame); };
+  run.BeginStep();
+  if (kernels->set_measuring != nullptr) kernels->set_measuring(true);
+  for (int i = 0; i < 2; ++i) step();
+  if (kernels->set_measuring != nullptr) kernels->set_measuring(false);
+  STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+
+  constexpr int kRounds = 7;
+  const double whole = Time(*stream, 1, step) * 1e3;
+  std::map<std::string, std::vector<double>> rounds;  // by layer kind and half: ms of each round
+  std::vector<double> synchronous;
+  for (int round = 0; round < kRounds; ++round) {
+    std::map<std::string, double> sums;
+    double total = 0;
+    for (const Action& action : plan.train_actions.actions) {
+      frame.Begin(action);
+      const Layer& layer = *graph.layers[static_cast<size_t>(action.layer)];
+      const double start = Now();
+      if (action.kind == ActionKind::kForward) layer.Forward(run, frame);
+      if (action.kind == ActionKind::kRecompute) layer.Recompute(run, frame);
+      if (action.kind == ActionKind::kBackwardInput) layer.BackwardInput(run, frame);
+      if (action.kind == ActionKind::kBackwardWeight) layer.BackwardWeight(run, frame);
+      STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+      const double ms = (Now() - start) * 1e3;
+      std::string name = graph.layer_names[static_cast<size_t>(action.layer)];
+      if (name.rfind("blocks.", 0) == 0) name = name.substr(name.find('.', 7) + 1);
+      sums[absl::StrFormat("%-16s %c", name, "FRBW"[static_cast<int>(action.kind)])] += ms;
+      total += ms;
+    }
+    for (const auto& [name, ms] : sums) rounds[name].push_back(ms);
+    synchronous.push_back(total);
+  }
+  absl::PrintF("%s, %d tokens a micro-batch, %s\n", Name(device), plan.micro_batch_tokens,
+               Name(graph.dtype));
+  for (const auto& [name, ms] : rounds) absl::PrintF("%-20s %9.3f ms\n", name, Median(ms));
+  absl::PrintF("%-20s %9.3f ms (%.3f ms without waiting in between)\n", "micro-batch",
+               Median(synchronous), whole);
+  const double update = Time(*stream, 3, [&] {
+    adam->AddSumSquares(scalars);
+    ops::PrepareStep(run.ops(), scalars, 1.0, 0);
+    adam->Step(scalars, 0.0, 1);
+  });
+  absl::PrintF("%-20s %9.3f ms\n", "norm and update", update * 1e3);
+
+  const int64_t bytes =
+      std::min<int64_t>(plan.train_frame.bytes() / 2, int64_t{2} << 30) / 256 * 256;
+  const auto half = [&](int i) {
+    return Tensor::Of(memory.data() + i * bytes, DType::kBF16, {bytes / 2}, device);
+  };
+  const double copy = Time(*stream, 5, [&] { ops::Copy(run.ops(), half(1), half(0)); });
+  absl::PrintF("%-20s %9.1f GB/s\n", "copy", 2e-9 * static_cast<double>(bytes) / copy);
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace stretto
+
+int main(int argc, char** argv) {
+  std::string path;
+  std::vector<std::string> sets;
+  int64_t workspace_bytes = 0;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--set" && i + 1 < argc) {
+      sets.push_back(argv[++i]);
+    } else if (argument == "--workspace-mib" && i + 1 < argc) {
+      workspace_bytes = int64_t{std::atoi(argv[++i])} << 20;
+    } else {
+      path = argument;
+    }
+  }
+  stretto::TrainConfig config;
+  absl::Status status = stretto::LoadConfig(path, sets, stretto::ConfigRef(&config));
+  stretto::SetLogLevel(stretto::LogLevel::kWarning);
+  if (status.ok()) {
+    status = stretto::World::RunThreads(
+        1, [&](stretto::World& world) { return stretto::Profile(world, config, workspace_bytes); });
+  }
+  if (!status.ok()) {
+    std::fprintf(stderr, "stretto-model-profile: %s\n", std::string(status.message()).c_str());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,35 @@
+#include "kernels/cuda/table.h"
+
+#include "kernels/cuda/families.h"
+#include "kernels/cuda/tuning.h"
+
+namespace stretto {
+namespace {
+
+// f64 exists on the CPU only.
+bool SupportsModelType(DType dtype) { return dtype == DType::kF32 || dtype == DType::kBF16; }
+
+}  // namespace
+
+const KernelTable* CudaKernels() {
+  static const KernelTable table = {
+      .name = "cuda",
+      .device = DeviceKind::kCuda,
+      .supports = &SupportsModelType,
+      .linear = cuda::Linear(),
+      .norm = cuda::Norm(),
+      .activation = cuda::Activation(),
+      .rotary = cuda::Rotary(),
+      .attention = cuda::Attention(),
+      .embedding = cuda::Embedding(),
+      .loss = cuda::Loss(),
+      .optimizer = cuda::Optimizer(),
+      .elementwise = cuda::Elementwise(),
+      .set_measuring = &cuda::SetTuning,
+      .export_choices = &cuda::ExportTuning,
+      .import_choices = &cuda::ImportTuning,
+  };
+  return &table;
+}
+
+}  // namespace stretto

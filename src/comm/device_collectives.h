@@ -1,0 +1,49 @@
+// What a kind of device other than the CPU provides to this layer: operations between devices of
+// the ranks, enqueued on a stream. One implementation for each kind; src/comm/CMakeLists.txt lists
+// those that are built.
+#ifndef STRETTO_SRC_COMM_DEVICE_COLLECTIVES_H_
+#define STRETTO_SRC_COMM_DEVICE_COLLECTIVES_H_
+
+#include <memory>
+#include <span>
+
+#include "src/comm/collectives.h"
+#include "stretto/comm/communicator.h"
+#include "stretto/comm/world.h"
+#include "stretto/core/device.h"
+#include "stretto/core/status.h"
+#include "stretto/core/stream.h"
+
+namespace stretto {
+
+// Calls come from one thread at a time.
+class DeviceCollectives {
+ public:
+  virtual ~DeviceCollectives() = default;
+  // Called once by each thread that is going to call the functions below.
+  virtual void EnterThread() = 0;
+  // Everything is issued on this stream, in the order of the calls.
+  virtual Stream& stream() = 0;
+  // Makes a group known. All ranks of the world call this in the same order, each with the group
+  // that it is in, while nothing is in flight; ends in an agreement of all ranks.
+  virtual absl::Status AddGroup(const Group& group) = 0;
+  // Hands one collective, or any number of sends and receives that proceed together, to the device.
+  // Issued() has returned true for whatever was handed over before.
+  virtual absl::Status Issue(std::span<Operation* const> batch) = 0;
+  // True when it is in the stream's order: an event recorded from then on comes after it. Never
+  // blocks.
+  virtual absl::StatusOr<bool> Issued() = 0;
+  // An error that was noticed since, e.g. that a connection broke. Never blocks.
+  virtual absl::Status Check() = 0;
+  // Ends what still runs on the device, as far as it waits for other ranks. Nothing but the
+  // destructor follows.
+  virtual void Abort() = 0;
+};
+
+// Connects the devices of all ranks, each of which calls this with its own. Ends in an agreement of
+// all ranks. UNIMPLEMENTED when the build has nothing for this kind of device.
+absl::StatusOr<std::unique_ptr<DeviceCollectives>> ConnectDevices(World& world, Device device);
+
+}  // namespace stretto
+
+#endif  // STRETTO_SRC_COMM_DEVICE_COLLECTIVES_H_

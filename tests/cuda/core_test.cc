@@ -1,0 +1,107 @@
+// Memory, streams, events and copies on a GPU.
+#include <cstdint>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "stretto/core/arena.h"
+#include "stretto/core/copy.h"
+#include "stretto/core/stream.h"
+#include "stretto/ops/ops.h"
+#include "tests/cuda/gpu_test.h"
+
+namespace stretto {
+namespace {
+
+class CudaCore : public testing::GpuTest {
+ protected:
+  const Device gpu_ = Device::Cuda(0);
+};
+
+TEST_F(CudaCore, DescribesTheDevice) {
+  const DeviceInfo info = DescribeDevice(gpu_).value();
+  EXPECT_FALSE(info.name.empty());
+  EXPECT_GE(info.devices, 1);
+  EXPECT_GT(info.total_bytes, int64_t{1} << 30);
+  EXPECT_LE(info.free_bytes, info.total_bytes);
+  EXPECT_GE(info.major, 9);
+}
+
+TEST_F(CudaCore, AGpuThatIsNotThereIsNamed) {
+  const absl::Status status = DescribeDevice(Device::Cuda(99)).status();
+  EXPECT_TRUE(absl::IsUnavailable(status));
+  EXPECT_NE(std::string(status.message()).find("GPU 99"), std::string::npos) << status.message();
+  EXPECT_FALSE(Stream::Create(Device::Cuda(99)).ok());
+  EXPECT_FALSE(Arena::Create(Device::Cuda(99), "a", 8).ok());
+}
+
+TEST_F(CudaCore, ArenasAreZeroedAndRowsTravelThereAndBack) {
+  const Arena arena = Arena::Create(gpu_, "rows", 7 * 40).value();
+  std::vector<float> values(7 * 10, -1);
+  const Tensor all = Tensor::Of(arena.data(), DType::kF32, {7, 10}, gpu_);
+  ASSERT_TRUE(CopyToHost(values.data(), all).ok());
+  for (float v : values) EXPECT_EQ(v, 0);
+
+  std::vector<float> part(7 * 3);
+  std::iota(part.begin(), part.end(), 1.0f);
+  ASSERT_TRUE(CopyFromHost(all.Columns(4, 3), part.data()).ok());
+  ASSERT_TRUE(CopyToHost(values.data(), all).ok());
+  for (int r = 0; r < 7; ++r) {
+    for (int c = 0; c < 10; ++c) {
+      EXPECT_EQ(values[r * 10 + c], c >= 4 && c < 7 ? part[r * 3 + c - 4] : 0);
+    }
+  }
+}
+
+TEST_F(CudaCore, TooMuchMemoryIsRefusedInOneSentence) {
+  const absl::Status status = Arena::Create(gpu_, "huge", int64_t{1} << 42).status();
+  EXPECT_TRUE(absl::IsResourceExhausted(status));
+  EXPECT_NE(std::string(status.message()).find("huge"), std::string::npos);
+  // The failure does not stick to what comes after.
+  EXPECT_TRUE(Arena::Create(gpu_, "small", 1024).ok());
+  const auto stream = Stream::Create(gpu_).value();
+  EXPECT_TRUE(stream->Synchronize().ok());
+}
+
+TEST_F(CudaCore, EventsOrderStreams) {
+  const auto first = Stream::Create(gpu_).value(), second = Stream::Create(gpu_).value();
+  const KernelTable* kernels = KernelsFor(gpu_).value();
+  constexpr int64_t kCount = int64_t{1} << 26;
+  const Arena memory = Arena::Create(gpu_, "events", 3 * kCount * 4).value();
+  const auto part = [&](int i) {
+    return Tensor::Of(memory.data() + i * kCount * 4, DType::kF32, {kCount}, gpu_);
+  };
+  std::vector<float> ones(kCount, 1.0f);
+  ASSERT_TRUE(CopyFromHost(part(0), ones.data()).ok());
+  const ops::Context a{first.get(), kernels}, b{second.get(), kernels};
+  for (int i = 0; i < 300; ++i) ops::Add(a, part(1), part(0));  // more points than events
+  const Event done = first->Record();
+  second->Wait(done);
+  ops::Copy(b, part(2), part(1));
+  ASSERT_TRUE(second->Synchronize().ok());
+  EXPECT_TRUE(done.Done());
+  std::vector<float> result(kCount);
+  ASSERT_TRUE(CopyToHost(result.data(), part(2)).ok());
+  EXPECT_EQ(result.front(), 300);
+  EXPECT_EQ(result.back(), 300);
+}
+
+TEST_F(CudaCore, ManyEventsStayInOrder) {
+  const auto stream = Stream::Create(gpu_).value();
+  std::vector<Event> events;
+  for (int i = 0; i < 1000; ++i) events.push_back(stream->Record());
+  ASSERT_TRUE(stream->Synchronize().ok());
+  for (const Event& event : events) EXPECT_TRUE(event.Done());
+}
+
+TEST_F(CudaCore, HostCodeInAQueueFailsTheStream) {
+  const auto stream = Stream::Create(gpu_).value();
+  bool ran = false;
+  bool* const flag = &ran;
+  stream->Enqueue([flag] { *flag = true; });
+  EXPECT_FALSE(stream->Synchronize().ok());
+  EXPECT_FALSE(ran);
+}
+
+}  // namespace
+}  // namespace stretto

@@ -1,0 +1,162 @@
+// A rank that ends or stops while another one's kernels wait for it: that one ends its kernels,
+// names the rank and returns, also when its host thread waits for a stream and not for the
+// communicator. Starts two ranks of itself, on two GPUs, without MPI.
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "stretto/comm/communicator.h"
+#include "stretto/core/arena.h"
+#include "stretto/core/log.h"
+
+extern char** environ;
+
+namespace stretto {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kTimeout = std::chrono::seconds(20);  // also of the set-up
+constexpr int kSaidSo = 3;  // exit status of a rank that was told what is wrong
+
+constexpr const char* kFaults[] = {"exit", "stop", "stop under synchronize"};
+
+absl::Status Victim(World& world, const std::string& fault) {
+  const Device device = Device::Cuda(world.rank());
+  STRETTO_ASSIGN_OR_RETURN(const Arena arena, Arena::Create(device, "test", 4 << 20));
+  const Tensor data = Tensor::Of(arena.data(), DType::kF32, {1 << 20}, device);
+  STRETTO_ASSIGN_OR_RETURN(const auto stream, Stream::Create(device));
+  Communicator c(world);
+  STRETTO_RETURN_IF_ERROR(c.UseDevice(device));
+  for (int round = 0; round < 100; ++round) {
+    if (world.rank() == 1 && round == 20) {
+      if (fault == "exit") _exit(9);
+      raise(SIGSTOP);
+    }
+    const Ticket ticket =
+        c.AllReduce(c.all(), data, ReduceOp::kMax, "grad bucket", stream->Record());
+    if (fault == "stop under synchronize") {
+      STRETTO_RETURN_IF_ERROR(c.Wait(*stream, ticket));
+      STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+    } else {
+      STRETTO_RETURN_IF_ERROR(c.Wait(ticket));
+    }
+  }
+  return absl::OkStatus();
+}
+
+int VictimMain(const std::string& fault) {
+  SetLogLevel(LogLevel::kError);
+  WorldOptions options;
+  options.timeout = kTimeout;
+  auto world = World::FromEnvironment(options);
+  const absl::Status status = world.ok() ? Victim(**world, fault) : world.status();
+  const std::string message(status.message());
+  std::fprintf(stderr, "  rank %s: %s\n", std::getenv("RANK"), message.c_str());
+  // all_reduce(all) seq 21 is the first one that rank 1 does not enter.
+  const bool said = message.find("rank 1 ") != std::string::npos &&
+                    message.find("all_reduce(all) seq 21 [grad bucket]") != std::string::npos;
+  std::fflush(stderr);
+  // Rank 0 would wait for the other one to leave the control plane.
+  _exit(said ? kSaidSo : 1);
+}
+
+int FreePort() {
+  const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t length = sizeof(address);
+  int port = 0;
+  if (fd >= 0 && bind(fd, reinterpret_cast<sockaddr*>(&address), length) == 0 &&
+      getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) == 0) {
+    port = ntohs(address.sin_port);
+  }
+  if (fd >= 0) close(fd);
+  return port;
+}
+
+pid_t Start(const char* program, const std::string& fault, int rank, int port) {
+  std::vector<std::string> variables = {
+      absl::StrCat("RANK=", rank),
+      absl::StrCat("LOCAL_RANK=", rank),
+      "WORLD_SIZE=2",
+      "LOCAL_WORLD_SIZE=2",
+      "MASTER_ADDR=127.0.0.1",
+      absl::StrCat("MASTER_PORT=", port),
+  };
+  std::vector<char*> environment;
+  for (std::string& v : variables) environment.push_back(v.data());
+  for (char** v = environ; *v != nullptr; ++v) {
+    bool ours = false;
+    for (const std::string& mine : variables) {
+      ours = ours || std::strncmp(*v, mine.c_str(), mine.find('=') + 1) == 0;
+    }
+    if (!ours) environment.push_back(*v);
+  }
+  environment.push_back(nullptr);
+  std::string name = program, argument = fault;
+  char* arguments[] = {name.data(), argument.data(), nullptr};
+  pid_t pid = -1;
+  if (posix_spawn(&pid, "/proc/self/exe", nullptr, nullptr, arguments, environment.data()) != 0) {
+    return -1;
+  }
+  return pid;
+}
+
+// Whether rank 0 ended in time, knowing what was wrong with rank 1.
+bool Survives(const char* program, const char* fault) {
+  std::fprintf(stderr, "%s\n", fault);
+  const int port = FreePort();
+  pid_t ranks[2] = {};
+  for (int r = 0; r < 2; ++r) ranks[r] = Start(program, fault, r, port);
+  // Set-up, the time-out and its diagnosis.
+  const Clock::time_point end = Clock::now() + 2 * kTimeout + std::chrono::seconds(20);
+  int status = 0;
+  bool ended = false;
+  while (!ended && Clock::now() < end && ranks[0] > 0) {
+    ended = waitpid(ranks[0], &status, WNOHANG) == ranks[0];
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  for (int r = ended ? 1 : 0; r < 2; ++r) {
+    if (ranks[r] <= 0) continue;
+    kill(ranks[r], SIGKILL);
+    waitpid(ranks[r], nullptr, 0);
+  }
+  if (!ended) {
+    std::fprintf(stderr, "FAILED: rank 0 hangs\n");
+  } else if (!WIFEXITED(status) || WEXITSTATUS(status) != kSaidSo) {
+    std::fprintf(stderr, "FAILED: rank 0 does not say what happened to rank 1\n");
+    ended = false;
+  }
+  return ended;
+}
+
+}  // namespace
+}  // namespace stretto
+
+int main(int argc, char** argv) {
+  using namespace stretto;
+  if (argc == 2) return VictimMain(argv[1]);
+  const absl::StatusOr<DeviceInfo> info = DescribeDevice(Device::Cuda(1));
+  if (!info.ok()) {
+    std::printf("SKIP: %s\n", std::string(info.status().message()).c_str());
+    return 0;
+  }
+  bool sound = true;
+  for (const char* fault : kFaults) sound = Survives(argv[0], fault) && sound;
+  return sound ? 0 : 1;
+}

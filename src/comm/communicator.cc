@@ -157,7 +157,8 @@ Communicator::Impl::Impl(World& w)
   RankList everyone(static_cast<std::size_t>(w.size()));
   for (int r = 0; r < w.size(); ++r) everyone[static_cast<std::size_t>(r)] = r;
   AddGroup("all", everyone);
-  error = watchdog.Start();
+  const absl::Status watched = watchdog.Start();
+  if (!watched.ok()) Fail(watched, true);
 }
 
 void Communicator::Impl::Delay() {

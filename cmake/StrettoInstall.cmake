@@ -26,12 +26,19 @@ install(FILES ${PROJECT_BINARY_DIR}/cmake/strettoConfig.cmake
 
 # pkg-config. Archives carry no list of what they need, so a static build names everything; the
 # order is the linker's, users before what they use.
-foreach(layer train observe snapshot optim parallel model data comm ops kernels_cpu core)
+set(layers train observe snapshot optim parallel model data comm ops kernels_cpu core)
+if(STRETTO_WITH_CUDA)
+  list(INSERT layers 9 kernels_cuda)  # behind ops
+endif()
+foreach(layer ${layers})
   string(APPEND STRETTO_PC_LIBRARIES " -lstretto_${layer}")
 endforeach()
 set(STRETTO_PC_REQUIRES "absl_status absl_statusor")
 set(internal "absl_strings absl_str_format spdlog openblas libisal libxxhash libpcre2-8 libutf8proc")
 set(internal_libraries "-lpthread")
+if(STRETTO_WITH_CUDA)
+  string(PREPEND internal_libraries "${CUDA_cudart_static_LIBRARY} -ldl -lrt ")
+endif()
 if(STRETTO_WITH_MPI)
   list(JOIN MPI_C_LIBRARIES " " mpi)
   string(PREPEND internal_libraries "${mpi} ")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained byte-level language model that writes a sample, on 2 ranks:
+# From a fresh clone to a trained byte-level language model that writes a sample, on 2 ranks, or on
+# the GPU where there is one:
 #   scripts/quickstart.sh [--text FILE] [--output DIR] [--steps N] [--config FILE]
 #   --text FILE    learn this text instead of the King James Bible (plain text, a few MB)
 #   --output DIR   where everything goes (default runs/quickstart); run again to go on after a stop
@@ -20,7 +21,7 @@ while [ $# -gt 0 ]; do
       declare "${1#--}=$2"
       shift 2
       ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown option '$1'; see --help" ;;
   esac
 done
@@ -31,6 +32,12 @@ done
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
 began=$SECONDS
+
+# GPUs that the driver shows. With one there is one rank; with more there are two.
+gpus=0
+if command -v nvidia-smi > /dev/null; then gpus=$( (nvidia-smi -L 2> /dev/null || true) | grep -c '^GPU' || true); fi
+ranks=2
+[ "$gpus" -ne 1 ] || ranks=1
 
 say "[1/5] Packages"
 "$root/scripts/install_dependencies.sh" --for "$([ -n "$text" ] && echo build || echo quickstart)"
@@ -43,7 +50,7 @@ mkdir -p "$build"
 options=()
 [ -f "$build/CMakeCache.txt" ] ||
   options=(-G Ninja -DCMAKE_BUILD_TYPE=Release -DSTRETTO_BUILD_TESTS=OFF
-    -DSTRETTO_BUILD_BENCHMARKS=OFF)
+    -DSTRETTO_BUILD_BENCHMARKS=OFF "-DSTRETTO_CUDA=$([ "$gpus" -gt 0 ] && echo AUTO || echo OFF)")
 if ! run cmake -S "$root" -B "$build" "${options[@]}" > "$log" 2>&1 ||
   ! run cmake --build "$build" --target stretto-gpt stretto-tokenize stretto-ngram >> "$log" 2>&1; then
   tail -n 30 "$log" >&2
@@ -71,7 +78,8 @@ for split in train validation; do
   mv -f "$output/new.$split.bin" "$output/$split.bin"
 done
 
-say "[4/5] Training on 2 ranks with mpirun (from the newest checkpoint, if there is one)"
+on=$([ "$gpus" -gt 0 ] && echo "GPU" || echo "CPU")
+say "[4/5] Training on $on, ranks: $ranks, with mpirun (from the newest checkpoint, if there is one)"
 settings=(--set "output=$output" --set "data.train=$output/train.bin"
   --set "data.validation=$output/validation.bin")
 if [ "$text" != "$output/bible.txt" ]; then  # the sample goes on from the first words
@@ -79,7 +87,7 @@ if [ "$text" != "$output/bible.txt" ]; then  # the sample goes on from the first
   settings+=(--set "sample.prompt=\"${prompt# }\"")
 fi
 [ -z "$steps" ] || settings+=(--set "steps=$steps" --set "optimizer.warmup=$((steps / 20))")
-run "$root/scripts/mpirun.sh" 2 "$gpt" "$config" "${settings[@]}" || fail "training failed, see above"
+run "$root/scripts/mpirun.sh" "$ranks" "$gpt" "$config" "${settings[@]}" || fail "training failed, see above"
 
 say "[5/5] Result"
 baseline=$(run "$ngram" --train "$output/train.bin" --validation "$output/validation.bin" --order 3)

@@ -81,7 +81,7 @@ if [ -z "$sanitize" ]; then
     echo "GPT-2's vocabulary could not be fetched from PyPI; the test that needs it is skipped"
   say "Build"
   build "$root/build/release" "" -DCMAKE_BUILD_TYPE=Release -DSTRETTO_BUILD_TESTS=ON \
-    -DSTRETTO_BUILD_BENCHMARKS=ON
+    -DSTRETTO_BUILD_BENCHMARKS=ON -DSTRETTO_CUDA=AUTO
   say "Tests"
   test_in "$root/build/release"
   exit
@@ -90,14 +90,16 @@ fi
 # Programs under a sanitizer take long to compile: only what reads hostile input or shares memory
 # between threads.
 memory_targets="core_test ops_test data_test snapshot_test"
-thread_targets="core_test comm_test data_test snapshot_test"
+thread_targets="core_test comm_test data_test snapshot_test model_test trainer_test"
 status=0
 say "AddressSanitizer and UndefinedBehaviorSanitizer"
 build "$root/build/asan-ubsan" "$memory_targets" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DSTRETTO_SANITIZE=address,undefined -DSTRETTO_BUILD_TESTS=ON -DSTRETTO_BUILD_BENCHMARKS=OFF
+  -DSTRETTO_SANITIZE=address,undefined -DSTRETTO_BUILD_TESTS=ON -DSTRETTO_BUILD_BENCHMARKS=OFF \
+  -DSTRETTO_CUDA=OFF
 test_in "$root/build/asan-ubsan" -R "^(${memory_targets// /|})\\." || status=$?
 say "ThreadSanitizer"
 build "$root/build/tsan" "$thread_targets" -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-  -DSTRETTO_SANITIZE=thread -DSTRETTO_BUILD_TESTS=ON -DSTRETTO_BUILD_BENCHMARKS=OFF
+  -DSTRETTO_SANITIZE=thread -DSTRETTO_BUILD_TESTS=ON -DSTRETTO_BUILD_BENCHMARKS=OFF \
+  -DSTRETTO_CUDA=OFF
 test_in "$root/build/tsan" -R "^(${thread_targets// /|})\\." || status=$?
 exit "$status"

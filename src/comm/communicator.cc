@@ -1,32 +1,23 @@
+// Groups, and what is asked of a communicator: operations are checked and submitted here; how they
+// go on from there is in communicator_progress.cc.
 #include "stretto/comm/communicator.h"
 
 #include <algorithm>
-#include <chrono>
-#include <condition_variable>
 #include <cstring>
-#include <deque>
 #include <mutex>
 #include <span>
 #include <sstream>
-#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
-#include "src/comm/collectives.h"
-#include "src/comm/device_operations.h"
+#include "src/comm/communicator_impl.h"
 #include "src/comm/flight_dump.h"
 #include "src/comm/reduce.h"
-#include "src/comm/watchdog.h"
 #include "src/comm/world_internal.h"
-#include "src/core/start_thread.h"
 #include "stretto/core/log.h"
-#include "stretto/core/rng.h"
 
 namespace stretto {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 // A tag is [1 bit point-to-point | 13 bits group | 16 bits sequence]: operations in flight between
 // two ranks never share one.
@@ -39,34 +30,6 @@ int Tag(bool point_to_point, int group, int64_t sequence) {
          static_cast<int>(sequence & ((1 << kSequenceBits) - 1));
 }
 
-// How long a rank that cannot take part any more may stay without consequence for an operation:
-// what it sent before may still be on its way.
-constexpr auto kGraceLeft = std::chrono::seconds(2);
-constexpr auto kGraceOutside = std::chrono::seconds(5);
-
-// How often operations on a device are looked after while nobody else does: those under way, and
-// those that wait to be handed over.
-constexpr auto kGuardLook = std::chrono::milliseconds(50);
-constexpr auto kGuardBusy = std::chrono::microseconds(100);
-
-// A waiting loop hands its core to others at once, and sleeps when nothing has moved for a while.
-class Backoff {
- public:
-  void Moved() { idle_since_ = Clock::time_point(); }
-  void Pause() {
-    const Clock::time_point now = Clock::now();
-    if (idle_since_ == Clock::time_point()) idle_since_ = now;
-    if (now - idle_since_ < std::chrono::milliseconds(20)) {
-      std::this_thread::yield();
-    } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(100));
-    }
-  }
-
- private:
-  Clock::time_point idle_since_;
-};
-
 std::string RanksText(const RankList& ranks) {
   std::string text;
   for (int r : ranks) absl::StrAppend(&text, text.empty() ? "" : " ", r);
@@ -74,79 +37,6 @@ std::string RanksText(const RankList& ranks) {
 }
 
 }  // namespace
-
-struct Communicator::Impl {
-  struct GroupState {
-    Group group;
-    int64_t submitted = 0;   // collectives
-    int64_t next_start = 1;  // sequence of the collective that starts next
-    int active = 0;
-    int64_t bytes_sent = 0;
-  };
-
-  explicit Impl(World& w);
-  ~Impl();
-
-  World& world;
-  FlightRecorder recorder;
-  Engine engine;
-  Watchdog watchdog;
-  std::deque<GroupState> groups;  // operations point into it
-  std::vector<std::unique_ptr<Operation>> pool;
-  std::vector<Operation*> free;
-  std::vector<Operation*> in_flight;  // in order of submission
-  Ticket last_ticket = 0;
-  absl::Status error;
-  uint64_t delays = 0;
-  Operation room;  // has the room that any operation object ever needed
-
-  // Operations on a device go on while this rank's thread does something else, and that may be to
-  // wait for the device, which waits for a rank that is gone. So a guard looks after them: it hands
-  // over the next one in time, and gives them up when they cannot finish. Everything above is used
-  // under `mutex`, by the guard or by the one thread that calls the communicator.
-  std::mutex mutex;
-  std::unique_ptr<DeviceOperations> device;  // after UseDevice
-  std::vector<Stream*> dependent;            // streams that wait for operations in flight
-  std::thread guard;
-  std::condition_variable guard_wake;
-  bool guard_stop = false;
-  bool abandon = false;  // the guard failed, but the transport is none of its business
-
-  // Whose turn it is to move operations on.
-  enum class Turn { kSubmit, kWait, kGuard };
-  std::unique_lock<std::mutex> Lock();
-  void Guard();
-  absl::Status UseDevice(Device d);
-  bool AdvanceDevice(Turn turn);
-  const Operation* FirstOnDevice() const;
-  // Until the ticket is done, or, for an operation on a device, in the order of its stream.
-  absl::Status WaitUntil(Ticket ticket, bool queued);
-  absl::Status Wait(Stream& stream, Ticket ticket);
-
-  void Delay();
-  GroupState* Find(const Group& g);
-  GroupState& AddGroup(const std::string& name, const RankList& ranks);
-  // Checks the group and makes an operation; null after an error.
-  Operation* New(CommOp op, const Group& g, const std::string& label, const Event& after,
-                 DType dtype, Device where);
-  Ticket Submit(Operation* o, int64_t count);
-  Ticket SubmitParts(CommOp op, const Group& g, std::span<const Tensor> outputs,
-                     std::span<const Tensor> inputs, const std::string& label, const Event& after);
-  Ticket Refuse(CommOp op, const Group& g, const std::string& label, const std::string& why);
-  bool Usable(CommOp op, const Group& g, const std::string& label, const Tensor& t);
-  bool SameDevice(CommOp op, const Group& g, const std::string& label, const Tensor& a,
-                  const Tensor& b);
-  bool Step(Turn turn);  // one round over what is in flight; true when something moved
-  void Finish(Operation& o);
-  void Fail(absl::Status status, bool publish);
-  void FailOperation(const Operation& o, const absl::Status& status);
-  void LookForTrouble();
-  // Why `o` cannot finish; OK when no rank in trouble is known, or it is not yet time to give up.
-  absl::Status BlameTrouble(const Operation& o, const Watchdog::Trouble& trouble);
-  std::string What(const Operation& o) const;
-  Operation* Flying(Ticket ticket);
-  void TimedOut(const Operation& o, Clock::time_point since);
-};
 
 Communicator::Impl::Impl(World& w)
     : world(w),
@@ -159,13 +49,6 @@ Communicator::Impl::Impl(World& w)
   AddGroup("all", everyone);
   const absl::Status watched = watchdog.Start();
   if (!watched.ok()) Fail(watched, true);
-}
-
-void Communicator::Impl::Delay() {
-  const WorldOptions& options = world.options();
-  const Rng rng(options.delay_seed, "comm/delay", static_cast<uint64_t>(world.rank()));
-  const uint64_t us = rng.Below(delays++, static_cast<uint64_t>(options.random_delay_us) + 1);
-  std::this_thread::sleep_for(std::chrono::microseconds(us));
 }
 
 Communicator::Impl::GroupState& Communicator::Impl::AddGroup(const std::string& name,
@@ -186,16 +69,6 @@ Communicator::Impl::GroupState* Communicator::Impl::Find(const Group& g) {
       std::lower_bound(groups.begin(), groups.end(), g.id,
                        [](const GroupState& state, int id) { return state.group.id < id; });
   return found != groups.end() && found->group.id == g.id ? &*found : nullptr;
-}
-
-std::string Communicator::Impl::What(const Operation& o) const {
-  std::string text = absl::StrCat(Name(o.op), "(", o.group->name, ") seq ", o.sequence);
-  if (o.point_to_point()) {
-    absl::StrAppend(&text, o.op == CommOp::kSend ? " to rank " : " from rank ",
-                    o.group->ranks[static_cast<std::size_t>(o.peer)]);
-  }
-  if (o.label[0] != '\0') absl::StrAppend(&text, " [", o.label, "]");
-  return text;
 }
 
 Ticket Communicator::Impl::Refuse(CommOp op, const Group& g, const std::string& label,
@@ -299,323 +172,7 @@ Ticket Communicator::Impl::Submit(Operation* o, int64_t count) {
   return ticket;
 }
 
-bool Communicator::Impl::Step(Turn turn) {
-  bool moved = false;
-  bool device_held = false;  // an operation on the device may not yet start, so no later one may
-  std::size_t kept = 0;
-  const auto give_up = [&](std::size_t i, const Operation& o, const absl::Status& status) {
-    // Nothing has been taken out of its place yet that Fail would miss.
-    in_flight.erase(in_flight.begin() + static_cast<std::ptrdiff_t>(kept),
-                    in_flight.begin() + static_cast<std::ptrdiff_t>(i));
-    FailOperation(o, status);
-    return true;
-  };
-  for (std::size_t i = 0; i < in_flight.size(); ++i) {
-    Operation* o = in_flight[i];
-    GroupState& state = *Find(*o->group);
-    const bool next = o->point_to_point() || o->sequence == state.next_start;
-    if (o->device != Operation::OnDevice::kNo) {
-      // The device itself waits for `after`.
-      if (!o->started && next && !device_held) {
-        o->started = true;
-        if (!o->point_to_point()) ++state.next_start;
-        device->Add(o);
-        moved = true;
-      }
-      device_held = device_held || !o->started;
-      if (o->started && !o->ready && o->after.Done()) {
-        o->ready = true;
-        if (!o->point_to_point()) watchdog.board().Started(state.group.id, o->sequence);
-      }
-      if (o->device == Operation::OnDevice::kQueued && o->done.Done()) {
-        const absl::Status sound = device->collectives().Check();
-        if (!sound.ok()) return give_up(i, *o, sound);
-        Finish(*o);
-        moved = true;
-        continue;
-      }
-      in_flight[kept++] = o;
-      continue;
-    }
-    if (turn == Turn::kGuard) {
-      in_flight[kept++] = o;
-      continue;
-    }
-    if (!o->started && o->after.Done() &&
-        (o->point_to_point() || (next && state.active < kActiveInGroup))) {
-      engine.Start(*o);
-      recorder.Started(o->record);
-      if (!o->point_to_point()) {
-        ++state.next_start;
-        ++state.active;
-        watchdog.board().Started(state.group.id, o->sequence);
-      }
-      moved = true;
-    }
-    if (o->started) {
-      const absl::StatusOr<bool> done = engine.Advance(*o, &moved);
-      if (!done.ok()) return give_up(i, *o, done.status());
-      if (*done) {
-        Finish(*o);
-        moved = true;
-        continue;
-      }
-    }
-    in_flight[kept++] = o;
-  }
-  in_flight.resize(kept);
-  return (device != nullptr && AdvanceDevice(turn)) || moved;
-}
-
-bool Communicator::Impl::AdvanceDevice(Turn turn) {
-  if (FirstOnDevice() == nullptr) {
-    dependent.clear();
-    return false;
-  }
-  const absl::StatusOr<bool> moved = device->Advance(turn == Turn::kWait);
-  if (moved.ok()) return *moved;
-  FailOperation(*device->failed(), moved.status());
-  return true;
-}
-
-const Operation* Communicator::Impl::FirstOnDevice() const {
-  for (const Operation* o : in_flight) {
-    if (o->device != Operation::OnDevice::kNo) return o;
-  }
-  return nullptr;
-}
-
-void Communicator::Impl::Finish(Operation& o) {
-  GroupState& state = *Find(*o.group);
-  recorder.Finished(o.record);
-  state.bytes_sent += o.bytes_sent;
-  if (!o.point_to_point()) {
-    if (o.device == Operation::OnDevice::kNo) --state.active;
-    watchdog.board().Finished(state.group.id, o.sequence);
-  }
-  engine.Release(o);
-  free.push_back(&o);
-  // Which operation object serves which call depends on timing too: all grow together.
-  if (room.ReserveLike(o)) {
-    for (const std::unique_ptr<Operation>& other : pool) other->ReserveLike(room);
-  }
-}
-
-void Communicator::Impl::Fail(absl::Status status, bool publish) {
-  if (!error.ok()) return;
-  error = std::move(status);
-  WorldAccess::phase(world).failed = true;
-  // Tell the others first: closing connections makes them look for a reason.
-  if (publish) watchdog.Fail(std::string(error.message()));
-  for (Stream* stream : dependent) stream->Fail(error);
-  dependent.clear();
-  if (device != nullptr) device->Abort();
-  if (std::this_thread::get_id() == guard.get_id()) {
-    abandon = true;
-  } else {
-    world.transport().Abandon();
-  }
-  for (Operation* o : in_flight) {
-    engine.Release(*o);
-    free.push_back(o);
-  }
-  in_flight.clear();
-}
-
-void Communicator::Impl::FailOperation(const Operation& o, const absl::Status& status) {
-  const std::string what = What(o);
-  if (absl::IsUnavailable(status)) {
-    // A connection broke. The control plane may know more about why than this rank saw: give it
-    // the moment that it needs to notice.
-    for (int attempt = 0; attempt < 8; ++attempt) {
-      const absl::Status blamed = BlameTrouble(o, watchdog.Ask());
-      if (!blamed.ok()) {
-        Fail(blamed, false);
-        return;
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
-    }
-  }
-  Fail(absl::Status(status.code(), absl::StrCat(what, " failed on rank ", world.rank(), ": ",
-                                                std::string(status.message()))),
-       true);
-}
-
-absl::Status Communicator::Impl::BlameTrouble(const Operation& o,
-                                              const Watchdog::Trouble& trouble) {
-  const auto inside = [&](int rank) {
-    const RankList& ranks = o.group->ranks;
-    return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
-  };
-  const auto age = Clock::now() - trouble.since;
-  const std::string waiting = absl::StrCat(" while rank ", world.rank(), " waited for ", What(o));
-  for (const bool outside : {false, true}) {
-    if (outside && age < kGraceOutside) break;
-    for (int r : trouble.dead) {
-      if (r == world.rank() || inside(r) == outside) continue;
-      return absl::UnavailableError(
-          absl::StrCat("rank ", r, " died", waiting, "; restart from the last checkpoint"));
-    }
-    for (const auto& [r, message] : trouble.failed) {
-      if (r == world.rank() || inside(r) == outside) continue;
-      return absl::UnavailableError(absl::StrCat("rank ", r, " failed", waiting, ": ", message));
-    }
-    if (age < kGraceLeft) continue;
-    for (int r : trouble.left) {
-      if (r == world.rank() || inside(r) == outside) continue;
-      return absl::UnavailableError(
-          absl::StrCat("rank ", r, " left the job", waiting, "; see its messages"));
-    }
-  }
-  return absl::OkStatus();
-}
-
-void Communicator::Impl::LookForTrouble() {
-  if (!watchdog.trouble() || in_flight.empty() || !error.ok()) return;
-  const Watchdog::Trouble trouble = watchdog.Known();
-  for (Operation* o : in_flight) {
-    absl::Status blamed = BlameTrouble(*o, trouble);
-    if (blamed.ok()) continue;
-    Fail(std::move(blamed), false);
-    return;
-  }
-}
-
-Operation* Communicator::Impl::Flying(Ticket ticket) {
-  for (Operation* o : in_flight) {
-    if (o->ticket == ticket) return o;
-  }
-  return nullptr;
-}
-
-absl::Status Communicator::Impl::WaitUntil(Ticket ticket, bool queued) {
-  const Clock::time_point begin = Clock::now();
-  const std::chrono::milliseconds limit = world.options().timeout;
-  Backoff backoff;
-  while (error.ok()) {
-    const Operation* flying = Flying(ticket);
-    if (flying == nullptr) return absl::OkStatus();
-    if (queued && flying->device == Operation::OnDevice::kQueued) return absl::OkStatus();
-    if (Step(Turn::kWait)) {
-      backoff.Moved();
-      continue;
-    }
-    LookForTrouble();
-    if (limit.count() > 0 && Clock::now() - begin > limit) {
-      if (const Operation* o = Flying(ticket)) TimedOut(*o, begin);
-      break;
-    }
-    backoff.Pause();
-  }
-  return error;
-}
-
-absl::Status Communicator::Impl::Wait(Stream& stream, Ticket ticket) {
-  // What happens on the stream's own device, the device can wait for.
-  const bool on_device = device != nullptr && stream.device() == device->device();
-  absl::Status status = WaitUntil(ticket, on_device);
-  if (!status.ok()) {
-    stream.Fail(status);
-    return status;
-  }
-  if (const Operation* o = on_device ? Flying(ticket) : nullptr) {
-    stream.Wait(o->done);
-    if (std::find(dependent.begin(), dependent.end(), &stream) == dependent.end()) {
-      dependent.push_back(&stream);
-    }
-  }
-  return absl::OkStatus();
-}
-
-std::unique_lock<std::mutex> Communicator::Impl::Lock() {
-  std::unique_lock<std::mutex> lock(mutex);
-  if (std::exchange(abandon, false)) world.transport().Abandon();
-  return lock;
-}
-
-void Communicator::Impl::Guard() {
-  const std::chrono::milliseconds limit = world.options().timeout;
-  Ticket first = 0;
-  Clock::time_point since;
-  std::unique_lock<std::mutex> lock(mutex);
-  device->collectives().EnterThread();
-  while (!guard_stop) {
-    guard_wake.wait_for(lock, device->busy() ? Clock::duration(kGuardBusy) : kGuardLook);
-    if (guard_stop) return;
-    if (!error.ok() || FirstOnDevice() == nullptr) continue;
-    Step(Turn::kGuard);
-    LookForTrouble();
-    const Operation* o = error.ok() ? FirstOnDevice() : nullptr;
-    if (o == nullptr || limit.count() <= 0) continue;
-    // Only what the device could do now, if the other ranks came, waits for them.
-    if (o->ticket != first || !o->ready || o->device == Operation::OnDevice::kWaiting) {
-      first = o->ticket;
-      since = Clock::now();
-    } else if (Clock::now() - since > limit) {
-      TimedOut(*o, since);
-    }
-  }
-}
-
-absl::Status Communicator::Impl::UseDevice(Device d) {
-  if (d.kind == DeviceKind::kCpu || (device != nullptr && device->device() == d)) {
-    return absl::OkStatus();
-  }
-  if (device != nullptr) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("UseDevice(", Name(d), ") on rank ", world.rank(), ": the communicator uses ",
-                     Name(device->device()), " already; make another communicator"));
-  }
-  STRETTO_ASSIGN_OR_RETURN(std::unique_ptr<DeviceCollectives> connected, ConnectDevices(world, d));
-  for (const GroupState& state : groups) {
-    STRETTO_RETURN_IF_ERROR(connected->AddGroup(state.group));
-  }
-  device = std::make_unique<DeviceOperations>(std::move(connected), recorder,
-                                              world.options().random_delay_us > 0
-                                                  ? std::function<void()>([this] { Delay(); })
-                                                  : std::function<void()>([] {}));
-  STRETTO_ASSIGN_OR_RETURN(guard, StartThread("the communicator's guard", [this] { Guard(); }));
-  return absl::OkStatus();
-}
-
-void Communicator::Impl::TimedOut(const Operation& o, Clock::time_point since) {
-  // What holds a collective back may be an earlier one of its group that nobody waits for.
-  const Operation* culprit = &o;
-  // ... and on a device, one that comes before it on the communication stream.
-  if (o.device != Operation::OnDevice::kNo) culprit = FirstOnDevice();
-  for (const Operation* other : in_flight) {
-    if (o.device != Operation::OnDevice::kNo) break;
-    if (!o.point_to_point() && !other->point_to_point() && other->group == o.group) {
-      culprit = other;
-      break;
-    }
-  }
-  const std::string what = What(*culprit);
-  std::string why;
-  const bool held = !culprit->started || culprit->device != Operation::OnDevice::kNo;
-  if (held && !culprit->after.Done()) {
-    why = absl::StrCat("rank ", world.rank(), " itself still computes what ", what, " waits for");
-  } else {
-    why = watchdog.Diagnose(*culprit->group, culprit->op, culprit->sequence, culprit->peer, what);
-  }
-  const double waited = std::chrono::duration<double>(Clock::now() - since).count();
-  Fail(absl::DeadlineExceededError(
-           absl::StrFormat("rank %d waited %.1f s: %s", world.rank(), waited, why)),
-       true);
-}
-
 Communicator::Communicator(World& world) : impl_(std::make_unique<Impl>(world)) {}
-
-Communicator::Impl::~Impl() {
-  if (guard.joinable()) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      guard_stop = true;
-    }
-    guard_wake.notify_all();
-    guard.join();
-  }
-}
 
 Communicator::~Communicator() {
   auto lock = impl_->Lock();
@@ -641,16 +198,9 @@ absl::Status Communicator::status() const {
   return impl_->error;
 }
 
-absl::Status Communicator::UseDevice(Device device) {
-  STRETTO_RETURN_IF_ERROR(WaitAll());
-  const auto lock = impl_->Lock();
-  return impl_->UseDevice(device);
-}
-
 absl::StatusOr<Group> Communicator::MakeGroup(const std::string& name, const RankList& ranks) {
-  if (impl_->device != nullptr) STRETTO_RETURN_IF_ERROR(WaitAll());
-  const auto lock = impl_->Lock();
-  STRETTO_RETURN_IF_ERROR(impl_->error);
+  // With a device, nothing stays in flight that the guard would have to look after meanwhile.
+  STRETTO_RETURN_IF_ERROR(impl_->device == nullptr ? status() : WaitAll());
   World& world = impl_->world;
   absl::Status mine;
   const std::string where = absl::StrCat("group '", name, "' of rank ", world.rank(), ": ");
@@ -678,15 +228,10 @@ absl::StatusOr<Group> Communicator::MakeGroup(const std::string& name, const Ran
           "rank ", r, " gave an impossible list for group '", name, "'; see its message"));
     }
   }
-  for (int r : ranks) {
-    if (lists[static_cast<std::size_t>(r)] != RanksText(ranks)) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          where, "it is [", RanksText(ranks), "] here but [", lists[static_cast<std::size_t>(r)],
-          "] on rank ", r, "; the ranks of a group must list the same ranks in the same order"));
-    }
-  }
   // Also when this rank's own group is sound: all go on with it or none, so that ids stay in step.
-  for (int r = 0; r < world.size(); ++r) {
+  // Each rank begins with its own list, which its user knows.
+  for (int i = 0; i < world.size(); ++i) {
+    const int r = (world.rank() + i) % world.size();
     const std::string& theirs = lists[static_cast<std::size_t>(r)];
     std::istringstream members(theirs);
     for (int q = 0; members >> q;) {
@@ -696,6 +241,7 @@ absl::StatusOr<Group> Communicator::MakeGroup(const std::string& name, const Ran
           "] on rank ", q, "; the ranks of a group must list the same ranks in the same order"));
     }
   }
+  const auto lock = impl_->Lock();
   const Group& group = impl_->AddGroup(name, ranks).group;
   if (impl_->device != nullptr) {
     STRETTO_RETURN_IF_ERROR(impl_->device->collectives().AddGroup(group));
@@ -874,35 +420,6 @@ Ticket Communicator::Receive(const Group& g, Tensor data, int peer, const std::s
     o->items.push_back({nullptr, data.data, data.elements()});
   }
   return impl_->Submit(o, data.elements());
-}
-
-void Communicator::Progress() {
-  const auto lock = impl_->Lock();
-  if (impl_->error.ok() && !impl_->Step(Impl::Turn::kWait)) impl_->LookForTrouble();
-}
-
-bool Communicator::Done(Ticket ticket) {
-  Progress();
-  const auto lock = impl_->Lock();
-  return impl_->Flying(ticket) == nullptr;
-}
-
-absl::Status Communicator::Wait(Ticket ticket) {
-  const auto lock = impl_->Lock();
-  return impl_->WaitUntil(ticket, false);
-}
-
-absl::Status Communicator::Wait(Stream& stream, Ticket ticket) {
-  const auto lock = impl_->Lock();
-  return impl_->Wait(stream, ticket);
-}
-
-absl::Status Communicator::WaitAll() {
-  const auto lock = impl_->Lock();
-  while (impl_->error.ok() && !impl_->in_flight.empty()) {
-    impl_->WaitUntil(impl_->in_flight.front()->ticket, false).IgnoreError();
-  }
-  return impl_->error;
 }
 
 int64_t Communicator::BytesSent(const std::string& group_name) const {

@@ -13,10 +13,11 @@
 namespace stretto {
 
 struct World::Phase {
-  int64_t next = 0;         // meetings on the control plane so far: Barrier, AllGather, Agree
-  int communicators = 0;    // made on this world
-  int next_group = 0;       // group ids are unique in a world, since they make the tags
-  bool failed = false;      // a communication error: MPI cannot be finalised any more
+  int64_t next = 0;       // meetings on the control plane so far: Barrier, AllGather, Agree
+  int communicators = 0;  // made on this world
+  int next_group = 0;     // group ids are unique in a world, since they make the tags
+  // A communication error, maybe of the thread of a communicator: MPI cannot be finalised any more.
+  std::atomic<bool> failed = false;
   bool in_process = false;  // ranks are threads
   // Ends what the transport stands on (MPI); `clean`: every rank is known to end it too.
   std::function<void(bool clean)> finalize;

@@ -14,7 +14,7 @@ readers=(fuzz_config fuzz_safetensors fuzz_token_file fuzz_tokenizer)
 build=$root/build/fuzz
 run cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
   -DCMAKE_CXX_COMPILER=clang++ -DSTRETTO_BUILD_FUZZERS=ON -DSTRETTO_BUILD_TESTS=ON \
-  -DSTRETTO_BUILD_BENCHMARKS=OFF || fail "cmake failed, see above"
+  -DSTRETTO_BUILD_BENCHMARKS=OFF -DSTRETTO_CUDA=OFF || fail "cmake failed, see above"
 run cmake --build "$build" --target "${readers[@]}" || fail "the build failed, see above"
 status=0
 for reader in "${readers[@]}"; do

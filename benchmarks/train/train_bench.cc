@@ -51,7 +51,7 @@ absl::Status Bench(World& world, TrainConfig config) {
   }
   STRETTO_RETURN_IF_ERROR(world.Agree("writing tokens", written));
 
-  std::vector<double> step_ms, exposed_ms;
+  std::vector<double> step_ms, exposed_ms, data_ms;
   int64_t tokens = 0, planned = 0;
   int64_t before = 0;
   if (const auto memory = ReadProcessMemory(); memory.ok()) before = memory->peak_resident_bytes;
@@ -67,20 +67,32 @@ absl::Status Bench(World& world, TrainConfig config) {
       if (stats.step <= kWarmUp) continue;
       step_ms.push_back(stats.step_ms);
       exposed_ms.push_back(stats.comm_exposed_ms);
+      data_ms.push_back(stats.data_ms);
       tokens = stats.tokens;
     }
     STRETTO_RETURN_IF_ERROR(trainer->Finish());
     const auto memory = ReadProcessMemory();
+    // On a GPU what is taken of its memory now; nothing is given back before the end.
+    int64_t device_bytes = 0;
+    if (trainer->config().runtime.device == "cuda") {
+      STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info,
+                               DescribeDevice(Device::Cuda(world.info().local_rank)));
+      device_bytes = info.total_bytes - info.free_bytes;
+    }
     if (world.rank() == 0) {
       const double median = Median(step_ms);
       std::printf(
           "{\"ranks\": %d, \"threads\": %d, \"tokens_per_step\": %d, \"step_ms\": %.3f, "
-          "\"tokens_per_second\": %.2f, \"exposed_ms\": %.3f, \"mfu_causal\": %.4f, "
-          "\"planned_bytes\": %ld, \"start_bytes\": %ld, \"peak_bytes\": %ld}\n",
+          "\"tokens_per_second\": %.2f, \"exposed_ms\": %.3f, \"data_ms\": %.3f, \"mfu_causal\": "
+          "%.4f, "
+          "\"planned_bytes\": %ld, \"start_bytes\": %ld, \"peak_bytes\": %ld, "
+          "\"device_bytes\": %ld}\n",
           world.size(), static_cast<int>(trainer->config().runtime.threads),
           static_cast<int>(tokens), median, static_cast<double>(tokens) / median * 1e3,
-          Median(exposed_ms), mfu, static_cast<long>(planned), static_cast<long>(before),
-          static_cast<long>(memory.ok() ? memory->peak_resident_bytes : 0));
+          Median(exposed_ms), Median(data_ms), mfu, static_cast<long>(planned),
+          static_cast<long>(before),
+          static_cast<long>(memory.ok() ? memory->peak_resident_bytes : 0),
+          static_cast<long>(device_bytes));
     }
   }
   STRETTO_RETURN_IF_ERROR(world.Barrier("done"));

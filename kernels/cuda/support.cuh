@@ -75,11 +75,12 @@ __device__ inline float WarpMax(float x) {
 // The first fault of a stream is kept.
 __device__ inline void Report(DeviceFault* fault, DeviceFault::Code code, int64_t value,
                               int64_t row, int64_t rows) {
-  if (atomicCAS_system(&fault->code, 0, static_cast<int>(code)) != 0) return;
+  if (atomicCAS(fault->claim, 0, 1) != 0) return;
   fault->value = value;
   fault->row = row;
   fault->rows = rows;
   __threadfence_system();
+  *static_cast<volatile int32_t*>(&fault->code) = code;
 }
 
 // --- Streaming kernels: every element is read and written once, where it lies. ---

@@ -7,7 +7,7 @@
 namespace stretto {
 
 // One for each device stream, in host memory that the device can write. The first fault wins: a
-// kernel claims `code` (0: none) by compare-and-swap and then fills in the rest.
+// kernel takes the claim, which lies in the device's memory, and fills in the rest, `code` last.
 struct DeviceFault {
   enum Code : int32_t {
     kNone = 0,
@@ -26,6 +26,7 @@ struct DeviceFault {
   int64_t value = 0;
   int64_t row = 0;
   int64_t rows = 0;
+  int32_t* claim = nullptr;  // in device memory; 0: free
 };
 
 }  // namespace stretto

@@ -95,6 +95,11 @@ class CudaQueue final : public DeviceQueue {
     cudaError_t error = cudaHostAlloc(&memory, sizeof(DeviceFault), cudaHostAllocMapped);
     if (error != cudaSuccess) return Exhausted(error, index);
     queue->fault_ = new (memory) DeviceFault;
+    error = cudaMalloc(&memory, sizeof(int32_t));
+    if (error == cudaSuccess) error = cudaMemset(memory, 0, sizeof(int32_t));
+    if (error == cudaSuccess) error = cudaDeviceSynchronize();
+    if (error != cudaSuccess) return Exhausted(error, index);
+    queue->fault_->claim = static_cast<int32_t*>(memory);
     if (options.workspace_bytes > 0) {
       error = cudaMalloc(&memory, static_cast<size_t>(options.workspace_bytes));
       if (error != cudaSuccess) return Exhausted(error, index);
@@ -111,7 +116,10 @@ class CudaQueue final : public DeviceQueue {
     }
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
     if (workspace_.data != nullptr) cudaFree(workspace_.data);
-    if (fault_ != nullptr) cudaFreeHost(fault_);
+    if (fault_ != nullptr) {
+      if (fault_->claim != nullptr) cudaFree(fault_->claim);
+      cudaFreeHost(fault_);
+    }
   }
 
   void* native() const override { return stream_; }

@@ -8,9 +8,12 @@ if [ $# -lt 2 ]; then
 fi
 ranks=$1
 shift
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || { echo "mpirun.sh: '$ranks' is no number of ranks" >&2; exit 2; }
 options=(--oversubscribe --bind-to none --mca btl_vader_single_copy_mechanism none)
 [ "$(id -u)" = 0 ] && options+=(--allow-run-as-root)
 [ "$ranks" -gt "$(nproc)" ] && options+=(--mca mpi_yield_when_idle 1)
 # mpirun gives every rank a terminal, whatever its own output is: say when it is none.
 [ -t 1 ] || export TERM=dumb NO_COLOR=1
+# After Ctrl-C or SIGTERM the ranks save before they leave; mpirun would kill them after two seconds.
+export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-60}
 exec mpirun -np "$ranks" "${options[@]}" "$@"

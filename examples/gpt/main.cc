@@ -4,12 +4,14 @@
 //
 // Exit codes: 0 finished, 1 failed, 2 wrong usage or configuration, 75 asked to stop by SIGTERM or
 // SIGUSR1 and saved (start again to go on).
+#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <mutex>
 #include <optional>
@@ -187,7 +189,11 @@ int main(int argc, char** argv) {
   {
     const std::chrono::milliseconds timeout(
         static_cast<int64_t>(std::clamp(config.runtime.timeout_seconds, 1e-3, 1e9) * 1000));
-    std::optional<InitWatch> watch(std::in_place, timeout);
+    // A file that may not grow is an error of the write, to be told like a full disk.
+    signal(SIGXFSZ, SIG_IGN);
+    // torchrun's variables mean TCP, whose waits have deadlines of their own.
+    std::optional<InitWatch> watch;
+    if (std::getenv("MASTER_ADDR") == nullptr) watch.emplace(timeout);
     auto world = stretto::World::Create({.timeout = timeout});
     watch.reset();
     if (!world.ok()) {

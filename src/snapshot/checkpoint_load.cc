@@ -183,6 +183,11 @@ absl::Status ForEachOverlap(const StateEntry& entry, const ManifestTensor& tenso
   return absl::OkStatus();
 }
 
+// Whether a check failed because this process may not look, which says nothing about the files.
+bool CannotRead(const absl::Status& status) {
+  return absl::IsPermissionDenied(status) || absl::IsResourceExhausted(status);
+}
+
 }  // namespace
 
 absl::StatusOr<CheckpointInfo> ReadCheckpointInfo(const std::string& step_path) {
@@ -212,6 +217,7 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(const std::string& directory
       info.passed_over = damaged;
       if (status.ok()) return info;
     }
+    if (CannotRead(status)) return status;
     damaged.push_back(step);
     LogWarning(
         absl::StrCat("checkpoint ", path, " is passed over: ", std::string(status.message())));
@@ -248,9 +254,18 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
     }
     // Gathered rather than agreed on, to tell a damaged file (try the next one) from a control
     // plane that is gone (give up).
-    STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> findings,
-                             world.AllGather(absl::StrCat("check of the checkpoint of step ", step),
-                                             status.ok() ? "" : std::string(status.message())));
+    STRETTO_ASSIGN_OR_RETURN(
+        const std::vector<std::string> findings,
+        world.AllGather(absl::StrCat("check of the checkpoint of step ", step),
+                        status.ok() ? ""
+                                    : absl::StrCat(CannotRead(status) ? "!" : "",
+                                                   std::string(status.message()))));
+    for (size_t rank = 0; rank < findings.size(); ++rank) {
+      if (!absl::StartsWith(findings[rank], "!")) continue;
+      return absl::UnavailableError(absl::StrCat(
+          "rank ", rank, ": ", findings[rank].substr(1),
+          "; the checkpoint may be sound: make it readable, or move it away to go on without it"));
+    }
     const auto bad = std::find_if(findings.begin(), findings.end(),
                                   [](const std::string& finding) { return !finding.empty(); });
     if (bad == findings.end()) {

@@ -204,6 +204,13 @@ absl::Status Trainer::Impl::Restore() {
   state.global_batch = config.batch.global;
   state.sequence_length = config.data.sequence_length;
   state.config = PrintConfig(ConfigRef(&config));
+  absl::Status locked;
+  if (world.rank() == 0) {
+    absl::StatusOr<OutputLock> taken = OutputLock::Take(config.output);
+    locked = taken.status();
+    if (taken.ok()) lock = *std::move(taken);
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("taking the output directory", locked));
   const std::string directory = config.output + "/checkpoints";
   checkpoints = std::make_unique<CheckpointWriter>(
       world, CheckpointOptions{.directory = directory,
@@ -248,6 +255,12 @@ absl::Status Trainer::Impl::Restore() {
     STRETTO_ASSIGN_OR_RETURN(const std::optional<CheckpointInfo> initial,
                              choose(config.checkpoint.initial, /*required=*/true));
     const auto load_weights = [&]() -> absl::Status {
+      const absl::StatusOr<TrainerState> saved =
+          ParseTrainerState(initial->trainer_state, initial->path);
+      if (saved.ok()) {  // weights that were converted come without
+        STRETTO_RETURN_IF_ERROR(
+            SameRun(saved->config, state.config, /*order=*/false, initial->path));
+      }
       StateRegistry weights;
       STRETTO_RETURN_IF_ERROR(dp->Register(&weights));
       return LoadCheckpoint(*initial, weights);
@@ -264,13 +277,14 @@ absl::Status Trainer::Impl::Restore() {
     const CheckpointInfo& info = *newest;
     STRETTO_ASSIGN_OR_RETURN(const TrainerState saved,
                              ParseTrainerState(info.trainer_state, info.path));
+    STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, /*order=*/true, info.path));
     STRETTO_RETURN_IF_ERROR(LoadCheckpoint(info, registry));
     if (saved.global_batch != state.global_batch || saved.seed != state.seed ||
         saved.sequence_length != state.sequence_length) {
       return absl::FailedPreconditionError(absl::StrFormat(
           "%s was trained with seed %d, batch.global %d and data.sequence_length %d, not %d, %d "
           "and "
-          "%d, so its data order cannot be continued; set them back, or checkpoint.resume=never",
+          "%d, so its data order cannot be continued; set them back, or choose another output",
           info.path.c_str(), saved.seed, saved.global_batch, saved.sequence_length, state.seed,
           state.global_batch, state.sequence_length));
     }
@@ -278,6 +292,10 @@ absl::Status Trainer::Impl::Restore() {
     state.applied = saved.applied;
     state.skipped = saved.skipped;
     state.choices = saved.choices;
+    if (state.step >= config.steps && world.rank() == 0) {
+      LogWarning(absl::StrCat(info.path, " is of step ", state.step, " and steps is ", config.steps,
+                              ": nothing is left to train; raise steps to go on"));
+    }
     return absl::OkStatus();
   };
   STRETTO_RETURN_IF_ERROR(world.Agree("loading the checkpoint", load()));

@@ -114,7 +114,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   if (stats.skipped) {
     // All ranks see the same numbers and end here together.
     const bool stop = config.spikes.nonfinite == "stop";
-    if (stop || consecutive_skips > config.spikes.max_skipped) {
+    if (stop || consecutive_skips >= config.spikes.max_skipped) {
       STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
     }
     if (stop) {
@@ -123,7 +123,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
           "spikes.nonfinite is stop; parameters are those of step %d",
           stats.step, stats.loss, stats.grad_norm, stats.step - 1));
     }
-    if (consecutive_skips > config.spikes.max_skipped) {
+    if (consecutive_skips >= config.spikes.max_skipped) {
       return absl::DataLossError(absl::StrFormat(
           "step %d: %d updates in a row were skipped (loss %g, gradient norm %g); lower "
           "optimizer.lr, or go on from an older checkpoint",
@@ -222,6 +222,20 @@ absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
   while (t.state.step < t.config.steps) {
     STRETTO_ASSIGN_OR_RETURN(StepStats stats, t.Step());
     const bool last = t.state.step == t.config.steps;
+    // Before the evaluation, which may fail. Not while updates are skipped: weights that have gone
+    // bad must not take the place of good ones.
+    const bool sound = t.consecutive_skips == 0 || (last && std::isfinite(stats.loss));
+    if ((every(t.state.step, t.config.checkpoint.every) || last) && sound && !t.stop_agreed) {
+      STRETTO_RETURN_IF_ERROR(save());
+    }
+    if (last && !sound) {
+      const absl::Status finished = trainer.Finish();
+      return absl::DataLossError(absl::StrFormat(
+          "the run ended with %d skipped updates in a row (loss %g), so the weights of step %d are "
+          "not saved; lower optimizer.lr, or go on from an older checkpoint%s%s",
+          t.consecutive_skips, stats.loss, t.state.step, finished.ok() ? "" : ". ",
+          std::string(finished.message()).c_str()));
+    }
     if (t.validation_data != nullptr && (last || every(t.state.step, t.config.evaluate.every))) {
       STRETTO_ASSIGN_OR_RETURN(const double loss, t.Evaluate());
       stats.eval_loss = loss;
@@ -246,7 +260,6 @@ absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
       STRETTO_RETURN_IF_ERROR(trainer.Finish());
       return RunResult::kRequested;
     }
-    if (every(t.state.step, t.config.checkpoint.every) || last) STRETTO_RETURN_IF_ERROR(save());
   }
   STRETTO_RETURN_IF_ERROR(trainer.Finish());
   return RunResult::kFinished;

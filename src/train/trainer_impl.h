@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "src/train/output_lock.h"
 #include "stretto/comm/communicator.h"
 #include "stretto/core/budget.h"
 #include "stretto/core/stream.h"
@@ -37,6 +38,11 @@ struct TrainerState {
   std::string choices;  // what the backend chose by measuring (KernelTable::export_choices)
 };
 std::string ToJson(const TrainerState& state);
+// Names the first setting that makes the model another one, or, with `order`, that changes which
+// samples come when, between a run's resolved configuration and this run's. `source` names the
+// checkpoint. Fields that either side does not have are passed over.
+absl::Status SameRun(const std::string& saved, const std::string& current, bool order,
+                     const std::string& source);
 absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const std::string& source);
 
 // What a rank writes to the step's scalars from the host, from StepScalars::kStop on.
@@ -72,6 +78,7 @@ struct Trainer::Impl {
   std::unique_ptr<Loader> loader;
   PackedBatch evaluation_batch;
 
+  OutputLock lock;  // rank 0
   StateRegistry registry;
   std::unique_ptr<CheckpointWriter> checkpoints;
   TrainerState state;

@@ -172,7 +172,76 @@ TEST(Trainer, RefusesCheckpointWithAnotherDataOrder) {
   config.checkpoint.resume = "must";
   config.batch.global = 8;
   EXPECT_THAT(std::string(TrainOnThreads(2, config).status.message()),
-              HasSubstr("batch.global 11"));
+              HasSubstr("batch.global = 11, not 8"));
+}
+
+// Settings that no tensor's shape shows.
+TEST(Trainer, RefusesCheckpointOfAnotherModel) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 2;
+  ASSERT_TRUE(TrainOnThreads(1, config, {}, [](Trainer& t) { return t.Save(); }).status.ok());
+  config.checkpoint.resume = "must";
+  TrainConfig other = config;
+  other.model.rope_theta = 5000;
+  EXPECT_THAT(std::string(TrainOnThreads(1, other).status.message()),
+              HasSubstr("model.rope_theta"));
+  other = config;
+  other.runtime.dtype = "bf16";
+  EXPECT_THAT(std::string(TrainOnThreads(1, other).status.message()), HasSubstr("runtime.dtype"));
+  other = config;
+  other.output = directory / "other";
+  other.checkpoint.resume = "never";
+  other.checkpoint.initial = config.output + "/checkpoints";
+  other.runtime.dtype = "bf16";  // starting from given weights may convert them
+  EXPECT_TRUE(TrainOnThreads(1, other).status.ok());
+  EXPECT_TRUE(TrainOnThreads(1, config).status.ok());
+}
+
+TEST(Trainer, OneRunAtATimeUsesAnOutputDirectory) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 1;
+  const RunRecord record = TrainOnThreads(1, config, {}, [&](Trainer&) {
+    EXPECT_THAT(std::string(TrainOnThreads(1, config).status.message()),
+                HasSubstr("another run is using the output directory"));
+    return absl::OkStatus();
+  });
+  ASSERT_TRUE(record.status.ok()) << record.status.message();
+  EXPECT_TRUE(TrainOnThreads(1, config).status.ok());
+}
+
+absl::Status RunToTheEnd(const TrainConfig& config) {
+  return World::RunThreads(1, [&](World& world) -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
+    return trainer->Run().status();
+  });
+}
+
+TEST(Trainer, SavesBeforeAnEvaluationThatFails) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 3;
+  std::vector<int32_t> ids = testing::GeneratedTokens(900, 2);
+  ids[30] = 300;  // outside the vocabulary, found when it is read
+  ASSERT_TRUE(WriteTokenFile(config.data.validation, ids, 301).ok());
+  EXPECT_FALSE(RunToTheEnd(config).ok());
+  EXPECT_TRUE(std::filesystem::exists(config.output + "/checkpoints/step-00000003/stretto.json"));
+}
+
+TEST(Trainer, SkippedUpdatesDoNotPushOutGoodCheckpoints) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 4;
+  config.checkpoint.every = 2;
+  ASSERT_TRUE(RunToTheEnd(config).ok());
+  config.steps = 30;
+  config.optimizer.lr = 1e300;  // infinite in f32: the weights become NaN
+  config.checkpoint.resume = "must";
+  config.spikes.max_skipped = 100;
+  const absl::Status status = RunToTheEnd(config);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("not saved"));
+  EXPECT_TRUE(std::filesystem::exists(config.output + "/checkpoints/step-00000004/stretto.json"));
 }
 
 TEST(Trainer, NewRunDoesNotMixWithAnOlderOne) {

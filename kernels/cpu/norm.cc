@@ -118,8 +118,11 @@ class CpuNorm final : public NormKernels {
     });
   }
 
+  // Rows are read from caches again: reading them twice costs less than further sums at hand.
+  int64_t PartialBytes(DType, int64_t, bool) const override { return 0; }
+
   void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
-                     Tensor weight, bool acc) const override {
+                     Tensor weight, bool acc, Tensor) const override {
     ThreadPool* pool = &s.pool();
     s.Enqueue([=] {
       ForModelType(dx.dtype, [&](auto type) {
@@ -141,7 +144,7 @@ class CpuNorm final : public NormKernels {
   }
 
   void BackwardWeight(Stream& s, Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean,
-                      Tensor rstd, bool acc) const override {
+                      Tensor rstd, bool acc, Tensor) const override {
     ThreadPool* pool = &s.pool();
     s.Enqueue([=] {
       ForModelType(dy.dtype, [&](auto type) {

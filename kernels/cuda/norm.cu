@@ -1,45 +1,16 @@
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "kernels/cuda/families.h"
-#include "kernels/cuda/support.cuh"
+#include "kernels/cuda/norm_rows.cuh"
+#include "kernels/cuda/norm_sums.h"
 
 namespace stretto::cuda {
 namespace {
 
-// Rows of a [rows, n] or [tokens, heads, head_dim] operand, head by head.
-struct HeadRows {
-  int64_t heads;
-  int64_t dim;
-  int64_t rows;
-
-  explicit HeadRows(const Tensor& t)
-      : heads(t.rank == 3 ? t.dims[1] : 1),
-        dim(t.rank == 3 ? t.dims[2] : t.row_elements()),
-        rows(t.rows() * heads) {}
-  bool empty() const { return rows == 0 || dim == 0; }
-};
-
-// Where a row lies: head `head` of token `token`.
-struct Place {
-  int64_t token;
-  int64_t head;
-
-  __device__ Place(const HeadRows& at, int64_t row) : token(row), head(0) {
-    if (at.heads > 1) {
-      // Unsigned: the quotient of two numbers below 2^32 is then found without the long division.
-      token = static_cast<uint64_t>(row) / static_cast<uint64_t>(at.heads);
-      head = row - token * at.heads;
-    }
-  }
-  template <class T>
-  __device__ T* Row(const Rows<T>& operand, const HeadRows& at) const {
-    return operand.At(token, head * at.dim);
-  }
-  // The statistic of the row in [tokens] or [tokens, heads].
-  __device__ float* Statistic(const Rows<float>& operand) const { return operand.At(token, head); }
-};
+using norm::Elements;
+using norm::HeadRows;
+using norm::Place;
 
 // A row is worked on by kLanes neighbouring threads of a warp, or by a whole block (kLanes 0), and
 // read as packs of kWidth elements; pack i belongs to lane i % lanes. A lane keeps its first kPacks
@@ -105,42 +76,16 @@ constexpr int kMinBlocks = kLanes == 0   ? 1
 template <int kLanes>
 constexpr int kMaxThreads = kLanes > 0 ? kWarpThreads : kBlockThreads;
 
-// kWidth elements of a row as they are stored.
-template <class T, int kWidth>
-struct alignas(kWidth * sizeof(T)) Elements {
-  T value[kWidth];
-
-  __device__ float operator[](int k) const { return Widen(value[k]); }
-  __device__ static Elements Of(const float (&from)[kWidth]) {
-    Elements result;
-    for (int k = 0; k < kWidth; ++k) result.value[k] = Narrow<T>(from[k]);
-    return result;
-  }
-  __device__ void Forget() {}
-};
-
-// bf16 stays in pairs: as single elements each would fill a register.
-template <>
-struct alignas(16) Elements<__nv_bfloat16, 8> {
-  uint32_t pairs[4];
-
-  __device__ float operator[](int k) const {
-    return __uint_as_float(k % 2 == 0 ? pairs[k / 2] << 16 : pairs[k / 2] & 0xffff0000u);
-  }
-  __device__ static Elements Of(const float (&from)[8]) {
-    Elements result;
-    for (int k = 0; k < 4; ++k) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(from[2 * k], from[2 * k + 1]);
-      memcpy(&result.pairs[k], &pair, sizeof(pair));
-    }
-    return result;
-  }
-  // Hides that the pairs have not changed. The compiler would otherwise keep what it has widened
-  // for the next use: twice the registers, to save a shift.
-  __device__ void Forget() {
-    for (uint32_t& pair : pairs) asm("" : "+r"(pair));
-  }
-};
+// The same for kernels that keep sums of all columns in registers.
+constexpr int kSumBlockThreads = 384;
+template <int kWidth, int kPacks, int kLanes>
+constexpr int kSumBlocks = kLanes == 0            ? 1
+                           : kPacks == 1          ? 8
+                           : kWidth* kPacks <= 24 ? 4
+                           : kWidth == 8          ? 3
+                                                  : 2;
+template <int kLanes>
+constexpr int kMaxSumThreads = kLanes > 0 ? kWarpThreads : kSumBlockThreads;
 
 template <int kPacks, class V>
 __device__ void Forget(V (&packs)[kPacks]) {
@@ -236,16 +181,31 @@ struct BackwardArgs {
   bool acc;
 };
 
+// What a lane adds up over its rows for the gradients of weight and bias, by the packs that it
+// holds.
+template <int kWidth, int kPacks>
+struct Sums {
+  static constexpr bool kKeeps = true;
+  float weight[kPacks][kWidth] = {}, bias[kPacks][kWidth] = {};
+
+  __device__ void Add(int j, int k, float dy, float x) {
+    weight[j][k] += dy * x;
+    bias[j][k] += dy;
+  }
+};
+struct NoSums {
+  static constexpr bool kKeeps = false;
+  __device__ void Add(int, int, float, float) {}
+};
+
 // With g = dy * weight and x = (h - mean) * rstd:
 // dx = rstd * (g - mean(g) - x * mean(g * x)); RMSNorm lacks the mean(g) term.
-template <class T, int kWidth, int kPacks, int kLanes>
-__global__ void __launch_bounds__(kMaxThreads<kLanes>, kMinBlocks<kPacks, kLanes, true>)
-    BackwardInputKernel(BackwardArgs<T> a, const T* __restrict__ weight) {
+template <class T, int kWidth, int kPacks, int kLanes, class S>
+__device__ void BackwardRow(const BackwardArgs<T>& a, const T* __restrict__ weight, int64_t row,
+                            bool active, S& sums) {
   using V = Elements<T, kWidth>;
   using L = Lanes<kLanes>;
   const int own = L::Own(), lanes = L::Count();
-  const int64_t row = L::Row();
-  const bool active = row < a.at.rows;
   const Place place(a.at, active ? row : 0);
   const int packs = active ? static_cast<int>(a.at.dim / kWidth) : 0;
   const float n = static_cast<float>(a.at.dim);
@@ -257,11 +217,16 @@ __global__ void __launch_bounds__(kMaxThreads<kLanes>, kMinBlocks<kPacks, kLanes
   const V* h = reinterpret_cast<const V*>(place.Row(a.h, a.at));
   const V* weights = reinterpret_cast<const V*>(weight);
   V* dx = reinterpret_cast<V*>(place.Row(a.dx, a.at));
-  V held_dy[kPacks], held_h[kPacks];
+  V held_dy[kPacks], held_h[kPacks], old[kPacks];
+  const auto read_old = [&] {
+    if (a.acc) Held<kPacks>(own, lanes, packs, [&](int j, int i) { old[j] = Read(dx + i); });
+  };
   Held<kPacks>(own, lanes, packs, [&](int j, int i) {
     held_dy[j] = Read(dy + i);
     held_h[j] = Read(h + i);
   });
+  // Kernels with sums have few warps, which have to have more loads in flight.
+  if constexpr (S::kKeeps) read_old();
 
   float sum_g = 0, sum_gx = 0;
   const auto sum = [&](int i, const V& d, const V& v) {
@@ -273,30 +238,93 @@ __global__ void __launch_bounds__(kMaxThreads<kLanes>, kMinBlocks<kPacks, kLanes
     }
   };
   Held<kPacks>(own, lanes, packs, [&](int j, int i) { sum(i, held_dy[j], held_h[j]); });
-  Rest<kPacks, kLanes>(own, lanes, packs, [&](int i) { sum(i, Read(dy + i), Read(h + i)); });
+  if constexpr (!S::kKeeps) {
+    Rest<kPacks, kLanes>(own, lanes, packs, [&](int i) { sum(i, Read(dy + i), Read(h + i)); });
+  }
   const float mean_g = center ? L::Sum(sum_g) / n : 0;
   const float mean_gx = L::Sum(sum_gx) / n;
   Forget(held_dy);
   Forget(held_h);
 
-  const auto gradient = [&](int i, const V& d, const V& v, const V& old) {
+  const auto gradient = [&](int j, int i, const V& d, const V& v, const V& before) {
     const V w = Read(weights + i);
     float result[kWidth];
     for (int k = 0; k < kWidth; ++k) {
       const float g = d[k] * w[k];
       const float x = (v[k] - mean) * r;
       const float e = (g - mean_g - x * mean_gx) * r;
-      result[k] = a.acc ? e + old[k] : e;
+      result[k] = a.acc ? e + before[k] : e;
+      sums.Add(j, k, d[k], x);
     }
     return V::Of(result);
   };
-  V old[kPacks];
-  if (a.acc) Held<kPacks>(own, lanes, packs, [&](int j, int i) { old[j] = Read(dx + i); });
+  if constexpr (!S::kKeeps) read_old();
   Held<kPacks>(own, lanes, packs,
-               [&](int j, int i) { dx[i] = gradient(i, held_dy[j], held_h[j], old[j]); });
-  Rest<kPacks, kLanes>(own, lanes, packs, [&](int i) {
-    dx[i] = gradient(i, Read(dy + i), Read(h + i), Read(dx + i));
-  });
+               [&](int j, int i) { dx[i] = gradient(j, i, held_dy[j], held_h[j], old[j]); });
+  if constexpr (!S::kKeeps) {
+    Rest<kPacks, kLanes>(own, lanes, packs, [&](int i) {
+      dx[i] = gradient(0, i, Read(dy + i), Read(h + i), Read(dx + i));
+    });
+  }
+}
+
+template <class T, int kWidth, int kPacks, int kLanes>
+__global__ void __launch_bounds__(kMaxThreads<kLanes>, kMinBlocks<kPacks, kLanes, true>)
+    BackwardInputKernel(BackwardArgs<T> a, const T* __restrict__ weight) {
+  const int64_t row = Lanes<kLanes>::Row();
+  NoSums none;
+  BackwardRow<T, kWidth, kPacks, kLanes>(a, weight, row, row < a.at.rows, none);
+}
+
+// The same for one chunk of rows, whose sums go to partial [chunks, kinds, dim]. All packs of a row
+// are held.
+template <class T, int kWidth, int kPacks, int kLanes>
+__global__ void __launch_bounds__(kMaxSumThreads<kLanes>, kSumBlocks<kWidth, kPacks, kLanes>)
+    BackwardSumsKernel(BackwardArgs<T> a, const T* __restrict__ weight, float* __restrict__ partial,
+                       int64_t chunk_rows) {
+  using L = Lanes<kLanes>;
+  const int own = L::Own(), lanes = L::Count();
+  const int groups = kLanes > 0 ? blockDim.x / lanes : 1, group = threadIdx.x / lanes;
+  const int64_t begin = blockIdx.x * chunk_rows, end = min(a.at.rows, begin + chunk_rows);
+  Sums<kWidth, kPacks> sums;
+#pragma unroll 1
+  for (int64_t first = begin; first < end; first += groups) {
+    const int64_t row = first + group;
+    BackwardRow<T, kWidth, kPacks, kLanes>(a, weight, row, row < end, sums);
+  }
+
+  const int kinds = a.mean.data != nullptr ? 2 : 1;
+  partial += blockIdx.x * kinds * a.at.dim;
+  if constexpr (kLanes == 0) {
+    Held<kPacks>(own, lanes, static_cast<int>(a.at.dim / kWidth), [&](int j, int i) {
+      for (int k = 0; k < kWidth; ++k) partial[i * kWidth + k] = sums.weight[j][k];
+      if (kinds == 1) return;
+      for (int k = 0; k < kWidth; ++k) partial[a.at.dim + i * kWidth + k] = sums.bias[j][k];
+    });
+  } else {
+    // The groups add theirs in turn. Neighbouring lanes use neighbouring words.
+    __shared__ float shared[2][kPacks][kWidth][kLanes];
+    for (int g = 0; g < groups; ++g) {
+      if (g == group) {
+#pragma unroll
+        for (int j = 0; j < kPacks; ++j) {
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) {
+            float& w = shared[0][j][k][own];
+            float& b = shared[1][j][k][own];
+            w = g == 0 ? sums.weight[j][k] : w + sums.weight[j][k];
+            b = g == 0 ? sums.bias[j][k] : b + sums.bias[j][k];
+          }
+        }
+      }
+      __syncthreads();
+    }
+    const int dim = static_cast<int>(a.at.dim);
+    for (int i = threadIdx.x; i < kinds * dim; i += blockDim.x) {
+      const int kind = i >= dim ? 1 : 0, column = i - kind * dim, pack = column / kWidth;
+      partial[i] = shared[kind][pack / kLanes][column % kWidth][pack % kLanes];
+    }
+  }
 }
 
 // Calls launch(blocks, threads, Shape<width, packs, lanes>) with what suits rows of at.dim
@@ -326,6 +354,50 @@ void WithShape(const HeadRows& at, const F& launch) {
          Shape<kWidth, kPacks, 0>{});
 }
 
+// Calls launch(threads, Shape<width, packs, lanes>) with what suits BackwardSumsKernel for rows of
+// `dim` elements; false where it would need too many registers.
+template <int kWidth, class F>
+bool WithSumShape(int64_t dim, const F& launch) {
+  const int64_t packs = dim / kWidth;
+  if (packs == 0 || dim % kWidth != 0) return false;
+  const auto use = [&](int64_t threads, auto shape) {
+    launch(static_cast<unsigned>(threads), shape);
+    return true;
+  };
+  if (packs <= 8) return use(kWarpThreads, Shape<kWidth, 1, 8>{});
+  if (packs <= 16) return use(kWarpThreads, Shape<kWidth, 1, 16>{});
+  if (packs <= 32) return use(kWarpThreads, Shape<kWidth, 1, 32>{});
+  if constexpr (kWidth == 8) {
+    if (packs <= 96) return use(kWarpThreads, Shape<kWidth, 3, 32>{});
+  }
+  if (packs <= 128) return use(kWarpThreads, Shape<kWidth, 4, 32>{});
+  if constexpr (kWidth == 4) {
+    if (packs <= 256) return use(kWarpThreads, Shape<kWidth, 8, 32>{});
+  }
+  constexpr int kPacks = 4;
+  const int64_t threads = (packs + 32 * kPacks - 1) / (32 * kPacks) * 32;
+  return threads <= kSumBlockThreads && use(threads, Shape<kWidth, kPacks, 0>{});
+}
+
+// How BackwardInput cuts the rows for the sums that it leaves: a chunk for each block, and blocks
+// for one wave on 132 multiprocessors. A fixed number, so that results do not depend on the GPU.
+template <class T>
+NormChunks PartialChunks(int64_t rows, int64_t dim) {
+  constexpr int kWidth = Pack<T>::kSize;
+  NormChunks chunks;
+  const bool held = WithSumShape<kWidth>(dim, [&](unsigned threads, auto shape) {
+    using S = decltype(shape);
+    const int64_t resident = S::kLanes > 0 ? kSumBlocks<kWidth, S::kPacks, S::kLanes>
+                                           : kSumBlockThreads / int64_t{threads};
+    const int64_t at_once = S::kLanes > 0 ? threads / std::max(S::kLanes, 1) : 1;
+    chunks.most = 132 * resident;
+    chunks.rows = std::max(4 * at_once, (rows + chunks.most - 1) / chunks.most);
+    chunks.rows = (chunks.rows + at_once - 1) / at_once * at_once;
+    chunks.count = (rows + chunks.rows - 1) / chunks.rows;
+  });
+  return held ? chunks : ChunksForSums(rows, dim, dim % kWidth == 0 ? kWidth : 1);
+}
+
 // The widest packs that all operands allow: matrices, and the vectors weight and bias.
 template <class T, class F, class... Tensors>
 void WithWidth(const HeadRows& at, const F& launch, const Tensor& weight, const Tensor& bias,
@@ -337,105 +409,6 @@ void WithWidth(const HeadRows& at, const F& launch, const Tensor& weight, const 
   } else {
     WithShape<1>(at, launch);
   }
-}
-
-// Gradients of weight and bias: sums over all rows, in two steps. The rows are cut into chunks, the
-// columns into tiles; a block adds up one tile of one chunk and writes the sums to scratch memory,
-// and a second kernel adds the chunks. Which rows make a chunk follows from the shape alone, so
-// that every device comes to the same bits.
-constexpr int kSumThreads = 256;
-constexpr int kFinishColumns = 32;  // of a block of the second kernel
-constexpr int kFinishParts = 16;    // among which its threads divide the chunks
-
-struct Partition {
-  int lanes;           // threads side by side along a row; kSumThreads / lanes rows at a time
-  int64_t tiles;       // of lanes * kWidth columns
-  int64_t chunk_rows;  // rows of a chunk
-  int64_t chunks;
-  int kinds;  // 1: weight, 2: weight and bias
-
-  Partition(const HeadRows& at, int width, bool bias) : kinds(bias ? 2 : 1) {
-    const int64_t packs = at.dim / width;
-    lanes = 1;
-    while (lanes < 32 && lanes < packs) lanes *= 2;
-    tiles = (packs + lanes - 1) / lanes;
-    // About a thousand blocks keep any device busy; a thread has at least four rows to add.
-    constexpr int64_t kBlocks = 1024;
-    const int64_t wanted = std::max<int64_t>(1, kBlocks / tiles);
-    const int64_t least = int64_t{4} * (kSumThreads / lanes);
-    chunk_rows = std::max(least, (at.rows + wanted - 1) / wanted);
-    chunks = (at.rows + chunk_rows - 1) / chunk_rows;
-  }
-};
-
-// partial [chunks, kinds, dim]
-template <class T, int kWidth>
-__global__ void __launch_bounds__(kSumThreads)
-    WeightSumsKernel(float* partial, HeadRows at, Partition p, Rows<T> dy, Rows<T> h,
-                     Rows<float> mean, Rows<float> rstd) {
-  using V = Elements<T, kWidth>;
-  __shared__ float shared[2 * kWidth * kSumThreads];
-  const int lane = threadIdx.x % p.lanes, group = threadIdx.x / p.lanes;
-  const int groups = kSumThreads / p.lanes;
-  const int64_t chunk = blockIdx.x / p.tiles, tile = blockIdx.x % p.tiles;
-  const int64_t column = (tile * p.lanes + lane) * kWidth;
-  const int64_t end = min(at.rows, (chunk + 1) * p.chunk_rows);
-
-  float sum_w[kWidth] = {}, sum_b[kWidth] = {};
-  if (column < at.dim) {
-#pragma unroll 4
-    for (int64_t row = chunk * p.chunk_rows + group; row < end; row += groups) {
-      const Place place(at, row);
-      const V d = Read(reinterpret_cast<const V*>(place.Row(dy, at) + column));
-      const V v = Read(reinterpret_cast<const V*>(place.Row(h, at) + column));
-      const float mu = mean.data != nullptr ? *place.Statistic(mean) : 0;
-      const float r = *place.Statistic(rstd);
-      for (int k = 0; k < kWidth; ++k) {
-        const float g = d[k];
-        sum_w[k] += g * ((v[k] - mu) * r);
-        sum_b[k] += g;
-      }
-    }
-  }
-  // shared [kind, k, thread]: neighbouring threads write neighbouring words.
-  for (int k = 0; k < kWidth; ++k) {
-    shared[k * kSumThreads + threadIdx.x] = sum_w[k];
-    shared[(kWidth + k) * kSumThreads + threadIdx.x] = sum_b[k];
-  }
-  __syncthreads();
-  const int columns = p.lanes * kWidth;
-  for (int i = threadIdx.x; i < p.kinds * columns; i += kSumThreads) {
-    const int kind = i / columns, j = i % columns;
-    const int64_t to = tile * columns + j;
-    if (to >= at.dim) continue;
-    const float* from = shared + (kind * kWidth + j % kWidth) * kSumThreads + j / kWidth;
-    float sum = 0;
-    for (int g = 0; g < groups; ++g) sum += from[g * p.lanes];
-    partial[(chunk * p.kinds + kind) * at.dim + to] = sum;
-  }
-}
-
-// Adds the chunks: part q of a block takes chunks q, q + kFinishParts, ... in order, then the parts
-// are added in order. blockIdx.y: weight, bias.
-__global__ void __launch_bounds__(kFinishColumns* kFinishParts)
-    FinishWeightKernel(float* dweight, float* dbias, const float* __restrict__ partial, int64_t dim,
-                       int64_t chunks, bool acc) {
-  __shared__ float parts[kFinishParts][kFinishColumns];
-  const int64_t column = int64_t{blockIdx.x} * kFinishColumns + threadIdx.x;
-  float sum = 0;
-  if (column < dim) {
-#pragma unroll 8
-    for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += kFinishParts) {
-      sum += partial[(chunk * gridDim.y + blockIdx.y) * dim + column];
-    }
-  }
-  parts[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || column >= dim) return;
-  float* to = (blockIdx.y == 0 ? dweight : dbias) + column;
-  sum = 0;
-  for (int part = 0; part < kFinishParts; ++part) sum += parts[part][threadIdx.x];
-  *to = acc ? *to + sum : sum;
 }
 
 class CudaNorm final : public NormKernels {
@@ -464,14 +437,38 @@ class CudaNorm final : public NormKernels {
     });
   }
 
+  int64_t PartialBytes(DType dtype, int64_t columns, bool center) const override {
+    int64_t chunks = 0;
+    ForModelType(dtype, [&](auto type) {
+      chunks = PartialChunks<typename decltype(type)::type>(0, columns).most;
+    });
+    return chunks * (center ? 2 : 1) * columns * int64_t{sizeof(float)};
+  }
+
   void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
-                     Tensor weight, bool acc) const override {
+                     Tensor weight, bool acc, Tensor partials) const override {
     const HeadRows at(dx);
     if (at.empty()) return;
     ForModelType(dx.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       const BackwardArgs<T> args = {
           at, Rows<T>(dx), Rows<T>(dy), Rows<T>(h), Rows<float>(mean), Rows<float>(rstd), acc};
+      if (partials.present()) {
+        const NormChunks chunks = PartialChunks<T>(at.rows, at.dim);
+        auto* sums = Data<float>(partials);
+        const auto fused = [&](unsigned threads, auto shape) {
+          using S = decltype(shape);
+          BackwardSumsKernel<T, S::kWidth, S::kPacks, S::kLanes>
+              <<<static_cast<unsigned>(chunks.count), threads, 0, Native(s)>>>(
+                  args, Data<T>(weight), sums, chunks.rows);
+          Launched(s, "NormBackwardInput");
+        };
+        const bool aligned = reinterpret_cast<uintptr_t>(weight.data) % 16 == 0 &&
+                             RowsAligned(dx) && RowsAligned(dy) && RowsAligned(h);
+        if (aligned && WithSumShape<Pack<T>::kSize>(at.dim, fused)) return;
+        // First, since dx may take the place of dy.
+        NormChunkSums(s, sums, chunks, mean.present() ? 2 : 1, dy, h, mean, rstd);
+      }
       const auto launch = [&](unsigned blocks, unsigned threads, auto shape) {
         using S = decltype(shape);
         BackwardInputKernel<T, S::kWidth, S::kPacks, S::kLanes>
@@ -483,35 +480,24 @@ class CudaNorm final : public NormKernels {
   }
 
   void BackwardWeight(Stream& s, Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean,
-                      Tensor rstd, bool acc) const override {
+                      Tensor rstd, bool acc, Tensor partials) const override {
     const HeadRows at(dy);
     if (at.dim == 0) return;
-    ForModelType(dy.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      const bool wide = at.dim % Pack<T>::kSize == 0 && RowsAligned(dy) && RowsAligned(h);
-      const Partition p(at, wide ? Pack<T>::kSize : 1, dbias.present());
-      auto* partial = reinterpret_cast<float*>(
-          Workspace(s, p.chunks * p.kinds * at.dim * sizeof(float), "NormBackwardWeight"));
-      if (at.rows > 0) {
-        if (partial == nullptr) return;
-        const auto blocks = static_cast<unsigned>(p.chunks * p.tiles);
-        const auto launch = [&](auto kernel) {
-          kernel<<<blocks, kSumThreads, 0, Native(s)>>>(partial, at, p, Rows<T>(dy), Rows<T>(h),
-                                                        Rows<float>(mean), Rows<float>(rstd));
-        };
-        if (wide) {
-          launch(WeightSumsKernel<T, Pack<T>::kSize>);
-        } else {
-          launch(WeightSumsKernel<T, 1>);
-        }
-        Launched(s, "NormBackwardWeight");
-      }
-      const dim3 blocks(static_cast<unsigned>((at.dim + kFinishColumns - 1) / kFinishColumns),
-                        p.kinds);
-      FinishWeightKernel<<<blocks, dim3(kFinishColumns, kFinishParts), 0, Native(s)>>>(
-          Data<float>(dweight), Data<float>(dbias), partial, at.dim, p.chunks, acc);
-      Launched(s, "NormBackwardWeight");
-    });
+    if (partials.present()) {
+      ForModelType(dy.dtype, [&](auto type) {
+        const NormChunks left = PartialChunks<typename decltype(type)::type>(at.rows, at.dim);
+        AddNormChunks(s, dweight, dbias, Data<float>(partials), left.count, mean.present() ? 2 : 1,
+                      acc);
+      });
+      return;
+    }
+    const NormChunks chunks = ChunksForSums(at.rows, at.dim, SumWidth(dy, h));
+    const int kinds = dbias.present() ? 2 : 1;
+    auto* sums = reinterpret_cast<float*>(
+        Workspace(s, chunks.count * kinds * at.dim * sizeof(float), "NormBackwardWeight"));
+    if (sums == nullptr && chunks.count > 0) return;
+    NormChunkSums(s, sums, chunks, kinds, dy, h, mean, rstd);
+    AddNormChunks(s, dweight, dbias, sums, chunks.count, kinds, acc);
   }
 };
 

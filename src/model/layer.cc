@@ -6,7 +6,8 @@
 
 namespace stretto {
 
-Builder::Builder(DType dtype, Strategies strategies) : strategies_(std::move(strategies)) {
+Builder::Builder(DType dtype, Strategies strategies, const KernelTable* kernels)
+    : strategies_(std::move(strategies)), kernels_(kernels) {
   graph_.dtype = dtype;
 }
 Builder::~Builder() = default;
@@ -241,13 +242,24 @@ void Builder::KeepToEnd(SlotId slot) {
   if (slot.valid()) graph_.slots[slot.value].keep_to_end = true;
 }
 
+int64_t Frame::ValueOffset(SlotId slot) const {
+  return action_.kind == ActionKind::kForward ? layout_->forward_offset[slot.value]
+                                              : layout_->backward_offset[slot.value];
+}
+
 Tensor Frame::Value(SlotId slot) const {
   const SlotInfo& info = graph_->slots[slot.value];
-  const int64_t offset = action_.kind == ActionKind::kForward
-                             ? layout_->forward_offset[slot.value]
-                             : layout_->backward_offset[slot.value];
+  const int64_t offset = ValueOffset(slot);
   if (offset < 0) return {};
   return Tensor::Of(memory_ + offset, info.dtype, {tokens.tokens, info.width}, device_);
+}
+
+Tensor Frame::Fixed(SlotId slot) const {
+  const SlotInfo& info = graph_->slots[slot.value];
+  const int64_t offset = ValueOffset(slot), size = SizeOf(info.dtype);
+  if (offset < 0 || info.fixed_bytes == 0) return {};
+  return Tensor::Of(memory_ + offset + layout_->token_capacity * info.width * size, info.dtype,
+                    {info.fixed_bytes / size}, device_);
 }
 
 Tensor Frame::Grad(SlotId slot) const {

@@ -43,7 +43,7 @@ class NormLayer : public Layer {
   void BackwardWeight(Run& run, Frame& frame) const override;
 
  private:
-  SlotId x_, n_, mean_, rstd_;
+  SlotId x_, n_, mean_, rstd_, partials_;
   NormOptions options_;
   SlotId* n_out_;
   ParamId weight_, bias_;
@@ -62,7 +62,7 @@ class AddNormLayer : public Layer {
   void BackwardWeight(Run& run, Frame& frame) const override;
 
  private:
-  SlotId x_, branch_, sum_, n_, mean_, rstd_;
+  SlotId x_, branch_, sum_, n_, mean_, rstd_, partials_;
   NormOptions options_;
   std::pair<SlotId, SlotId>* out_;
   ParamId weight_, bias_;

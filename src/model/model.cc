@@ -30,7 +30,7 @@ std::function<double(int64_t)> RotaryFrequencies(const ModelConfig& c) {
 
 absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& options) {
   const ModelConfig& c = config;
-  Builder b(options.dtype, options.strategies);
+  Builder b(options.dtype, options.strategies, options.kernels);
   const NormOptions norm = {.rms = c.rms_norm(), .eps = c.norm_eps};
   const double residual_std = c.init_std / std::sqrt(2.0 * static_cast<double>(c.layers));
   const LinearOptions into_residual = {.bias = c.linear_bias(), .init_std = residual_std};

@@ -5,7 +5,7 @@ namespace {
 
 // Statistics and parameters that both norm layers declare alike.
 struct NormParts {
-  SlotId mean, rstd;
+  SlotId mean, rstd, partials;
   ParamId weight, bias;
 };
 NormParts DeclareNorm(Builder& b, int64_t width, const NormOptions& options) {
@@ -13,6 +13,11 @@ NormParts DeclareNorm(Builder& b, int64_t width, const NormOptions& options) {
   constexpr unsigned kUses = kInBackwardInput | kInBackwardWeight;
   if (!options.rms) p.mean = b.Saved("mean", 1, b.accumulate_type(), kUses);
   p.rstd = b.Saved("rstd", 1, b.accumulate_type(), kUses);
+  const int64_t partial_bytes =
+      b.kernels() == nullptr ? 0 : b.kernels()->norm->PartialBytes(b.dtype(), width, !options.rms);
+  if (partial_bytes > 0) {
+    p.partials = b.Scratch("partials", 0, b.accumulate_type(), kUses, partial_bytes);
+  }
   p.weight = b.Parameter(
       {.name = "weight", .shape = {width}, .init = Init::kOnes, .std = 0, .weight_decay = false});
   if (!options.rms) {
@@ -25,6 +30,10 @@ NormParts DeclareNorm(Builder& b, int64_t width, const NormOptions& options) {
 // A [tokens, 1] statistic as the kernels take it, or absent.
 Tensor Statistic(const Frame& frame, SlotId slot) {
   return slot.valid() ? frame.Value(slot).Flat() : Tensor();
+}
+// What BackwardInput leaves for BackwardWeight; nothing where it does not run the norm's gradient.
+Tensor Partials(const Frame& frame, SlotId slot, bool backward_runs) {
+  return slot.valid() && backward_runs ? frame.Fixed(slot) : Tensor();
 }
 Tensor OptionalParameter(const Run& run, ParamId param) {
   return param.valid() ? run.Parameter(param) : Tensor();
@@ -41,6 +50,7 @@ absl::Status NormLayer::Declare(Builder& b) {
   const NormParts p = DeclareNorm(b, b.Width(x_), options_);
   mean_ = p.mean;
   rstd_ = p.rstd;
+  partials_ = p.partials;
   weight_ = p.weight;
   bias_ = p.bias;
   return absl::OkStatus();
@@ -56,14 +66,15 @@ void NormLayer::BackwardInput(Run& run, Frame& frame) const {
   const Tensor dx = frame.Grad(x_);
   if (!dx.present()) return;
   ops::NormBackwardInput(run.ops(), dx, frame.Grad(n_), frame.Value(x_), Statistic(frame, mean_),
-                         Statistic(frame, rstd_), run.Parameter(weight_), frame.AccumulateGrad(x_));
+                         Statistic(frame, rstd_), run.Parameter(weight_), frame.AccumulateGrad(x_),
+                         Partials(frame, partials_, true));
 }
 
 void NormLayer::BackwardWeight(Run& run, Frame& frame) const {
   const Run::Target dw = run.Gradient(weight_);
   ops::NormBackwardWeight(run.ops(), dw.tensor, OptionalGradient(run, bias_), frame.Grad(n_),
                           frame.Value(x_), Statistic(frame, mean_), Statistic(frame, rstd_),
-                          dw.accumulate);
+                          dw.accumulate, Partials(frame, partials_, frame.Grad(x_).present()));
 }
 
 absl::Status AddNormLayer::Declare(Builder& b) {
@@ -86,6 +97,7 @@ absl::Status AddNormLayer::Declare(Builder& b) {
   const NormParts p = DeclareNorm(b, width, options_);
   mean_ = p.mean;
   rstd_ = p.rstd;
+  partials_ = p.partials;
   weight_ = p.weight;
   bias_ = p.bias;
   b.ShareGradient(x_, sum_);
@@ -110,10 +122,12 @@ void AddNormLayer::Recompute(Run& run, Frame& frame) const {
 }
 
 void AddNormLayer::BackwardInput(Run& run, Frame& frame) const {
+  bool first = true;
   const auto norm_backward = [&](Tensor dx, bool accumulate) {
     ops::NormBackwardInput(run.ops(), dx, frame.Grad(n_), frame.Value(sum_),
                            Statistic(frame, mean_), Statistic(frame, rstd_), run.Parameter(weight_),
-                           accumulate);
+                           accumulate, Partials(frame, partials_, first));
+    first = false;
   };
   const Tensor dsum = frame.Grad(sum_);
   if (dsum.present()) norm_backward(dsum, true);
@@ -132,10 +146,12 @@ void AddNormLayer::BackwardInput(Run& run, Frame& frame) const {
 }
 
 void AddNormLayer::BackwardWeight(Run& run, Frame& frame) const {
+  const bool backward_runs =
+      frame.Grad(sum_).present() || frame.Grad(x_).present() || frame.Grad(branch_).present();
   const Run::Target dw = run.Gradient(weight_);
   ops::NormBackwardWeight(run.ops(), dw.tensor, OptionalGradient(run, bias_), frame.Grad(n_),
                           frame.Value(sum_), Statistic(frame, mean_), Statistic(frame, rstd_),
-                          dw.accumulate);
+                          dw.accumulate, Partials(frame, partials_, backward_runs));
 }
 
 }  // namespace stretto::internal

@@ -71,6 +71,16 @@ bool Statistic(const Tensor& t, const Tensor& x) {
   return x.rank == 3 ? Is(t, wide, {x.dims[0], x.dims[1]}) : Is(t, wide, {x.dims[0]});
 }
 
+// What NormBackwardInput leaves for NormBackwardWeight, or nothing.
+bool Partials(Context c, const Tensor& t, const Tensor& h, bool center) {
+  if (!t.present()) return true;
+  const DType wide = AccumulateType(h.dtype);
+  return Is(t, wide, {t.dims[0]}) &&
+         t.bytes() >= c.kernels->norm->PartialBytes(h.dtype, NormDim(h), center);
+}
+constexpr char kPartialsRule[] =
+    "partials must have PartialBytes() bytes of the statistics' type or be absent";
+
 }  // namespace
 
 void Norm(Context c, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Tensor residual,
@@ -103,28 +113,37 @@ void Norm(Context c, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Ten
 }
 
 void NormBackwardInput(Context c, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
-                       Tensor weight, bool acc) {
-  Check check(
-      c, "NormBackwardInput",
-      {{"dx", dx}, {"dy", dy}, {"h", h}, {"mean", mean}, {"rstd", rstd}, {"weight", weight}});
+                       Tensor weight, bool acc, Tensor partials) {
+  Check check(c, "NormBackwardInput",
+              {{"dx", dx},
+               {"dy", dy},
+               {"h", h},
+               {"mean", mean},
+               {"rstd", rstd},
+               {"weight", weight},
+               {"partials", partials}});
   check.Supported(h.dtype)
       .That(NormOperand(h), "h must be [rows, n] or [tokens, heads, head_dim]")
       .That(Like(dx, h, h.dtype) && Like(dy, h, h.dtype), "dx and dy must be like h")
       .That(Is(weight, h.dtype, {NormDim(h)}), "weight must be [n] of h's type")
       .That(!mean.present() || Statistic(mean, h), "mean must have one element for each row")
-      .That(Statistic(rstd, h), "rstd must have one element of the statistics' type for each row");
-  if (check.ok()) c.kernels->norm->BackwardInput(*c.stream, dx, dy, h, mean, rstd, weight, acc);
+      .That(Statistic(rstd, h), "rstd must have one element of the statistics' type for each row")
+      .That(Partials(c, partials, h, mean.present()), kPartialsRule);
+  if (check.ok()) {
+    c.kernels->norm->BackwardInput(*c.stream, dx, dy, h, mean, rstd, weight, acc, partials);
+  }
 }
 
 void NormBackwardWeight(Context c, Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean,
-                        Tensor rstd, bool acc) {
+                        Tensor rstd, bool acc, Tensor partials) {
   Check check(c, "NormBackwardWeight",
               {{"dweight", dweight},
                {"dbias", dbias},
                {"dy", dy},
                {"h", h},
                {"mean", mean},
-               {"rstd", rstd}});
+               {"rstd", rstd},
+               {"partials", partials}});
   const DType wide = AccumulateType(h.dtype);
   check.Supported(h.dtype)
       .That(NormOperand(h), "h must be [rows, n] or [tokens, heads, head_dim]")
@@ -133,9 +152,12 @@ void NormBackwardWeight(Context c, Tensor dweight, Tensor dbias, Tensor dy, Tens
       .That(IsOrAbsent(dbias, wide, {NormDim(h)}),
             "dbias must be [n] of the gradient type or absent")
       .That(!mean.present() || Statistic(mean, h), "mean must have one element for each row")
-      .That(Statistic(rstd, h), "rstd must have one element of the statistics' type for each row");
+      .That(Statistic(rstd, h), "rstd must have one element of the statistics' type for each row")
+      .That(Partials(c, partials, h, mean.present()), kPartialsRule)
+      .That(!partials.present() || h.rows() == 0 || mean.present() || !dbias.present(),
+            "partials without mean (RMSNorm) have no sums for dbias");
   if (check.ok()) {
-    c.kernels->norm->BackwardWeight(*c.stream, dweight, dbias, dy, h, mean, rstd, acc);
+    c.kernels->norm->BackwardWeight(*c.stream, dweight, dbias, dy, h, mean, rstd, acc, partials);
   }
 }
 

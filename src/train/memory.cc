@@ -68,9 +68,11 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
                                                    "' is not known; use f64, f32 or bf16"));
   }
   STRETTO_ASSIGN_OR_RETURN(const Recompute recompute, ParseRecompute(config.runtime.recompute));
-  STRETTO_ASSIGN_OR_RETURN(
-      plan.model,
-      BuildModel(config.model, {.dtype = *dtype, .loss_chunk = config.runtime.loss_chunk}));
+  // A build without the backend can still plan for it, without the scratch it asks layers to keep.
+  const absl::StatusOr<const KernelTable*> kernels = KernelsFor(Device{device, 0});
+  ModelOptions options = {.dtype = *dtype, .loss_chunk = config.runtime.loss_chunk};
+  if (kernels.ok() && (*kernels)->supports(*dtype)) options.kernels = *kernels;
+  STRETTO_ASSIGN_OR_RETURN(plan.model, BuildModel(config.model, options));
   const Graph& graph = plan.model.graph;
   plan.train_actions = TrainingActions(graph, recompute);
   plan.evaluation_actions = EvaluationActions(graph);

@@ -63,12 +63,12 @@ Outcome TrainOn(Device device, const ModelConfig& config, const Variant& variant
                 const std::vector<PackedBatch>& batches) {
   Outcome out;
   out.status = World::RunThreads(1, [&](World& world) -> absl::Status {
-    STRETTO_ASSIGN_OR_RETURN(
-        const Model model,
-        BuildModel(config, {.dtype = variant.dtype, .loss_chunk = variant.loss_chunk}));
-    const Graph& graph = model.graph;
     STRETTO_ASSIGN_OR_RETURN(const auto stream, Stream::Create(device));
     STRETTO_ASSIGN_OR_RETURN(const KernelTable* const kernels, KernelsFor(device));
+    ModelOptions options = {.dtype = variant.dtype, .loss_chunk = variant.loss_chunk};
+    options.kernels = kernels;
+    STRETTO_ASSIGN_OR_RETURN(const Model model, BuildModel(config, options));
+    const Graph& graph = model.graph;
     Communicator comm(world);
     Budget budget(-1, -1, -1);
     STRETTO_ASSIGN_OR_RETURN(const auto dp, DataParallel::Create(comm, comm.all(), graph, *stream,

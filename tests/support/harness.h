@@ -68,9 +68,12 @@ inline void Set(const Tensor& t, int64_t i, double v) {
 // Parameters, gradients and a stream for one graph.
 class Harness {
  public:
-  Harness(const Graph& graph, uint64_t seed, StreamOptions options = {}) : graph_(graph) {
+  // Runs on `kernels` instead of those of the CPU when given.
+  Harness(const Graph& graph, uint64_t seed, StreamOptions options = {},
+          const KernelTable* kernels = nullptr)
+      : graph_(graph) {
     stream_ = std::move(Stream::Create(Device::Cpu(), options)).value();
-    kernels_ = KernelsFor(Device::Cpu()).value();
+    kernels_ = kernels != nullptr ? kernels : KernelsFor(Device::Cpu()).value();
     const DType acc = AccumulateType(graph.dtype);
     std::vector<Tensor> constants;
     for (const ParameterInfo& p : graph.parameters) {

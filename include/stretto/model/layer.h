@@ -84,7 +84,10 @@ Strategies LocalStrategies();
 // return its output slot.
 class Builder {
  public:
-  explicit Builder(DType dtype, Strategies strategies = LocalStrategies());
+  // `kernels`: of the backend that the graph is meant for, which layers may ask what it wants to be
+  // kept for it. The graph runs on every backend all the same.
+  explicit Builder(DType dtype, Strategies strategies = LocalStrategies(),
+                   const KernelTable* kernels = nullptr);
   ~Builder();
 
   // Adds a layer under `name` (prefixes its parameters and slots) and calls its Declare.
@@ -120,6 +123,7 @@ class Builder {
   // --- For Declare ---
   DType dtype() const { return graph_.dtype; }
   DType accumulate_type() const;
+  const KernelTable* kernels() const { return kernels_; }  // null: not known
   int64_t Width(SlotId slot) const;
   bool IsGeluOf(SlotId slot, SlotId pre) const;
   // The layer reads `slot` in the given halves and, unless told otherwise, writes its gradient.
@@ -136,7 +140,8 @@ class Builder {
   SlotId Output(const std::string& name, int64_t width, const OutputOptions& options);
   // Written in forward, read in `uses`; no gradient.
   SlotId Saved(const std::string& name, int64_t width, DType dtype, unsigned uses);
-  // Undefined content at the first of `uses`, kept from there to the last.
+  // Undefined content at the first of `uses`, kept from there to the last. `fixed_bytes` come on
+  // top of the tokens' (Frame::Fixed); with them `width` may be 0.
   SlotId Scratch(const std::string& name, int64_t width, DType dtype, unsigned uses,
                  int64_t fixed_bytes = 0);
   // The layer changes `slot` in place in Forward; it must be the slot's only reader.
@@ -164,6 +169,7 @@ class Builder {
 
   Graph graph_;
   Strategies strategies_;
+  const KernelTable* kernels_;
   absl::Status status_;
   std::unordered_set<std::string> parameter_names_;
   std::string prefix_;
@@ -195,6 +201,8 @@ class Frame {
   TokenViews tokens;
 
   Tensor Value(SlotId slot) const;  // [tokens, width]
+  // The slot's fixed bytes as elements of its type; absent for slots without.
+  Tensor Fixed(SlotId slot) const;
   // [tokens, width], or absent for slots without a gradient.
   Tensor Grad(SlotId slot) const;
   // True when grad(slot) already holds another reader's contribution, for the running layer.
@@ -205,6 +213,8 @@ class Frame {
   void Begin(const Action& action) { action_ = action; }  // executor only
 
  private:
+  int64_t ValueOffset(SlotId slot) const;
+
   const Graph* graph_;
   const ActionList* actions_;
   const FrameLayout* layout_;

@@ -18,6 +18,7 @@ struct ModelOptions {
   DType dtype = DType::kF32;
   int64_t loss_chunk = 0;  // vocabulary columns of logits that exist at once; 0: all
   Strategies strategies = LocalStrategies();
+  const KernelTable* kernels = nullptr;  // of the backend that will run it; see Builder
 };
 
 struct Model {

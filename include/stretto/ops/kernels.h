@@ -53,12 +53,18 @@ class NormKernels {
   // Variance is the biased one; statistics are f32 (f64 for f64), [rows].
   virtual void Forward(Stream& s, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x,
                        Tensor residual, Tensor weight, Tensor bias, double eps) const = 0;
-  // dx (acc)= gradient of the norm with respect to h.
+  // Bytes of the `partials` of any number of rows of `columns` elements; `center` for LayerNorm.
+  // 0: this backend has no use for them.
+  virtual int64_t PartialBytes(DType dtype, int64_t columns, bool center) const = 0;
+  // dx (acc)= gradient of the norm with respect to h. While it has dy and h at hand it leaves in
+  // `partials` (statistics' type [PartialBytes / size], or absent) what BackwardWeight can make the
+  // weight's gradient from; what that is is the backend's affair.
   virtual void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
-                             Tensor weight, bool acc) const = 0;
-  // dweight (acc)= , dbias (acc)= (absent for RMSNorm). f32 / f64 as in LinearKernels.
+                             Tensor weight, bool acc, Tensor partials) const = 0;
+  // dweight (acc)= , dbias (acc)= (absent for RMSNorm). f32 / f64 as in LinearKernels. `partials`:
+  // as BackwardInput left them for these operands, or absent.
   virtual void BackwardWeight(Stream& s, Tensor dweight, Tensor dbias, Tensor dy, Tensor h,
-                              Tensor mean, Tensor rstd, bool acc) const = 0;
+                              Tensor mean, Tensor rstd, bool acc, Tensor partials) const = 0;
 };
 
 class ActivationKernels {

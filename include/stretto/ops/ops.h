@@ -29,9 +29,9 @@ void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, 
 void Norm(Context c, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Tensor residual,
           Tensor weight, Tensor bias, double eps);
 void NormBackwardInput(Context c, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
-                       Tensor weight, bool acc);
+                       Tensor weight, bool acc, Tensor partials = {});
 void NormBackwardWeight(Context c, Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean,
-                        Tensor rstd, bool acc);
+                        Tensor rstd, bool acc, Tensor partials = {});
 
 void Gelu(Context c, Tensor y, Tensor x);
 void GeluBackward(Context c, Tensor dx, Tensor dy, Tensor x, bool acc);

@@ -11,17 +11,20 @@ using testing::Harness;
 using testing::OddModel;
 using testing::RandomBatch;
 
-Model Build(const std::string& family, DType dtype, int64_t chunk = 0) {
+Model Build(const std::string& family, DType dtype, int64_t chunk = 0,
+            const KernelTable* kernels = nullptr) {
   ModelConfig config = OddModel(family);
   config.layers = 3;
   EXPECT_TRUE(config.Resolve().ok());
-  return BuildModel(config, {.dtype = dtype, .loss_chunk = chunk}).value();
+  ModelOptions options = {.dtype = dtype, .loss_chunk = chunk};
+  options.kernels = kernels;
+  return BuildModel(config, options).value();
 }
 
 // All gradients of two micro-batches as raw bytes, and the loss.
 std::vector<double> Gradients(const Model& model, const ActionList& actions,
-                              StreamOptions stream = {}) {
-  Harness h(model.graph, 4, stream);
+                              StreamOptions stream = {}, const KernelTable* kernels = nullptr) {
+  Harness h(model.graph, 4, stream, kernels);
   h.run().BeginStep();
   for (uint64_t seed : {1, 2}) {
     const PackedBatch batch = RandomBatch({5, 8, 3}, model.config.vocabulary, seed);
@@ -48,6 +51,71 @@ TEST_P(ActionLists, RecomputeAndDeferredWeightsKeepTheBits) {
         EXPECT_EQ(Gradients(model, TrainingActions(model.graph, r, defer)), expected)
             << Name(r) << (defer ? " deferred " : " ") << Name(dtype);
       }
+    }
+  }
+}
+
+// The CPU's norms for a backend whose BackwardInput leaves the weight's gradient for
+// BackwardWeight. Sums of f64 are added up alike.
+class KeepingNorm final : public NormKernels {
+ public:
+  int64_t PartialBytes(DType, int64_t columns, bool center) const override {
+    return (center ? 2 : 1) * columns * SizeOf(DType::kF64);
+  }
+  void Forward(Stream& s, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Tensor residual,
+               Tensor weight, Tensor bias, double eps) const override {
+    cpu_.Forward(s, y, h, mean, rstd, x, residual, weight, bias, eps);
+  }
+  void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
+                     Tensor weight, bool acc, Tensor partials) const override {
+    if (partials.present()) {
+      const int64_t n = weight.elements();
+      const Tensor dbias = mean.present() ? partials.Rows(n, n) : Tensor();
+      cpu_.BackwardWeight(s, partials.Rows(0, n), dbias, dy, h, mean, rstd, false, {});
+    }
+    cpu_.BackwardInput(s, dx, dy, h, mean, rstd, weight, acc, {});
+  }
+  void BackwardWeight(Stream& s, Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean,
+                      Tensor rstd, bool acc, Tensor partials) const override {
+    if (!partials.present()) {
+      return cpu_.BackwardWeight(s, dweight, dbias, dy, h, mean, rstd, acc, {});
+    }
+    ++taken;
+    s.Enqueue([=] {
+      const int64_t n = dweight.elements();
+      for (const auto& [to, first] : {std::pair(dweight, int64_t{0}), std::pair(dbias, n)}) {
+        if (!to.present()) continue;
+        double* out = to.as<double>();
+        for (int64_t i = 0; i < n; ++i) {
+          out[i] = (acc ? out[i] : 0) + partials.as<double>()[first + i];
+        }
+      }
+    });
+  }
+  mutable int taken = 0;
+
+ private:
+  const NormKernels& cpu_ = *KernelsFor(Device::Cpu()).value()->norm;
+};
+
+TEST_P(ActionLists, WhatNormsKeepForTheirWeightsOutlivesOtherWork) {
+  const KeepingNorm norm;
+  KernelTable kernels = *KernelsFor(Device::Cpu()).value();
+  kernels.norm = &norm;
+  const Model plain = Build(GetParam(), DType::kF64);
+  const Model model = Build(GetParam(), DType::kF64, 0, &kernels);
+  const std::vector<double> expected =
+      Gradients(plain, TrainingActions(plain.graph, Recompute::kNone));
+  // Two norms in each of three blocks and one behind them, two micro-batches.
+  constexpr int kNorms = 2 * (2 * 3 + 1);
+  for (Recompute r : {Recompute::kNone, Recompute::kNormsAndActivations, Recompute::kBlock}) {
+    for (bool defer : {false, true}) {
+      const ActionList list = TrainingActions(model.graph, r, defer);
+      norm.taken = 0;
+      EXPECT_EQ(Gradients(model, list, {}, &kernels), expected) << Name(r) << " " << defer;
+      EXPECT_EQ(norm.taken, kNorms);
+      // A backend that keeps nothing runs the same graph.
+      EXPECT_EQ(Gradients(model, list), expected) << Name(r) << " " << defer;
     }
   }
 }

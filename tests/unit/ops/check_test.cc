@@ -71,6 +71,13 @@ TEST(CheckTest, NormOperandsComeInPairs) {
   EXPECT_THAT(std::string(run.Wait().message()), HasSubstr("mean and bias"));
 }
 
+TEST(CheckTest, PartialsOfNormsHaveTheStatisticsType) {
+  Runner run({DType::kBF16});
+  Buffer x = run.Make({2, 4}), y = run.Make({2, 4}), w = run.Make({4}), rstd = run.Wide({2});
+  ops::NormBackwardInput(run.context(), y, x, x, {}, rstd, w, false, /*partials=*/w);
+  EXPECT_THAT(std::string(run.Wait().message()), HasSubstr("PartialBytes"));
+}
+
 TEST(CheckTest, MissingBackendsAreNamed) {
   const auto table = KernelsFor(Device::Cuda(0));
   if (table.ok()) GTEST_SKIP() << "this build has kernels for every kind of device";

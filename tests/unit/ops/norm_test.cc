@@ -57,49 +57,137 @@ TEST_P(NormTest, HeadsAreNormalisedOneByOne) {
   EXPECT_TRUE(Near(rstd.Read(), expected.rstd, run.wide_tolerance()));
 }
 
+// Rows of one head are given as matrices.
+struct BackwardCase {
+  int64_t tokens, heads, dim, padding;
+};
+
+// What NormBackwardInput may leave for NormBackwardWeight; empty where the backend keeps nothing.
+Buffer Partials(const Runner& run, int64_t dim, bool center) {
+  const int64_t bytes = run.context().kernels->norm->PartialBytes(run.dtype(), dim, center);
+  Buffer partials = run.Wide({bytes / SizeOf(run.wide())});
+  partials.Write(Values(partials.view().elements(), std::nan("")));
+  return partials;
+}
+
 // Analytic gradients in the type under test against the same operation in f64, whose gradients are
 // checked against central differences below.
-TEST_P(NormTest, BackwardMatchesF64) {
-  const int64_t tokens = 21, heads = 3, dim = 11, n = tokens * heads * dim;
-  Runner exact;
-  for (bool center : {false, true}) {
-    for (bool acc : {false, true}) {
-      Buffer h = run.Make({tokens, heads, dim}, Random(n, 1), 2);
-      Buffer dy = run.Make({tokens, heads, dim}, Random(n, 2), 3);
-      Buffer weight = run.Make({dim}, Random(dim, 3)), bias = run.Make({dim}, Random(dim, 4));
-      Buffer y = run.Make({tokens, heads, dim}),
-             dx = run.Make({tokens, heads, dim}, Random(n, 5), 1);
-      Buffer mean = run.Wide({tokens, heads}), rstd = run.Wide({tokens, heads});
-      Buffer dweight = run.Wide({dim}), dbias = run.Wide({dim});
-      dweight.Write(Random(dim, 6));
-      dbias.Write(Random(dim, 7));
-      const auto widen = [](const Buffer& b) {
-        const Tensor t = b.view();
-        std::vector<int64_t> dims(t.dims.begin(), t.dims.begin() + t.rank);
-        Runner on_cpu;
-        return on_cpu.Make(dims, b.Read());
-      };
-      Buffer h64 = widen(h), dy64 = widen(dy), weight64 = widen(weight), bias64 = widen(bias);
-      Buffer y64 = exact.Make({tokens, heads, dim}), dx64 = widen(dx);
-      Buffer mean64 = exact.Make({tokens, heads}), rstd64 = exact.Make({tokens, heads});
-      Buffer dweight64 = widen(dweight), dbias64 = widen(dbias);
-      const auto backward = [&](ops::Context to, Tensor py, Tensor pdx, Tensor pdy, Tensor ph,
-                                Tensor pmean, Tensor prstd, Tensor pw, Tensor pb, Tensor pdw,
-                                Tensor pdb) {
-        if (!center) pmean = pb = pdb = Tensor{};
-        ops::Norm(to, py, {}, pmean, prstd, ph, {}, pw, pb, kEps);
-        ops::NormBackwardInput(to, pdx, pdy, ph, pmean, prstd, pw, acc);
-        ops::NormBackwardWeight(to, pdw, pdb, pdy, ph, pmean, prstd, acc);
-      };
-      backward(c, y, dx, dy, h, mean, rstd, weight, bias, dweight, dbias);
-      backward(exact.context(), y64, dx64, dy64, h64, mean64, rstd64, weight64, bias64, dweight64,
-               dbias64);
-      run.ExpectOk();
-      exact.ExpectOk();
-      EXPECT_TRUE(Near(dx.Read(), dx64.Read(), run.tolerance()));
-      EXPECT_TRUE(Near(dweight.Read(), dweight64.Read(), run.wide_tolerance()));
-      EXPECT_TRUE(Near(dbias.Read(), dbias64.Read(), run.wide_tolerance()));
+class NormBackwardTest : public NormTest {
+ protected:
+  void Check(const BackwardCase& at, bool center, bool acc, bool keep) {
+    const auto& [tokens, heads, dim, padding] = at;
+    const int64_t n = tokens * heads * dim;
+    Runner exact;
+    const std::vector<int64_t> dims =
+        heads > 1 ? std::vector<int64_t>{tokens, heads, dim} : std::vector<int64_t>{tokens, dim};
+    const std::vector<int64_t> rows =
+        heads > 1 ? std::vector<int64_t>{tokens, heads} : std::vector<int64_t>{tokens};
+    Buffer h = run.Make(dims, Random(n, 1), padding);
+    Buffer dy = run.Make(dims, Random(n, 2), padding);
+    Buffer weight = run.Make({dim}, Random(dim, 3)), bias = run.Make({dim}, Random(dim, 4));
+    Buffer y = run.Make(dims), dx = run.Make(dims, Random(n, 5), padding);
+    Buffer mean = run.Wide(rows), rstd = run.Wide(rows);
+    Buffer dweight = run.Wide({dim}), dbias = run.Wide({dim});
+    dweight.Write(Random(dim, 6));
+    dbias.Write(Random(dim, 7));
+    const auto widen = [](const Buffer& b) {
+      const Tensor t = b.view();
+      std::vector<int64_t> dims(t.dims.begin(), t.dims.begin() + t.rank);
+      Runner on_cpu;
+      return on_cpu.Make(dims, b.Read());
+    };
+    Buffer h64 = widen(h), dy64 = widen(dy), weight64 = widen(weight), bias64 = widen(bias);
+    Buffer y64 = exact.Make(dims), dx64 = widen(dx);
+    Buffer mean64 = exact.Make(rows), rstd64 = exact.Make(rows);
+    Buffer dweight64 = widen(dweight), dbias64 = widen(dbias);
+    Buffer partials = Partials(run, dim, center);
+    const auto backward = [&](ops::Context to, Tensor py, Tensor pdx, Tensor pdy, Tensor ph,
+                              Tensor pmean, Tensor prstd, Tensor pw, Tensor pb, Tensor pdw,
+                              Tensor pdb, Tensor kept) {
+      if (!center) pmean = pb = pdb = Tensor{};
+      ops::Norm(to, py, {}, pmean, prstd, ph, {}, pw, pb, kEps);
+      ops::NormBackwardInput(to, pdx, pdy, ph, pmean, prstd, pw, acc, kept);
+      ops::NormBackwardWeight(to, pdw, pdb, pdy, ph, pmean, prstd, acc, kept);
+    };
+    backward(c, y, dx, dy, h, mean, rstd, weight, bias, dweight, dbias,
+             keep ? partials.view() : Tensor{});
+    backward(exact.context(), y64, dx64, dy64, h64, mean64, rstd64, weight64, bias64, dweight64,
+             dbias64, {});
+    run.ExpectOk();
+    exact.ExpectOk();
+    EXPECT_TRUE(Near(dx.Read(), dx64.Read(), run.tolerance()));
+    EXPECT_TRUE(Near(dweight.Read(), dweight64.Read(), run.wide_tolerance()));
+    EXPECT_TRUE(Near(dbias.Read(), dbias64.Read(), run.wide_tolerance()));
+  }
+};
+STRETTO_ALL_SETTINGS(NormBackwardTest);
+
+TEST_P(NormBackwardTest, MatchesF64) {
+  // Rows shared by 8 to 32 lanes and by blocks, too long ones, and such as vectors do not fit.
+  const BackwardCase cases[] = {{21, 3, 11, 2},   {400, 3, 64, 8},  {70, 1, 104, 0},
+                                {501, 1, 256, 0}, {900, 1, 768, 0}, {90, 1, 768, 3},
+                                {67, 1, 896, 16}, {35, 1, 1544, 8}, {19, 1, 4864, 0},
+                                {6, 1, 12800, 0}, {1, 1, 768, 0},   {700, 1, 771, 0}};
+  for (const BackwardCase& at : cases) {
+    for (bool center : {false, true}) {
+      for (bool acc : {false, true}) {
+        for (bool keep : {false, true}) {
+          if (keep && Partials(run, at.dim, center).view().elements() == 0) continue;
+          SCOPED_TRACE(::testing::Message() << at.tokens << " x " << at.heads << " x " << at.dim
+                                            << " + " << at.padding << (center ? " center" : "")
+                                            << (acc ? " acc" : "") << (keep ? " keep" : ""));
+          Check(at, center, acc, keep);
+        }
+      }
     }
+  }
+}
+
+TEST_P(NormBackwardTest, NoRowsKeepNothing) {
+  Buffer x = run.Make({0, 16}), mean = run.Wide({0}), rstd = run.Wide({0});
+  Buffer weight = run.Make({16}, Random(16, 1));
+  Buffer dweight = run.Wide({16}), dbias = run.Wide({16});
+  Buffer partials = Partials(run, 16, true);
+  for (bool acc : {true, false}) {
+    dweight.Write(Values(16, 3.0));
+    dbias.Write(Values(16, -2.0));
+    ops::NormBackwardInput(c, x, x, x, mean, rstd, weight, acc, partials);
+    ops::NormBackwardWeight(c, dweight, dbias, x, x, mean, rstd, acc, partials);
+    run.ExpectOk();
+    EXPECT_EQ(dweight.Read(), Values(16, acc ? 3.0 : 0.0));
+    EXPECT_EQ(dbias.Read(), Values(16, acc ? -2.0 : 0.0));
+  }
+}
+
+// dx may take the place of dy, also where vectors do not fit.
+TEST_P(NormBackwardTest, KeepsBeforeItOverwrites) {
+  for (int64_t padding : {0, 3}) {
+    const int64_t rows = 45, n = 136;
+    Buffer h = run.Make({rows, n}, Random(rows * n, 1), padding);
+    Buffer dy = run.Make({rows, n}, Random(rows * n, 2), padding);
+    Buffer dx = run.Make({rows, n}, padding), weight = run.Make({n}, Random(n, 3));
+    Buffer mean = run.Wide({rows}), rstd = run.Wide({rows});
+    mean.Write(Random(rows, 4, 0.1));
+    rstd.Write(Values(rows, 0.75));
+    Buffer dweight = run.Wide({n}), dbias = run.Wide({n});
+    Buffer again = run.Wide({n}), again_bias = run.Wide({n});
+    Buffer partials = Partials(run, n, true);
+    const auto backward = [&](Tensor to, Tensor dw, Tensor db) {
+      ops::NormBackwardInput(c, to, dy, h, mean, rstd, weight, false, partials);
+      // Without partials BackwardWeight would read dy.
+      const bool kept = partials.view().elements() > 0;
+      if (kept || to.data != dy.view().data) {
+        ops::NormBackwardWeight(c, dw, db, dy, h, mean, rstd, false, partials);
+      }
+      return kept;
+    };
+    backward(dx, dweight, dbias);
+    const bool kept = backward(dy, again, again_bias);
+    run.ExpectOk();
+    EXPECT_EQ(dy.Read(), dx.Read());
+    if (!kept) continue;
+    EXPECT_EQ(again.Read(), dweight.Read());
+    EXPECT_EQ(again_bias.Read(), dbias.Read());
   }
 }
 

@@ -13,6 +13,12 @@ namespace stretto::cuda {
 
 const AttentionKernels* Attention() { return PlainAttention(); }
 const char* AttentionBackendNote() { return "own kernels: built without cuDNN"; }
+LibraryInfo DescribeCudnn() {
+  return {.name = "cuDNN",
+          .problem = "attention runs on own kernels, several times slower: this program was built "
+                     "without cuDNN; configure with -DSTRETTO_CUDNN=ON to see what is missing",
+          .required = false};
+}
 
 }  // namespace stretto::cuda
 
@@ -34,6 +40,7 @@ const char* AttentionBackendNote() { return "own kernels: built without cuDNN"; 
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/attention_cut.h"
+#include "kernels/cuda/dynamic_library.h"
 #include "kernels/cuda/launch.h"
 
 // Nothing of the frontend is linked against: it finds cuDNN through cudnn_dlhandle. Its namespace
@@ -65,6 +72,7 @@ constexpr int64_t kCleanScratch = 91800;
 struct Library {
   int64_t version = 0;  // 0: not to be used
   std::string note;
+  std::string path;
 };
 
 // Opens a library that is already loaded, installed, or in the toolkit's folder.
@@ -86,8 +94,7 @@ Library OpenCudnn() {
   void* symbol = dlsym(handle, "cudnnGetVersion");
   if (symbol == nullptr) return unusable("libcudnn.so.9 has no cudnnGetVersion");
   const auto version = static_cast<int64_t>(reinterpret_cast<size_t (*)()>(symbol)());
-  const std::string name =
-      absl::StrCat("cuDNN ", version / 10000, ".", version / 100 % 100, ".", version % 100);
+  const std::string name = absl::StrCat("cuDNN ", VersionText(version));
   if (version / 10000 != 9 || version < kOldest) {
     return unusable(absl::StrCat(name, " is not 9.12 or a later 9"));
   }
@@ -95,7 +102,7 @@ Library OpenCudnn() {
   const std::string runtime = absl::StrCat("libcudart.so.", CUDART_VERSION / 1000);
   if (OpenLibrary(runtime) == nullptr) return unusable(absl::StrCat(runtime, " was not found"));
   fe::cudnn_dlhandle = handle;
-  return {version, name};
+  return {version, name, FileOf(symbol)};
 }
 
 const Library& Cudnn() {
@@ -545,6 +552,19 @@ class CudnnAttention final : public AttentionKernels {
 const AttentionKernels* Attention() {
   static const CudnnAttention kernels;
   return &kernels;
+}
+
+LibraryInfo DescribeCudnn() {
+  const Library& library = Cudnn();
+  LibraryInfo info = {.name = "cuDNN", .path = library.path, .required = false};
+  if (library.version != 0) {
+    info.version = VersionText(library.version);
+  } else {
+    info.problem = absl::StrCat("attention runs on ", library.note,
+                                "; install cuDNN 9.12 or a later 9 and put its folder into "
+                                "LD_LIBRARY_PATH, else attention is several times slower");
+  }
+  return info;
 }
 
 const char* AttentionBackendNote() {

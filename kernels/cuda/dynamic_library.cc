@@ -36,4 +36,14 @@ void* DynamicLibrary::Address(const char* symbol) {
   return address;
 }
 
+std::string FileOf(const void* symbol) {
+  Dl_info info = {};
+  if (symbol == nullptr || dladdr(symbol, &info) == 0 || info.dli_fname == nullptr) return "";
+  return info.dli_fname;
+}
+
+std::string VersionText(int64_t version) {
+  return absl::StrCat(version / 10000, ".", version / 100 % 100, ".", version % 100);
+}
+
 }  // namespace stretto::cuda

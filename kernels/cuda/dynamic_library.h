@@ -2,6 +2,7 @@
 #ifndef STRETTO_KERNELS_CUDA_DYNAMIC_LIBRARY_H_
 #define STRETTO_KERNELS_CUDA_DYNAMIC_LIBRARY_H_
 
+#include <cstdint>
 #include <string>
 
 namespace stretto::cuda {
@@ -30,6 +31,11 @@ class DynamicLibrary {
   void* handle_ = nullptr;
   std::string error_;
 };
+
+// The file that holds `symbol`; empty when the dynamic linker does not know.
+std::string FileOf(const void* symbol);
+// "13.0.2" for 130002, as NVIDIA's libraries count.
+std::string VersionText(int64_t version);
 
 }  // namespace stretto::cuda
 

@@ -42,6 +42,12 @@ struct Library {
   int64_t version = 0;
   std::string error;  // a sentence; empty while the library is usable
 
+  static const Library& Get() {
+    static const Library& library = *new Library;  // streams may outlive static objects
+    return library;
+  }
+
+ private:
   Library() {
     const std::string name = absl::StrCat("libcublasLt.so.", CUBLAS_VER_MAJOR);
     DynamicLibrary library(name);
@@ -117,6 +123,14 @@ float MedianTime(cudaStream_t stream, absl::FunctionRef<bool()> run) {
 
 }  // namespace
 
+LibraryInfo DescribeCublasLt() {
+  const Library& library = Library::Get();
+  return {.name = "cuBLASLt",
+          .version = library.version > 0 ? VersionText(library.version) : "",
+          .path = FileOf(reinterpret_cast<const void*>(library.api.version)),
+          .problem = library.error};
+}
+
 // One for each device that has been used, for the whole life of the process.
 struct CublasLt {
   const Library* library = nullptr;
@@ -131,7 +145,7 @@ struct CublasLt {
     const auto [found, fresh] = all.try_emplace(device);
     CublasLt& lt = found->second;
     if (!fresh) return lt;
-    static const Library& library = *new Library;
+    const Library& library = Library::Get();
     lt.library = &library;
     lt.error = library.error;
     if (!lt.error.empty()) return lt;

@@ -44,6 +44,9 @@ struct Product {
 // The largest power of two, up to 256, that the address is a multiple of.
 int64_t AlignmentOf(const void* pointer);
 
+// cuBLASLt, opened as Matmul does.
+LibraryInfo DescribeCublasLt();
+
 struct CublasLt;     // the library and its handle for one device
 struct Descriptors;  // a product in cuBLASLt's terms
 

@@ -1,6 +1,8 @@
 #include "kernels/cuda/table.h"
 
+#include "kernels/cuda/attention.h"
 #include "kernels/cuda/families.h"
+#include "kernels/cuda/matmul.h"
 #include "kernels/cuda/tuning.h"
 
 namespace stretto {
@@ -8,6 +10,10 @@ namespace {
 
 // f64 exists on the CPU only.
 bool SupportsModelType(DType dtype) { return dtype == DType::kF32 || dtype == DType::kBF16; }
+
+std::vector<LibraryInfo> DescribeLibraries() {
+  return {cuda::DescribeCublasLt(), cuda::DescribeCudnn()};
+}
 
 }  // namespace
 
@@ -28,6 +34,7 @@ const KernelTable* CudaKernels() {
       .set_measuring = &cuda::SetTuning,
       .export_choices = &cuda::ExportTuning,
       .import_choices = &cuda::ImportTuning,
+      .describe_libraries = &DescribeLibraries,
   };
   return &table;
 }

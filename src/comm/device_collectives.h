@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "src/comm/collectives.h"
 #include "stretto/comm/communicator.h"
@@ -43,6 +44,9 @@ class DeviceCollectives {
 // Connects the devices of all ranks, each of which calls this with its own. Ends in an agreement of
 // all ranks. UNIMPLEMENTED when the build has nothing for this kind of device.
 absl::StatusOr<std::unique_ptr<DeviceCollectives>> ConnectDevices(World& world, Device device);
+
+// Opens the libraries that ConnectDevices needs for this kind of device and says what it found.
+std::vector<LibraryInfo> DescribeCollectives(DeviceKind kind);
 
 }  // namespace stretto
 

@@ -36,6 +36,15 @@ struct DeviceInfo {
 // is no driver or no such device, in one sentence that says what to do.
 absl::StatusOr<DeviceInfo> DescribeDevice(Device device);
 
+// A library of somebody else that a backend opens when it is first needed.
+struct LibraryInfo {
+  std::string name;      // "cuBLASLt"
+  std::string version;   // "13.0.2"; empty when it could not be opened
+  std::string path;      // the file that it was loaded from
+  std::string problem;   // why it is not used, in one sentence; empty when all is well
+  bool required = true;  // false: there is a slower way without it
+};
+
 }  // namespace stretto
 
 #endif  // STRETTO_CORE_DEVICE_H_

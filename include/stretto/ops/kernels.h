@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "stretto/core/device.h"
 #include "stretto/core/dtype.h"
@@ -228,6 +229,9 @@ struct KernelTable {
   void (*set_measuring)(bool on) = nullptr;
   std::string (*export_choices)() = nullptr;
   absl::Status (*import_choices)(const std::string& text) = nullptr;
+
+  // Opens the libraries that the backend needs and says what it found; null where there are none.
+  std::vector<LibraryInfo> (*describe_libraries)() = nullptr;
 };
 
 // The table for a device; UNIMPLEMENTED names the backends that were built.

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include "absl/strings/str_cat.h"
+#include "src/comm/cuda/nccl.h"
 
 namespace stretto {
 namespace {
@@ -69,6 +70,23 @@ absl::StatusOr<const NcclLibrary*> NcclLibrary::Open() {
   return absl::UnavailableError(
       absl::StrCat(opened.wrong, "; install NCCL ", VersionText(kOldest),
                    " or later and put its folder into LD_LIBRARY_PATH, or use runtime.device=cpu"));
+}
+
+std::vector<LibraryInfo> DescribeNccl() {
+  LibraryInfo info = {.name = "NCCL", .required = false};
+  const auto library = NcclLibrary::Open();
+  if (!library.ok()) {
+    info.problem = std::string(library.status().message());
+    return {info};
+  }
+  int version = 0;
+  if ((*library)->GetVersion(&version) == ncclSuccess) info.version = VersionText(version);
+  Dl_info file = {};
+  if (dladdr(reinterpret_cast<const void*>((*library)->GetVersion), &file) != 0 &&
+      file.dli_fname != nullptr) {
+    info.path = file.dli_fname;
+  }
+  return {info};
 }
 
 }  // namespace stretto

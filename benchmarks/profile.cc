@@ -1,34 +1,23 @@
-// Where a micro-batch's time goes: `stretto-model-profile CONFIG.json [--set ...]
-// [--workspace-mib N]` runs forward and
-// backward of the configured model on made-up tokens on one rank, waits after each action, and
-// prints the milliseconds by kind of layer and by half, beside the floors of a device copy and of a
-// matrix product.
+// stretto-bench train CONFIG --profile: where a micro-batch's time goes. Runs forward and backward
+// of the configured model on made-up tokens on one rank, waits after each action, and prints the
+// milliseconds by kind of layer and by half, beside those of a device copy.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "benchmarks/bench.h"
 #include "stretto/comm/communicator.h"
 #include "stretto/core/copy.h"
-#include "stretto/core/log.h"
 #include "stretto/optim/optimizer.h"
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/train/memory.h"
 
-namespace stretto {
+namespace stretto::bench {
 namespace {
-
-double Now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-double Median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  return v.empty() ? 0 : v[v.size() / 2];
-}
 
 // Median seconds of `work` over some repetitions of `inner` calls.
 template <class Work>
@@ -43,15 +32,21 @@ double Time(Stream& stream, int inner, const Work& work) {
   return Median(seconds);
 }
 
-absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes) {
+}  // namespace
+
+absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, Results* results) {
   STRETTO_RETURN_IF_ERROR(config.Resolve(1));
-  const Device device = config.runtime.device == "cuda" ? Device::Cuda(0) : Device::Cpu();
+  STRETTO_ASSIGN_OR_RETURN(const Device device, ChooseDevice(config.runtime.device, 0));
+  config.runtime.device = device.kind == DeviceKind::kCpu ? "cpu" : "cuda";
+  const int threads = config.runtime.threads > 0
+                          ? static_cast<int>(config.runtime.threads)
+                          : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   STRETTO_ASSIGN_OR_RETURN(RunPlan plan, PlanRun(config, 1, 0));
   const Graph& graph = plan.model.graph;
   STRETTO_ASSIGN_OR_RETURN(
       const auto stream,
       Stream::Create(
-          device, {.threads = static_cast<int>(std::max<int64_t>(1, config.runtime.threads)),
+          device, {.threads = threads,
                    .workspace_bytes =
                        workspace_bytes > 0 ? workspace_bytes : DeviceWorkspaceBytes(device.kind)}));
   STRETTO_ASSIGN_OR_RETURN(const KernelTable* const kernels, KernelsFor(device));
@@ -118,17 +113,23 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes) 
     for (const auto& [name, ms] : sums) rounds[name].push_back(ms);
     synchronous.push_back(total);
   }
-  absl::PrintF("%s, %d tokens a micro-batch, %s\n", Name(device), plan.micro_batch_tokens,
+  results->command = "train --profile";
+  results->device = DeviceName(device);
+  const auto show = [&](const std::string& name, double ms) {
+    absl::PrintF("%-20s %9.3f ms\n", name, ms);
+    results->results.push_back({{"name", name}, {"seconds", ms * 1e-3}});
+  };
+  absl::PrintF("%s, %d tokens a micro-batch, %s\n", results->device, plan.micro_batch_tokens,
                Name(graph.dtype));
-  for (const auto& [name, ms] : rounds) absl::PrintF("%-20s %9.3f ms\n", name, Median(ms));
-  absl::PrintF("%-20s %9.3f ms (%.3f ms without waiting in between)\n", "micro-batch",
-               Median(synchronous), whole);
+  for (const auto& [name, ms] : rounds) show(name, Median(ms));
+  show("waiting each time", Median(synchronous));
+  show("micro-batch", whole);
   const double update = Time(*stream, 3, [&] {
     adam->AddSumSquares(scalars);
     ops::PrepareStep(run.ops(), scalars, 1.0, 0);
     adam->Step(scalars, 0.0, 1);
   });
-  absl::PrintF("%-20s %9.3f ms\n", "norm and update", update * 1e3);
+  show("norm and update", update * 1e3);
 
   const int64_t bytes =
       std::min<int64_t>(plan.train_frame.bytes() / 2, int64_t{2} << 30) / 256 * 256;
@@ -137,36 +138,7 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes) 
   };
   const double copy = Time(*stream, 5, [&] { ops::Copy(run.ops(), half(1), half(0)); });
   absl::PrintF("%-20s %9.1f GB/s\n", "copy", 2e-9 * static_cast<double>(bytes) / copy);
-  return absl::OkStatus();
+  return stream->Synchronize();
 }
 
-}  // namespace
-}  // namespace stretto
-
-int main(int argc, char** argv) {
-  std::string path;
-  std::vector<std::string> sets;
-  int64_t workspace_bytes = 0;
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    if (argument == "--set" && i + 1 < argc) {
-      sets.push_back(argv[++i]);
-    } else if (argument == "--workspace-mib" && i + 1 < argc) {
-      workspace_bytes = int64_t{std::atoi(argv[++i])} << 20;
-    } else {
-      path = argument;
-    }
-  }
-  stretto::TrainConfig config;
-  absl::Status status = stretto::LoadConfig(path, sets, stretto::ConfigRef(&config));
-  stretto::SetLogLevel(stretto::LogLevel::kWarning);
-  if (status.ok()) {
-    status = stretto::World::RunThreads(
-        1, [&](stretto::World& world) { return stretto::Profile(world, config, workspace_bytes); });
-  }
-  if (!status.ok()) {
-    std::fprintf(stderr, "stretto-model-profile: %s\n", std::string(status.message()).c_str());
-    return 1;
-  }
-  return 0;
-}
+}  // namespace stretto::bench

@@ -1,0 +1,117 @@
+// stretto-bench: speed of kernels, of communication and of whole steps, and comparison of two runs.
+#include "benchmarks/bench.h"
+
+#include <cstdio>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "stretto/core/config.h"
+#include "stretto/core/log.h"
+
+namespace stretto::bench {
+namespace {
+
+struct Command {
+  const char* name;
+  const char* summary;
+  int (*run)(int argc, const char* const* argv);
+};
+constexpr Command kCommands[] = {
+    {"kernels", "each kernel on a model's shapes, beside this device's copy and product", &Kernels},
+    {"comm", "collectives and point to point between all ranks; run it under mpirun", &Comm},
+    {"train", "whole optimizer steps of a configuration on random tokens", &Train},
+    {"compare", "two files that --json wrote", &Compare},
+};
+
+std::string Help() {
+  std::string text =
+      "usage: stretto-bench COMMAND [options]\n"
+      "Measures; compare figures of one machine only.\n\ncommands:\n";
+  for (const Command& command : kCommands) {
+    std::string name = absl::StrCat("  ", command.name);
+    name.resize(12, ' ');
+    absl::StrAppend(&text, name, command.summary, "\n");
+  }
+  return text + "\nstretto-bench COMMAND --help lists its options.\n";
+}
+
+}  // namespace
+
+absl::Status Results::Write(const std::string& path) const {
+  if (path.empty()) return absl::OkStatus();
+  Json json = {{"program", "stretto-bench"},
+               {"command", command},
+               {"device", device},
+               {"ranks", ranks},
+               {"results", results}};
+  std::ofstream file(path);
+  file << json.dump(2, ' ', false, Json::error_handler_t::replace) << "\n";
+  file.close();
+  if (!file) {
+    return absl::UnavailableError(absl::StrCat("the results cannot be written to ", path,
+                                               "; check the folder and the space on its disk"));
+  }
+  return absl::OkStatus();
+}
+
+int Fail(const absl::Status& status, int code) {
+  std::fflush(stdout);
+  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
+  return code;
+}
+
+absl::StatusOr<Device> ChooseDevice(const std::string& device, int local_rank) {
+  if (device == "cpu") return Device::Cpu();
+  const absl::StatusOr<DeviceInfo> info = DescribeDevice(Device::Cuda(local_rank));
+  if (info.ok()) return Device::Cuda(local_rank);
+  if (device == "cuda") return info.status();
+  // A machine with too few GPUs is an error: some ranks on GPUs and some not measures nothing.
+  if (local_rank > 0 && DescribeDevice(Device::Cuda(0)).ok()) return info.status();
+  return Device::Cpu();
+}
+
+std::string DeviceName(Device device) {
+  if (device.kind != DeviceKind::kCpu) {
+    const auto info = DescribeDevice(device);
+    return info.ok() ? info->name : Name(device);
+  }
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);) {
+    const size_t colon = line.find(": ");
+    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) {
+      return line.substr(colon + 2);
+    }
+  }
+  return "cpu";
+}
+
+namespace {
+
+int Main(int argc, const char* const* argv) {
+  if (argc < 2) {
+    return Fail(absl::InvalidArgumentError("stretto-bench needs a command; see --help"), kUsage);
+  }
+  const std::string name = argv[1];
+  if (name == "--help" || name == "-h") {
+    std::fputs(Help().c_str(), stdout);
+    return kDone;
+  }
+  SetLogLevel(LogLevel::kWarning);
+  std::vector<std::string> names;
+  for (const Command& command : kCommands) {
+    if (name == command.name) return command.run(argc - 1, argv + 1);
+    names.push_back(command.name);
+  }
+  const std::string nearest = NearestName(name, names);
+  return Fail(absl::InvalidArgumentError(absl::StrCat(
+                  "stretto-bench does not know '", name, "'",
+                  nearest.empty() ? "; see --help" : "; did you mean " + nearest + "?")),
+              kUsage);
+}
+
+}  // namespace
+}  // namespace stretto::bench
+
+int main(int argc, char** argv) { return stretto::bench::Main(argc, argv); }

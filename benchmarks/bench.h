@@ -1,0 +1,65 @@
+// What the subcommands of stretto-bench share.
+#ifndef STRETTO_BENCHMARKS_BENCH_H_
+#define STRETTO_BENCHMARKS_BENCH_H_
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "stretto/comm/world.h"
+#include "stretto/core/device.h"
+#include "stretto/core/status.h"
+#include "stretto/train/config.h"
+
+namespace stretto::bench {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int kDone = 0, kFailed = 1, kUsage = 2;
+
+// A subcommand, with the arguments behind its name; returns the exit code and has printed what is
+// wrong.
+int Kernels(int argc, const char* const* argv);
+int Comm(int argc, const char* const* argv);
+int Train(int argc, const char* const* argv);
+int Compare(int argc, const char* const* argv);
+
+// What one run measured, for --json and `compare`. Every result has a "name", unique in the run,
+// and "seconds".
+struct Results {
+  std::string command;
+  std::string device;
+  int ranks = 1;
+  std::vector<Json> results;
+
+  // Does nothing for an empty path.
+  absl::Status Write(const std::string& path) const;
+};
+
+// Prints the sentence and returns `code`.
+int Fail(const absl::Status& status, int code);
+
+// --device: cuda and cpu are what they say, auto is a GPU where there is one. Ranks of a machine
+// take a GPU each.
+absl::StatusOr<Device> ChooseDevice(const std::string& device, int local_rank);
+// "NVIDIA H100 80GB HBM3", or the processor's model.
+std::string DeviceName(Device device);
+
+// Milliseconds by layer of a micro-batch on one rank, each waited for (profile.cc).
+absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, Results* results);
+
+inline double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+inline double Median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v.empty() ? 0 : (v[v.size() / 2] + v[(v.size() - 1) / 2]) / 2;
+}
+
+}  // namespace stretto::bench
+
+#endif  // STRETTO_BENCHMARKS_BENCH_H_

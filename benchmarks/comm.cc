@@ -1,0 +1,215 @@
+// stretto-bench comm: collectives and point to point over all ranks.
+//
+// Bandwidths as nccl-tests defines them (its doc/PERFORMANCE.md): the size is that of the larger of
+// a rank's two buffers, the algorithm's bandwidth is size over time, and the bus bandwidth is that
+// times what a ring has to carry for each byte, so that it can be held against the links' speed.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "benchmarks/bench.h"
+#include "stretto/comm/communicator.h"
+#include "stretto/comm/transport.h"
+#include "stretto/core/arena.h"
+#include "tools/arguments.h"
+
+namespace stretto::bench {
+namespace {
+
+struct Options {
+  std::string device = "auto", json, only;
+  int64_t min_bytes = 1024, max_bytes = int64_t{256} << 20, factor = 4, repetitions = 11;
+};
+
+// One operation on `bytes` bytes; submits it and returns the last ticket.
+struct Operation {
+  std::string name;
+  double bus_factor;
+  std::function<Ticket(int64_t elements)> submit;  // f32, a multiple of the ranks
+};
+
+class Bench {
+ public:
+  Bench(World& world, Device device, Communicator* comm, Stream* stream)
+      : world_(world), device_(device), comm_(*comm), stream_(stream) {}
+
+  absl::Status Run(const Options& o, Results* results) {
+    const int64_t n = world_.size();
+    const int64_t most = std::max<int64_t>(o.max_bytes / 4 / n, 1) * n;
+    STRETTO_ASSIGN_OR_RETURN(const Arena a, Arena::Create(device_, "bench", most * 4));
+    STRETTO_ASSIGN_OR_RETURN(const Arena b, Arena::Create(device_, "bench", most * 4));
+    std::vector<Operation> operations =
+        Operations(Tensor::Of(a.data(), DType::kF32, {most}, device_),
+                   Tensor::Of(b.data(), DType::kF32, {most}, device_));
+    std::erase_if(operations, [&](const Operation& operation) {
+      return operation.name.find(o.only) == std::string::npos;
+    });
+    if (operations.empty()) {
+      return absl::NotFoundError(absl::StrCat("no operation has '", o.only,
+                                              "' in its name; leave --only out to see them all"));
+    }
+    for (const Operation& operation : operations) {
+      int64_t before = 0;
+      for (int64_t bytes = o.min_bytes; bytes <= o.max_bytes; bytes *= o.factor) {
+        const int64_t elements = std::max<int64_t>(bytes / 4 / n, 1) * n;
+        if (elements == before || elements > most) continue;
+        before = elements;
+        STRETTO_ASSIGN_OR_RETURN(const double seconds,
+                                 Measure(elements * 4, static_cast<int>(o.repetitions),
+                                         [&] { return operation.submit(elements); }));
+        Show(operation, elements * 4, seconds, results);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  std::vector<Operation> Operations(Tensor x, Tensor y) {
+    const int n = world_.size(), rank = world_.rank();
+    const double share = static_cast<double>(n - 1) / n;
+    Communicator& c = comm_;
+    const Group& g = comm_.all();
+    std::vector<Operation> operations = {
+        {"all_reduce", 2 * share,
+         [=, &c, &g](int64_t e) { return c.AllReduce(g, x.Rows(0, e), ReduceOp::kSum, "bench"); }},
+        {"reduce_scatter", share,
+         [=, &c, &g](int64_t e) {
+           return c.ReduceScatter(g, y.Rows(0, e / n), x.Rows(0, e), "bench");
+         }},
+        {"all_gather", share,
+         [=, &c, &g](int64_t e) {
+           return c.AllGather(g, x.Rows(0, e), y.Rows(0, e / n), "bench");
+         }},
+        {"broadcast", 1,
+         [=, &c, &g](int64_t e) { return c.Broadcast(g, x.Rows(0, e), 0, "bench"); }},
+        {"all_to_all", share,
+         [=, &c, &g](int64_t e) {
+           const std::vector<int64_t> counts(static_cast<size_t>(n), e / n);
+           return c.AllToAll(g, x.Rows(0, e), counts, y.Rows(0, e), counts, "bench");
+         }},
+    };
+    if (n > 1) {  // each rank to the next one
+      operations.push_back({"send_receive", 1, [=, &c, &g](int64_t e) {
+                              c.Send(g, y.Rows(0, e), (rank + 1) % n, "bench");
+                              return c.Receive(g, x.Rows(0, e), (rank + n - 1) % n, "bench");
+                            }});
+    }
+    return operations;
+  }
+
+  // Median seconds of one operation on the slowest rank.
+  absl::StatusOr<double> Measure(int64_t bytes, int repetitions,
+                                 const std::function<Ticket()>& submit) {
+    constexpr int64_t kMedium = int64_t{1} << 20;
+    const int calls = bytes <= kMedium ? 10 : 2;
+    std::vector<double> seconds;
+    for (int i = 0; i <= repetitions; ++i) {
+      float ready = 0;
+      STRETTO_RETURN_IF_ERROR(comm_.Wait(comm_.AllReduce(
+          comm_.all(), Tensor::Of(&ready, DType::kF32, {1}), ReduceOp::kMax, "start together")));
+      const double begin = Now();
+      for (int call = 0; call < calls; ++call) {
+        const Ticket ticket = submit();
+        // A GPU takes them one after the other by itself; an MPI or TCP rank waits for each.
+        STRETTO_RETURN_IF_ERROR(stream_ != nullptr ? comm_.Wait(*stream_, ticket)
+                                                   : comm_.WaitAll());
+      }
+      if (stream_ != nullptr) STRETTO_RETURN_IF_ERROR(stream_->Synchronize());
+      double mine = (Now() - begin) / calls;
+      STRETTO_RETURN_IF_ERROR(comm_.WaitAll());
+      STRETTO_RETURN_IF_ERROR(comm_.Wait(comm_.AllReduce(
+          comm_.all(), Tensor::Of(&mine, DType::kF64, {1}), ReduceOp::kMax, "slowest")));
+      if (i > 0) seconds.push_back(mine);  // the first one warms up
+    }
+    return Median(std::move(seconds));
+  }
+
+  void Show(const Operation& operation, int64_t bytes, double seconds, Results* results) {
+    const double algorithm = static_cast<double>(bytes) / seconds;
+    results->results.push_back({{"name", absl::StrCat(operation.name, " ", bytes)},
+                                {"operation", operation.name},
+                                {"bytes", bytes},
+                                {"seconds", seconds},
+                                {"algorithm_bytes_per_second", algorithm},
+                                {"bus_bytes_per_second", algorithm * operation.bus_factor}});
+    if (world_.rank() != 0) return;
+    std::printf("%-16s %12lld %12.1f %12.3f %12.3f\n", operation.name.c_str(),
+                static_cast<long long>(bytes), 1e6 * seconds, algorithm / 1e9,
+                algorithm * operation.bus_factor / 1e9);
+    std::fflush(stdout);
+  }
+
+  World& world_;
+  Device device_;
+  Communicator& comm_;
+  Stream* stream_;  // null on the CPU
+};
+
+absl::Status Run(World& world, const Options& o) {
+  const absl::StatusOr<Device> chosen = ChooseDevice(o.device, world.info().local_rank);
+  STRETTO_RETURN_IF_ERROR(world.Agree("choosing the device", chosen.status()));
+  const Device device = *chosen;
+  std::unique_ptr<Stream> stream;  // outlives the communicator, which waits on it
+  if (device.kind != DeviceKind::kCpu) {
+    STRETTO_ASSIGN_OR_RETURN(stream, Stream::Create(device, {}));
+  }
+  Communicator comm(world);
+  STRETTO_RETURN_IF_ERROR(comm.UseDevice(device));
+  Results results = {.command = "comm", .device = DeviceName(device), .ranks = world.size()};
+  if (world.rank() == 0) {
+    std::printf("%s, %d ranks, %s\n%-16s %12s %12s %12s %12s\n", results.device.c_str(),
+                world.size(), stream != nullptr ? "nccl" : world.transport().name(), "operation",
+                "bytes", "us", "algorithm", "bus GB/s");
+  }
+  STRETTO_RETURN_IF_ERROR(Bench(world, device, &comm, stream.get()).Run(o, &results));
+  absl::Status written;
+  if (world.rank() == 0) written = results.Write(o.json);
+  return world.Agree("writing the results", written);
+}
+
+}  // namespace
+
+int Comm(int argc, const char* const* argv) {
+  Options o;
+  Arguments arguments("stretto-bench comm",
+                      "Times collectives and point to point between all ranks (mpirun -np N "
+                      "stretto-bench comm).\nBandwidths are those of nccl-tests.",
+                      "");
+  arguments.AddChoice("device", {"auto", "cuda", "cpu"}, "where the buffers are", &o.device);
+  arguments.Add("min-bytes", "N", "smallest buffer", &o.min_bytes);
+  arguments.Add("max-bytes", "N", "largest buffer", &o.max_bytes);
+  arguments.Add("factor", "N", "between sizes", &o.factor);
+  arguments.Add("repetitions", "N", "the median counts", &o.repetitions);
+  arguments.Add("only", "TEXT", "operations with this in their name", &o.only);
+  arguments.Add("json", "FILE", "also write the results there", &o.json);
+  absl::Status parsed = arguments.Parse(argc, argv);
+  if (arguments.help()) {
+    std::fputs(arguments.Help().c_str(), stdout);
+    return kDone;
+  }
+  if (parsed.ok() && (o.min_bytes < 4 || o.max_bytes < o.min_bytes ||
+                      o.max_bytes > (int64_t{1} << 40) || o.factor < 2 || o.repetitions < 1)) {
+    parsed = absl::InvalidArgumentError(
+        "stretto-bench comm needs 4 <= --min-bytes <= --max-bytes, --factor of 2 or more and "
+        "--repetitions of 1 or more");
+  }
+  if (!parsed.ok()) return Fail(parsed, kUsage);
+  auto world = World::Create({});
+  if (!world.ok()) return Fail(world.status(), kFailed);
+  const absl::Status status = Run(**world, o);
+  if (status.ok()) return kDone;
+  // One rank speaks for all where all know; the world cannot be left in order.
+  if (!IsAgreed(status) || (*world)->rank() == 0) Fail(status, kFailed);
+  std::fflush(stdout);
+  _exit(kFailed);
+}
+
+}  // namespace stretto::bench

@@ -1,0 +1,161 @@
+// stretto-bench train: whole optimizer steps on random tokens. Makes its own token file, takes the
+// configuration's `steps` steps and prints the median of those after the third as one JSON line,
+// also the planned memory beside the process's peak.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "benchmarks/bench.h"
+#include "stretto/core/rng.h"
+#include "stretto/data/dataset.h"
+#include "stretto/observe/memory.h"
+#include "stretto/train/memory.h"
+#include "stretto/train/trainer.h"
+#include "tools/arguments.h"
+
+namespace stretto::bench {
+namespace {
+
+constexpr int64_t kWarmUp = 3;
+
+absl::Status Steps(World& world, TrainConfig config, Results* results) {
+  const std::string directory =
+      (std::filesystem::temp_directory_path() / absl::StrCat("stretto-bench-", getpid())).string();
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> directories,
+                           world.AllGather("directory", directory));
+  config.output = directories[0];
+  config.data.train = directories[0] + "/train.bin";
+  config.checkpoint.resume = "never";
+  config.steps = std::max(config.steps, kWarmUp + 1);
+  absl::Status written;
+  if (world.rank() == 0) {
+    std::filesystem::create_directories(directory);
+    const Rng rng(1, "bench/tokens");
+    const int64_t count = 64 * config.batch.global * (config.data.sequence_length + 1);
+    std::vector<int32_t> ids;
+    const auto below = static_cast<uint64_t>(config.model.vocabulary);
+    for (int64_t i = 0; i < count; ++i) {
+      ids.push_back(static_cast<int32_t>(rng.Below(static_cast<uint64_t>(i), below)));
+    }
+    written = WriteTokenFile(config.data.train, ids, config.model.vocabulary);
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("writing tokens", written));
+
+  std::vector<double> step_ms, exposed_ms, data_ms;
+  int64_t tokens = 0, planned = 0;
+  int64_t before = 0;
+  if (const auto memory = ReadProcessMemory(); memory.ok()) before = memory->peak_resident_bytes;
+  {
+    STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
+    STRETTO_ASSIGN_OR_RETURN(const RunPlan plan,
+                             PlanRun(trainer->config(), world.size(), world.rank()));
+    planned = plan.arena_bytes;
+    double mfu = 0;
+    while (trainer->step() < config.steps) {
+      STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer->Step());
+      mfu = stats.mfu_causal;
+      if (stats.step <= kWarmUp) continue;
+      step_ms.push_back(stats.step_ms);
+      exposed_ms.push_back(stats.comm_exposed_ms);
+      data_ms.push_back(stats.data_ms);
+      tokens = stats.tokens;
+    }
+    STRETTO_RETURN_IF_ERROR(trainer->Finish());
+    const auto memory = ReadProcessMemory();
+    const double median = Median(step_ms);
+    const Device device = trainer->config().runtime.device == "cuda"
+                              ? Device::Cuda(world.info().local_rank)
+                              : Device::Cpu();
+    results->command = "train";
+    results->device = DeviceName(device);
+    results->ranks = world.size();
+    const Json figures = {
+        {"ranks", world.size()},
+        {"threads", trainer->config().runtime.threads},
+        {"tokens_per_step", tokens},
+        {"step_ms", median},
+        {"tokens_per_second", static_cast<double>(tokens) / median * 1e3},
+        {"exposed_ms", Median(exposed_ms)},
+        {"data_ms", Median(data_ms)},
+        {"mfu_causal", mfu},
+        {"planned_bytes", planned},
+        {"start_bytes", before},
+        {"peak_bytes", memory.ok() ? memory->peak_resident_bytes : 0},
+    };
+    if (world.rank() == 0) {
+      std::string line;  // with the blanks that train/compare.py looks for
+      for (const auto& [key, value] : figures.items()) {
+        absl::StrAppend(&line, line.empty() ? "{" : ", ", "\"", key, "\": ", value.dump());
+      }
+      std::printf("%s}\n", line.c_str());
+    }
+    Json result = {{"name", "step"}, {"seconds", median * 1e-3}};
+    result.update(figures);
+    results->results.push_back(std::move(result));
+  }
+  STRETTO_RETURN_IF_ERROR(world.Barrier("done"));
+  std::error_code ignored;
+  if (world.rank() == 0) std::filesystem::remove_all(directory, ignored);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int Train(int argc, const char* const* argv) {
+  std::vector<std::string> sets;
+  std::string json;
+  int64_t workspace_mib = 0;
+  bool profile = false;
+  Arguments arguments("stretto-bench train",
+                      "Median of the optimizer steps behind the third, as a JSON line; also under "
+                      "mpirun.",
+                      "CONFIG.json");
+  arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
+  arguments.AddFlag("profile", "time each kind of layer instead, on one rank", &profile);
+  arguments.Add("workspace-mib", "N", "scratch memory of kernels with --profile; 0: as in runs",
+                &workspace_mib);
+  arguments.Add("json", "FILE", "also write the results there", &json);
+  absl::Status parsed = arguments.Parse(argc, argv);
+  if (arguments.help()) {
+    std::fputs(arguments.Help().c_str(), stdout);
+    return kDone;
+  }
+  if (parsed.ok() && arguments.rest().size() != 1) {
+    parsed =
+        absl::InvalidArgumentError("stretto-bench train needs one configuration file; see --help");
+  }
+  if (parsed.ok() && (workspace_mib < 0 || workspace_mib > (1 << 20))) {
+    parsed = absl::InvalidArgumentError(
+        absl::StrCat("--workspace-mib must be 0 to 1048576, not ", workspace_mib));
+  }
+  TrainConfig config;
+  if (parsed.ok()) parsed = LoadConfig(arguments.rest()[0], sets, ConfigRef(&config));
+  if (!parsed.ok()) return Fail(parsed, kUsage);
+  Results results;
+  if (profile) {
+    absl::Status status = World::RunThreads(
+        1, [&](World& world) { return Profile(world, config, workspace_mib << 20, &results); });
+    if (status.ok()) status = results.Write(json);
+    return status.ok() ? kDone : Fail(status, kFailed);
+  }
+  auto world = World::Create({});
+  if (!world.ok()) return Fail(world.status(), kFailed);
+  absl::Status status = Steps(**world, config, &results);
+  if (status.ok()) {
+    absl::Status written;
+    if ((*world)->rank() == 0) written = results.Write(json);
+    status = (*world)->Agree("writing the results", written);
+  }
+  if (status.ok()) return kDone;
+  // One rank speaks for all where all know; the world cannot be left in order.
+  if (!IsAgreed(status) || (*world)->rank() == 0) Fail(status, kFailed);
+  std::fflush(stdout);
+  _exit(kFailed);
+}
+
+}  // namespace stretto::bench

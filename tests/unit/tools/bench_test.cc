@@ -1,0 +1,224 @@
+// stretto-bench on the CPU with small sizes: what it says, never how fast it is.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "unit/tools/run_program.h"
+
+namespace stretto::testing {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::MatchesRegex;
+using ::testing::Not;
+
+constexpr char kSmall[] =
+    "kernels --device cpu --threads 1 --repetitions 1 --tokens 12 --length 5 --hidden 24 --heads 4 "
+    "--kv-heads 2 --ffn 40 --vocabulary 53 --parameters 1001 ";
+
+class BenchProgram : public Programs {
+ protected:
+  Result Bench(const std::string& arguments) const {
+    return Run(absl::StrCat(STRETTO_BENCH " ", arguments, " 2>&1"));
+  }
+  nlohmann::json Results(const std::string& name) const {
+    return nlohmann::json::parse(ReadText(name), nullptr, false);
+  }
+  // Names that differ, and times above 0.
+  static void ExpectSound(const nlohmann::json& file) {
+    ASSERT_TRUE(file.is_object());
+    EXPECT_EQ(file["program"], "stretto-bench");
+    EXPECT_FALSE(file["device"].get<std::string>().empty());
+    std::set<std::string> names;
+    for (const auto& result : file["results"]) {
+      const std::string name = result["name"];
+      EXPECT_TRUE(names.insert(name).second) << name;
+      const double seconds = result["seconds"];
+      EXPECT_TRUE(std::isfinite(seconds) && seconds > 0) << name;
+    }
+    EXPECT_FALSE(names.empty());
+  }
+  static std::set<std::string> Names(const nlohmann::json& file) {
+    std::set<std::string> names;
+    for (const auto& result : file["results"]) names.insert(result["name"].get<std::string>());
+    return names;
+  }
+};
+
+TEST_F(BenchProgram, KernelsOfEveryFamilyAndType) {
+  for (const std::string dtype : {"f32", "bf16", "f64"}) {
+    const Result r = Bench(absl::StrCat(kSmall, "--dtype ", dtype, " --json k.json"));
+    ASSERT_EQ(r.code, 0) << r.output;
+    const nlohmann::json file = Results("k.json");
+    ExpectSound(file);
+    EXPECT_EQ(file["command"], "kernels");
+    const std::set<std::string> names = Names(file);
+    for (const char* name :
+         {"copy", "linear qkv 24x48 forward", "linear up and gelu forward", "attention 2x5 forward",
+          "attention 2x5 backward", "layernorm backward weight", "rmsnorm + residual forward",
+          "swiglu backward", "rope", "embedding backward", "loss fused", "adamw"}) {
+      EXPECT_EQ(names.count(name), 1u) << name << " of " << dtype;
+    }
+    for (const auto& result : file["results"]) {
+      EXPECT_NE(result.contains("bytes_per_second"), result.contains("flops_per_second"));
+      EXPECT_GT(result["share"], 0) << result;
+    }
+  }
+}
+
+TEST_F(BenchProgram, OnlyWhatIsAskedFor) {
+  ASSERT_EQ(Bench(absl::StrCat(kSmall, "--only swiglu --json k.json")).code, 0);
+  EXPECT_EQ(Results("k.json")["results"].size(), 4u);  // copy, product and two
+  const Result none = Bench(absl::StrCat(kSmall, "--only nothing"));
+  EXPECT_EQ(none.code, 1);
+  EXPECT_THAT(none.output, HasSubstr("no kernel has 'nothing' in its name"));
+}
+
+TEST_F(BenchProgram, CommunicationAlone) {
+  const Result r = Bench("comm --device cpu --max-bytes 4096 --repetitions 1 --json c.json");
+  ASSERT_EQ(r.code, 0) << r.output;
+  const nlohmann::json file = Results("c.json");
+  ExpectSound(file);
+  EXPECT_EQ(Names(file).count("all_to_all 4096"), 1u);
+}
+
+#ifdef STRETTO_WITH_MPI
+TEST_F(BenchProgram, CommunicationBetweenRanks) {
+  const Result r = Run(absl::StrCat(
+      STRETTO_MPIRUN " 3 " STRETTO_BENCH " comm --device cpu --min-bytes 4 --max-bytes 5000 "
+                     "--factor 10 --repetitions 1 --json c.json 2>&1"));
+  ASSERT_EQ(r.code, 0) << r.output;
+  const nlohmann::json file = Results("c.json");
+  ExpectSound(file);
+  EXPECT_EQ(file["ranks"], 3);
+  // Bus bandwidth over the algorithm's, for three ranks.
+  for (const auto& result : file["results"]) {
+    const double factor = result["bus_bytes_per_second"].get<double>() /
+                          result["algorithm_bytes_per_second"].get<double>();
+    const std::string operation = result["operation"];
+    const double expected = operation == "all_reduce"                                 ? 4.0 / 3
+                            : operation == "broadcast" || operation == "send_receive" ? 1.0
+                                                                                      : 2.0 / 3;
+    EXPECT_NEAR(factor, expected, 1e-9) << operation;
+    EXPECT_EQ(result["bytes"].get<int64_t>() % 12, 0);  // whole elements for each rank
+  }
+  EXPECT_EQ(Names(file).count("send_receive 12"), 1u);
+}
+#endif
+
+constexpr char kModel[] =
+    R"({"steps": 5, "model": {"family": "gpt2", "vocabulary": 257, "layers": 1, "hidden": 16,
+        "heads": 2, "max_positions": 16}, "data": {"tokenizer": "bytes", "sequence_length": 16},
+        "batch": {"global": 4, "micro": 4}, "runtime": {"device": "cpu", "threads": 1},
+        "optimizer": {"lr": 1e-4, "schedule": "constant"}})";
+
+TEST_F(BenchProgram, StepsPrintWhatCompareReads) {
+  WriteText("m.json", kModel);
+  const Result r = Bench("train m.json --json t.json");
+  ASSERT_EQ(r.code, 0) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("\"tokens_per_second\": "));
+  const nlohmann::json line = nlohmann::json::parse(r.output, nullptr, false);
+  ASSERT_TRUE(line.is_object()) << r.output;
+  EXPECT_EQ(line["tokens_per_step"], 64);
+  EXPECT_GT(line["tokens_per_second"], 0);
+  ExpectSound(Results("t.json"));
+}
+
+TEST_F(BenchProgram, ProfileListsLayers) {
+  WriteText("m.json", kModel);
+  const Result r = Bench("train m.json --profile --json p.json");
+  ASSERT_EQ(r.code, 0) << r.output;
+  const nlohmann::json file = Results("p.json");
+  ExpectSound(file);
+  EXPECT_EQ(Names(file).count("micro-batch"), 1u);
+  EXPECT_GT(file["results"].size(), 8u);
+}
+
+class CompareFiles : public BenchProgram {
+ protected:
+  void Write(const std::string& name, double copy, double adamw, const std::string& more = "",
+             const std::string& command = "kernels") const {
+    WriteText(name, absl::StrCat(R"({"program": "stretto-bench", "command": ")", command,
+                                 R"(", "device": "d", "ranks": 1, "results": [)",
+                                 R"({"name": "copy", "seconds": )", copy, "},",
+                                 R"({"name": "adamw", "seconds": )", adamw, "}", more, "]}"));
+  }
+};
+
+TEST_F(CompareFiles, PlantedChangeIsFlagged) {
+  Write("a.json", 1e-3, 2e-3);
+  Write("b.json", 1e-3, 2.2e-3);
+  const Result slower = Bench("compare a.json b.json");
+  EXPECT_EQ(slower.code, 1);
+  EXPECT_THAT(slower.output, HasSubstr("1.100  slower"));
+  EXPECT_THAT(slower.output, HasSubstr("1 slower, 0 faster by more than 5 %; 0 in one file only"));
+  const Result faster = Bench("compare b.json a.json");
+  EXPECT_EQ(faster.code, 0);
+  EXPECT_THAT(faster.output, HasSubstr("0.909  faster"));
+}
+
+TEST_F(CompareFiles, NoiseIsNot) {
+  Write("a.json", 1e-3, 2e-3);
+  Write("b.json", 1.04e-3, 1.93e-3);
+  const Result r = Bench("compare a.json b.json");
+  EXPECT_EQ(r.code, 0);
+  EXPECT_THAT(r.output, Not(HasSubstr("  slower")));
+  EXPECT_THAT(r.output, Not(HasSubstr("  faster")));
+  EXPECT_EQ(Bench("compare a.json b.json --tolerance 3").code, 1);
+  Write("c.json", 1e-3, 2.2e-3);
+  EXPECT_EQ(Bench("compare --tolerance=20 a.json c.json").code, 0);
+}
+
+TEST_F(CompareFiles, WhatOnlyOneFileHasIsListed) {
+  Write("a.json", 1e-3, 2e-3, R"(, {"name": "old", "seconds": 1})");
+  Write("b.json", 1e-3, 2e-3, R"(, {"name": "new", "seconds": 1})");
+  const Result r = Bench("compare a.json b.json");
+  EXPECT_EQ(r.code, 0);
+  EXPECT_THAT(r.output, HasSubstr("2 in one file only"));
+}
+
+TEST_F(CompareFiles, WrongFilesAreOneSentence) {
+  Write("a.json", 1e-3, 2e-3);
+  Write("comm.json", 1e-3, 2e-3, "", "comm");
+  WriteText("broken.json", "{\"program\": \"stretto-be");
+  WriteText("other.json", "{\"program\": \"stretto-bench\", \"results\": [{\"name\": 3}]}");
+  WriteText("list.json", "[1, 2]");
+  for (const char* file : {"comm.json", "broken.json", "other.json", "list.json", "absent.json"}) {
+    const Result r = Bench(absl::StrCat("compare a.json ", file));
+    EXPECT_EQ(r.code, 2) << file;
+    EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
+  }
+}
+
+TEST_F(BenchProgram, WrongArgumentsAreOneSentence) {
+  for (const char* arguments :
+       {"", "kernles", "kernels --tokns 3", "kernels --tokens=-1", "kernels --heads 5",
+        "kernels --dtype f16", "kernels extra", "comm --factor 1", "comm --sizes 3", "train",
+        "train absent.json", "train a b", "compare", "compare a.json", "compare --tolerance=-1 a b",
+        "--json"}) {
+    const Result r = Bench(arguments);
+    EXPECT_EQ(r.code, 2) << arguments;
+    EXPECT_TRUE(IsOneSentence(r.output)) << arguments << ": " << r.output;
+  }
+  EXPECT_THAT(Bench("kernles").output, HasSubstr("did you mean kernels?"));
+  for (const char* arguments :
+       {"--help", "kernels --help", "comm --help", "train --help", "compare --help"}) {
+    const Result r = Bench(arguments);
+    EXPECT_EQ(r.code, 0) << arguments;
+    EXPECT_THAT(r.output, HasSubstr("usage: stretto-bench"));
+  }
+}
+
+TEST_F(BenchProgram, FileThatCannotBeWrittenIsAnError) {
+  const Result r = Bench(absl::StrCat(kSmall, "--only rope --json absent/k.json"));
+  EXPECT_EQ(r.code, 1);
+  EXPECT_THAT(r.output, HasSubstr("cannot be written to absent/k.json"));
+}
+
+}  // namespace
+}  // namespace stretto::testing

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <ostream>
 #include <random>
 #include <string>
 #include <vector>
@@ -165,6 +166,12 @@ inline std::string SettingName(const ::testing::TestParamInfo<Setting>& info) {
   }
   return std::string(Name(info.param.dtype)) + "Threads" + std::to_string(info.param.threads) +
          (info.param.mode == StreamMode::kFifo ? "Fifo" : "Inline");
+}
+
+// In messages; the bytes of a setting say nothing, and differ from run to run where it has padding.
+inline void PrintTo(const Setting& setting, std::ostream* out) {
+  *out << Name(setting.dtype) << " on " << Name(setting.device) << ", " << setting.threads
+       << " threads";
 }
 
 inline std::vector<Setting> AllSettings() {

@@ -14,6 +14,4 @@ options=(--oversubscribe --bind-to none --mca btl_vader_single_copy_mechanism no
 [ "$ranks" -gt "$(nproc)" ] && options+=(--mca mpi_yield_when_idle 1)
 # mpirun gives every rank a terminal, whatever its own output is: say when it is none.
 [ -t 1 ] || export TERM=dumb NO_COLOR=1
-# After Ctrl-C or SIGTERM the ranks save before they leave; mpirun would kill them after two seconds.
-export OMPI_MCA_odls_base_sigkill_timeout=${OMPI_MCA_odls_base_sigkill_timeout:-60}
 exec mpirun -np "$ranks" "${options[@]}" "$@"

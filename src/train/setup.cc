@@ -63,6 +63,13 @@ absl::Status SameConfigEverywhere(World& world, const TrainConfig& config) {
   return absl::OkStatus();
 }
 
+// The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
+// floating point, as nothing bounds batch.global.
+double BatchBytes(const TrainConfig& config, int ranks) {
+  return std::min(0x1p61, 40.0 * static_cast<double>(config.batch.global) / ranks *
+                              static_cast<double>(config.data.sequence_length));
+}
+
 // Refuses a plan that this machine cannot hold, before any of it is touched: later the kernel would
 // end some process.
 absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const World& world,
@@ -79,11 +86,7 @@ absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const W
   }
   const int64_t available = AvailableMemory();
   const int ranks = std::max(1, world.info().local_size);
-  // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
-  // floating point, as nothing bounds batch.global.
-  const double batches = 40.0 * static_cast<double>(config.batch.global) / world.size() *
-                         static_cast<double>(config.data.sequence_length);
-  const double needed = static_cast<double>(plan.arena_bytes) + batches;
+  const double needed = static_cast<double>(plan.arena_bytes) + BatchBytes(config, world.size());
   if (available < 0 || needed <= static_cast<double>(available) / ranks) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat(
       "each rank needs ", HumanBytes(static_cast<int64_t>(std::min(needed, 0x1p62))), ", but ",
@@ -168,6 +171,22 @@ absl::Status Trainer::Impl::SetUpModel() {
   dp->Attach(&*evaluation_run, evaluation_total);
   STRETTO_RETURN_IF_ERROR(dp->Register(&registry));
   STRETTO_RETURN_IF_ERROR(optimizer->Register(&registry));
+  // What others take without asking draws on the same budget: libraries, messages, the loader's two
+  // steps of tokens, and the copy that a checkpoint is written from.
+  const Device device = stream->device();
+  for (const NamedBytes& o : plan.overheads) {
+    STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(device), o.name, o.bytes));
+  }
+  if (device.kind != DeviceKind::kCpu) {
+    STRETTO_RETURN_IF_ERROR(
+        budget.Reserve(Resource::kDeviceMemory, "workspace", DeviceWorkspaceBytes(device.kind)));
+  }
+  STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "batches",
+                                         static_cast<int64_t>(BatchBytes(config, world.size()))));
+  if (config.checkpoint.async || device.kind != DeviceKind::kCpu) {
+    STRETTO_RETURN_IF_ERROR(
+        budget.Reserve(Resource::kHostMemory, "checkpoint", registry.LocalBytes()));
+  }
   // Master weights are copied on the stream; loading a checkpoint writes them from this thread.
   return stream->Synchronize();
 }

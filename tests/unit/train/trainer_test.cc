@@ -198,6 +198,18 @@ TEST(Trainer, RefusesCheckpointOfAnotherModel) {
   EXPECT_TRUE(TrainOnThreads(1, config).status.ok());
 }
 
+TEST(Trainer, EverythingThatTakesMemoryDrawsOnTheBudget) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 1;
+  config.runtime.host_memory_bytes = int64_t{40} << 20;
+  const absl::Status status = TrainOnThreads(1, config).status;
+  EXPECT_TRUE(absl::IsResourceExhausted(status)) << status.message();
+  EXPECT_THAT(std::string(status.message()), HasSubstr("matrix products"));
+  config.runtime.host_memory_bytes = int64_t{80} << 20;
+  EXPECT_TRUE(TrainOnThreads(1, config).status.ok());
+}
+
 TEST(Trainer, OneRunAtATimeUsesAnOutputDirectory) {
   ScratchDirectory directory;
   TrainConfig config = TinyRun(directory);

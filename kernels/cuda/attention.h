@@ -17,8 +17,8 @@ const char* AttentionBackendNote();
 // cuDNN, opened as Attention() does.
 LibraryInfo DescribeCudnn();
 
-// Reports boundaries that do not fit `q_rows` queries and `k_rows` keys as faults of the stream; the
-// kernels behind it do nothing out of bounds with them.
+// Reports boundaries that do not fit `q_rows` queries and `k_rows` keys as faults of the stream;
+// the kernels behind it do nothing out of bounds with them.
 void CheckSequences(Stream& s, const AttentionShape& shape, int64_t q_rows, int64_t k_rows);
 
 // Where packed sequences begin, as cuDNN wants it: groups of `group` sequences, for each of them

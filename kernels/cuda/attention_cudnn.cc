@@ -15,8 +15,9 @@ const AttentionKernels* Attention() { return PlainAttention(); }
 const char* AttentionBackendNote() { return "own kernels: built without cuDNN"; }
 LibraryInfo DescribeCudnn() {
   return {.name = "cuDNN",
-          .problem = "attention runs on own kernels, several times slower: this program was built "
-                     "without cuDNN; configure with -DSTRETTO_CUDNN=ON to see what is missing",
+          .problem =
+              "attention runs on own kernels, several times slower: this program was built "
+              "without cuDNN; configure with -DSTRETTO_CUDNN=ON to see what is missing",
           .required = false};
 }
 
@@ -362,10 +363,6 @@ struct Call {
   int64_t sequences() const { return shape.cu_q.rows() - 1; }
 };
 
-// Whether every row starts at a multiple of 16 bytes (absent operands do).
-bool Aligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.row_stride * SizeOf(t.dtype) % 16 == 0;
-}
 bool SameRows(const Tensor& a, const Tensor& b) { return a.row_stride == b.row_stride; }
 
 // Whether the call is of a kind that cuDNN has.
@@ -378,7 +375,7 @@ bool Takes(const Call& c) {
     return false;
   }
   for (const Tensor* t : {&c.q, &c.k, &c.v, &c.o, &c.d_o, &c.dq, &c.dk, &c.dv}) {
-    if (!Aligned(*t)) return false;
+    if (!RowsAligned(*t)) return false;
   }
   if (!c.lse.contiguous()) return false;
   // Gradients share the offsets of what they are the gradient of.

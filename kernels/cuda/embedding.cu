@@ -20,22 +20,8 @@ constexpr int kInFlight = 4;  // accesses to rows that a thread has under way
 
 // N elements as they come from memory. In this form they wait in as few registers as they need,
 // which Vec's separate values do not.
-template <int kBytes>
-struct RawOf;
-template <>
-struct RawOf<16> {
-  using type = uint4;
-};
-template <>
-struct RawOf<4> {
-  using type = uint32_t;
-};
-template <>
-struct RawOf<2> {
-  using type = uint16_t;
-};
 template <class T, int N>
-using Raw = typename RawOf<N * sizeof(T)>::type;
+using Raw = typename WordOf<N * sizeof(T)>::type;
 
 template <class T, int N>
 __device__ Raw<T, N> LoadRaw(const T* p) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "stretto/core/stream.h"
+#include "stretto/core/tensor.h"
 
 namespace stretto::cuda {
 
@@ -20,6 +21,12 @@ void Launched(Stream& s, const char* kernel);
 // 256 bytes; null, with the stream failed, when the stream's workspace is smaller. Each call hands
 // out the same memory.
 std::byte* Workspace(Stream& s, int64_t bytes, const char* kernel);
+
+// Whether every row of the operand starts at a multiple of 16 bytes (absent operands do).
+inline bool RowsAligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 &&
+         (t.rows() <= 1 || t.row_stride * SizeOf(t.dtype) % 16 == 0);
+}
 
 // Multiprocessors of the device that the calling thread uses.
 int Multiprocessors();

@@ -133,7 +133,7 @@ LibraryInfo DescribeCublasLt() {
 
 // One for each device that has been used, for the whole life of the process.
 struct CublasLt {
-  const Library* library = nullptr;
+  const Library* loaded = nullptr;
   cublasLtHandle_t handle = nullptr;
   int64_t gpu = 0;
   std::string error;  // a sentence
@@ -146,7 +146,7 @@ struct CublasLt {
     CublasLt& lt = found->second;
     if (!fresh) return lt;
     const Library& library = Library::Get();
-    lt.library = &library;
+    lt.loaded = &library;
     lt.error = library.error;
     if (!lt.error.empty()) return lt;
     int current = device;  // a handle belongs to the device that is current when it is made
@@ -169,7 +169,7 @@ struct Descriptors {
   cublasLtMatrixLayoutOpaque_t a, b, d;
   cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
 
-  Descriptors(const CublasLt& lt, const Product& p) : api(lt.library->api) {
+  Descriptors(const CublasLt& lt, const Product& p) : api(lt.loaded->api) {
     Keep(api.operation_init(&operation, sizeof(operation), CUBLAS_COMPUTE_32F, CUDA_R_32F));
     Set(CUBLASLT_MATMUL_DESC_TRANSA, int32_t{p.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N});
     Set(CUBLASLT_MATMUL_DESC_TRANSB, int32_t{p.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N});
@@ -230,7 +230,7 @@ void Matmul::Run(const Product& p, bool rehearsal) {
     StorePlan(key, *plan);
   }
   const cublasStatus_t status = Enqueue(p, descriptors, *plan, rehearsal);
-  if (status != CUBLAS_STATUS_SUCCESS) Fail(p, lt_.library->api.status_string(status));
+  if (status != CUBLAS_STATUS_SUCCESS) Fail(p, lt_.loaded->api.status_string(status));
 }
 
 void Matmul::RunEpilogue(const Product& p, bool prefer_epilogue, Work separate, Work finish) {
@@ -275,7 +275,7 @@ void Matmul::RunEpilogue(const Product& p, bool prefer_epilogue, Work separate, 
 
 ProductKey Matmul::KeyOf(const Product& p) const {
   ProductKey key;
-  key.version = lt_.library->version;
+  key.version = lt_.loaded->version;
   key.gpu = lt_.gpu;
   key.m = p.m;
   key.n = p.n;
@@ -308,9 +308,9 @@ std::optional<ProductPlan> Matmul::Known(const ProductKey& key, Descriptors& des
   std::memcpy(&algorithm, plan->algorithm.data(), sizeof(algorithm));
   cublasLtMatmulHeuristicResult_t result;
   if (!descriptors.ok() ||
-      lt_.library->api.check(lt_.handle, &descriptors.operation, &descriptors.a, &descriptors.b,
-                             &descriptors.d, &descriptors.d, &algorithm,
-                             &result) != CUBLAS_STATUS_SUCCESS ||
+      lt_.loaded->api.check(lt_.handle, &descriptors.operation, &descriptors.a, &descriptors.b,
+                            &descriptors.d, &descriptors.d, &algorithm,
+                            &result) != CUBLAS_STATUS_SUCCESS ||
       static_cast<int64_t>(result.workspaceSize) > workspace_bytes_) {
     return std::nullopt;
   }
@@ -349,7 +349,7 @@ std::optional<ProductPlan> Matmul::Choose(const Product& p, Descriptors& descrip
 
 int Matmul::Ask(const Product& p, Descriptors& descriptors, int wanted,
                 cublasLtMatmulHeuristicResult_t* results) {
-  const Api& api = lt_.library->api;
+  const Api& api = lt_.loaded->api;
   cublasLtMatmulPreferenceOpaque_t preference;
   bool ok = api.preference_init(&preference, sizeof(preference)) == CUBLAS_STATUS_SUCCESS;
   const auto set = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
@@ -388,7 +388,7 @@ cublasStatus_t Matmul::Enqueue(const Product& p, Descriptors& descriptors, const
   const float beta = p.acc ? 1.0f : 0.0f;
   cublasLtMatmulAlgo_t algorithm;
   std::memcpy(&algorithm, plan.algorithm.data(), sizeof(algorithm));
-  return lt_.library->api.matmul(
+  return lt_.loaded->api.matmul(
       lt_.handle, &descriptors.operation, &alpha, p.a.data, &descriptors.a, p.b.data,
       &descriptors.b, &beta, p.d.data, &descriptors.d, p.d.data, &descriptors.d, &algorithm,
       stream_.workspace().data, static_cast<size_t>(workspace_bytes_), Native(stream_));
@@ -397,7 +397,7 @@ cublasStatus_t Matmul::Enqueue(const Product& p, Descriptors& descriptors, const
 void Matmul::Fail(const Product& p, const char* why) {
   cudaGetLastError();  // said here, not by the next kernel
   stream_.Fail(absl::InternalError(absl::StrCat(
-      op_, ": cuBLASLt ", lt_.library->version, " failed on the product of ", p.m, " x ", p.k,
+      op_, ": cuBLASLt ", lt_.loaded->version, " failed on the product of ", p.m, " x ", p.k,
       " and ", p.k, " x ", p.n, " elements on ", Name(stream_.device()), ": ", why)));
 }
 

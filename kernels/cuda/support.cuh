@@ -38,12 +38,6 @@ struct alignas(16) Pack {
   T value[kSize];
 };
 
-// Whether every row of the operand starts at a multiple of 16 bytes (absent operands do).
-inline bool RowsAligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 &&
-         (t.rows() <= 1 || t.row_stride * SizeOf(t.dtype) % 16 == 0);
-}
-
 __device__ inline float Widen(float x) { return x; }
 __device__ inline float Widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T>

@@ -76,9 +76,11 @@ absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const W
                          Device device) {
   if (device.kind != DeviceKind::kCpu) {
     STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
-    if (plan.arena_bytes <= info.free_bytes) return absl::OkStatus();
+    // The stream has its workspace already.
+    const int64_t needed = plan.arena_bytes - DeviceWorkspaceBytes(device.kind);
+    if (needed <= info.free_bytes) return absl::OkStatus();
     return absl::ResourceExhaustedError(absl::StrCat(
-        "the plan needs ", HumanBytes(plan.arena_bytes), " on ", Name(device), " (", info.name,
+        "the plan needs ", HumanBytes(needed), " more on ", Name(device), " (", info.name,
         "), of which ", HumanBytes(info.free_bytes), " of ", HumanBytes(info.total_bytes),
         " are free; what saves most: runtime.recompute=block, a smaller batch.micro, "
         "runtime.loss_chunk=8192\n",

@@ -17,11 +17,28 @@
 #include "stretto/train/memory.h"
 #include "stretto/train/trainer.h"
 #include "tools/arguments.h"
+#include "tools/nvml.h"
 
 namespace stretto::bench {
 namespace {
 
 constexpr int64_t kWarmUp = 3;
+
+// GPU memory that this process has, as the driver counts it; 0 where it does not tell. Nothing is
+// given back during a run, so at its end this is the peak.
+int64_t DriverBytes(Device device) {
+  const absl::StatusOr<DeviceInfo> info = DescribeDevice(device);
+  if (device.kind == DeviceKind::kCpu || !info.ok()) return 0;
+  const auto processes = Nvml().Processes(info->pci);
+  if (!processes) return 0;
+  for (const Nvml::Process& process : *processes) {
+    // In a container the driver may know this process by another number.
+    if (process.pid == static_cast<unsigned>(getpid()) || processes->size() == 1) {
+      return std::max<int64_t>(process.bytes, 0);
+    }
+  }
+  return 0;
+}
 
 absl::Status Steps(World& world, TrainConfig config, Results* results) {
   const std::string directory =
@@ -46,8 +63,8 @@ absl::Status Steps(World& world, TrainConfig config, Results* results) {
   }
   STRETTO_RETURN_IF_ERROR(world.Agree("writing tokens", written));
 
-  std::vector<double> step_ms, exposed_ms, data_ms;
-  int64_t tokens = 0, planned = 0;
+  std::vector<double> step_ms, exposed_ms, data_ms, forward_ms, backward_ms, update_ms;
+  int64_t tokens = 0, planned = 0, overhead = 0;
   int64_t before = 0;
   if (const auto memory = ReadProcessMemory(); memory.ok()) before = memory->peak_resident_bytes;
   {
@@ -55,6 +72,7 @@ absl::Status Steps(World& world, TrainConfig config, Results* results) {
     STRETTO_ASSIGN_OR_RETURN(const RunPlan plan,
                              PlanRun(trainer->config(), world.size(), world.rank()));
     planned = plan.arena_bytes;
+    overhead = plan.overhead_bytes;
     double mfu = 0;
     while (trainer->step() < config.steps) {
       STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer->Step());
@@ -63,6 +81,9 @@ absl::Status Steps(World& world, TrainConfig config, Results* results) {
       step_ms.push_back(stats.step_ms);
       exposed_ms.push_back(stats.comm_exposed_ms);
       data_ms.push_back(stats.data_ms);
+      forward_ms.push_back(stats.forward_ms);
+      backward_ms.push_back(stats.backward_ms);
+      update_ms.push_back(stats.update_ms);
       tokens = stats.tokens;
     }
     STRETTO_RETURN_IF_ERROR(trainer->Finish());
@@ -82,10 +103,15 @@ absl::Status Steps(World& world, TrainConfig config, Results* results) {
         {"tokens_per_second", static_cast<double>(tokens) / median * 1e3},
         {"exposed_ms", Median(exposed_ms)},
         {"data_ms", Median(data_ms)},
+        {"forward_ms", Median(forward_ms)},
+        {"backward_ms", Median(backward_ms)},
+        {"update_ms", Median(update_ms)},
         {"mfu_causal", mfu},
         {"planned_bytes", planned},
         {"start_bytes", before},
+        {"overhead_bytes", overhead},
         {"peak_bytes", memory.ok() ? memory->peak_resident_bytes : 0},
+        {"device_bytes", DriverBytes(device)},
     };
     if (world.rank() == 0) {
       std::string line;  // with the blanks that train/compare.py looks for

@@ -14,6 +14,12 @@
 
 namespace stretto {
 
+// A piece of a queue's work that can be enqueued again as it is.
+class DeviceGraph {
+ public:
+  virtual ~DeviceGraph() = default;
+};
+
 // An in-order queue of the device. Calls come from the stream's host thread, except Done.
 class DeviceQueue {
  public:
@@ -30,6 +36,14 @@ class DeviceQueue {
   // What a kernel has reported so far, without waiting.
   virtual absl::Status Reported() const = 0;
   virtual absl::Status Copy(void* to, const void* from, int64_t bytes) = 0;
+  // See Stream::BeginCapture.
+  virtual absl::Status BeginCapture() = 0;
+  virtual absl::StatusOr<std::unique_ptr<DeviceGraph>> EndCapture() = 0;
+  virtual absl::Status Launch(const DeviceGraph& graph) = 0;
+  // Notes the device's time at this point of the queue under `mark`, a small number.
+  virtual absl::Status MarkTime(int mark) = 0;
+  // Seconds between two marks that the queue has passed; negative when that is not known.
+  virtual double SecondsBetween(int from, int to) const = 0;
 };
 
 class DeviceRuntime {

@@ -45,6 +45,11 @@ struct Stream::Queue {
   absl::Status error;  // the first one; guarded by mutex
 };
 
+StreamGraph::StreamGraph() = default;
+StreamGraph::~StreamGraph() = default;
+StreamGraph::StreamGraph(StreamGraph&&) noexcept = default;
+StreamGraph& StreamGraph::operator=(StreamGraph&&) noexcept = default;
+
 bool Event::Done() const { return stream_ == nullptr || stream_->DoneAt(ticket_); }
 
 Stream::Stream(Device device, StreamOptions options)
@@ -151,6 +156,30 @@ void Stream::Wait(const Event& event) {
   const WaitCounter* finished = &event.stream_->queue_->finished;
   const uint64_t ticket = event.ticket_;
   Enqueue([finished, ticket] { finished->WaitFor(ticket); });
+}
+
+absl::Status Stream::BeginCapture() {
+  if (!CanCapture()) {
+    return absl::UnimplementedError(
+        absl::StrCat("work on a stream of ", Name(device_),
+                     " cannot be captured; ask CanCapture and enqueue it each time"));
+  }
+  return device_queue_->BeginCapture();
+}
+
+absl::StatusOr<StreamGraph> Stream::EndCapture() {
+  if (!CanCapture()) return absl::FailedPreconditionError("no capture has begun on this stream");
+  StreamGraph graph;
+  STRETTO_ASSIGN_OR_RETURN(graph.graph_, device_queue_->EndCapture());
+  return graph;
+}
+
+void Stream::Launch(const StreamGraph& graph) {
+  if (graph.graph_ == nullptr) {
+    Fail(absl::InternalError("a stream was given a graph without work"));
+    return;
+  }
+  Fail(device_queue_->Launch(*graph.graph_));
 }
 
 absl::Status Stream::Synchronize() {

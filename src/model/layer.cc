@@ -284,12 +284,12 @@ void Run::SetStorage(std::vector<Tensor> parameters, std::vector<Tensor> gradien
   gradients_ = std::move(gradients);
   constants_ = std::move(constants);
   loss_total_ = loss_total;
-  touched_.assign(parameters_.size(), 0);
+  touched_.gradients.assign(parameters_.size(), 0);
 }
 
 void Run::BeginStep() {
-  touched_.assign(touched_.size(), 0);
-  loss_touched_ = false;
+  touched_.gradients.assign(touched_.gradients.size(), 0);
+  touched_.loss = false;
 }
 
 }  // namespace stretto

@@ -82,7 +82,9 @@ std::string StepStatsJson(const StepStats& s, double unix_seconds) {
   record["skipped_total"] = s.skipped_total;
   if (s.eval_loss) record["eval_loss"] = *s.eval_loss;
   record["data_ms"] = s.data_ms;
-  record["compute_ms"] = s.compute_ms;
+  record["forward_ms"] = s.forward_ms;
+  record["backward_ms"] = s.backward_ms;
+  record["update_ms"] = s.update_ms;
   record["comm_exposed_ms"] = s.comm_exposed_ms;
   record["time"] = unix_seconds;
   return record.dump();

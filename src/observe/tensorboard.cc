@@ -138,7 +138,9 @@ absl::Status TensorBoardSink::Write(const StepStats& s) {
   AppendScalar("perf/tokens_per_second", s.tokens_per_second, &summary);
   AppendScalar("perf/step_ms", s.step_ms, &summary);
   AppendScalar("perf/data_ms", s.data_ms, &summary);
-  AppendScalar("perf/compute_ms", s.compute_ms, &summary);
+  AppendScalar("perf/forward_ms", s.forward_ms, &summary);
+  AppendScalar("perf/backward_ms", s.backward_ms, &summary);
+  AppendScalar("perf/update_ms", s.update_ms, &summary);
   AppendScalar("perf/comm_exposed_ms", s.comm_exposed_ms, &summary);
   if (s.mfu_causal > 0) AppendScalar("perf/mfu_causal", s.mfu_causal, &summary);
   if (s.mfu_palm > 0) AppendScalar("perf/mfu_palm", s.mfu_palm, &summary);

@@ -1,9 +1,7 @@
 #include "stretto/parallel/data_parallel.h"
 
 #include <algorithm>
-#include <chrono>
 #include <numeric>
-#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "stretto/core/copy.h"
@@ -94,22 +92,37 @@ StorageBytes DataParallelStorage(const Graph& graph, int ranks) {
 class DataParallel::Hooks : public ActionHooks {
  public:
   Hooks(DataParallel& owner, bool last) : owner_(owner), last_(last) {}
+  void BeginPass(bool backward) override {
+    owner_.Enter(backward ? StepPhase::kBackward : StepPhase::kForward);
+  }
+  bool ActsAt(const Action& action) const override {
+    if (owner_.group_.size() == 1) return false;
+    if (action.kind == ActionKind::kForward) {
+      const std::vector<int>& buckets = owner_.layer_buckets_[action.layer];
+      return std::any_of(buckets.begin(), buckets.end(),
+                         [&](int b) { return owner_.buckets_[b].gather != 0; });
+    }
+    return action.kind == ActionKind::kBackwardWeight && SubmittedAfter(action.layer) != nullptr;
+  }
   void BeforeForward(int layer) override {
     absl::Status status = owner_.WaitLayer(layer);
     if (!status.ok()) owner_.stream_.Fail(std::move(status));
   }
   void AfterBackwardWeight(int layer) override {
-    if (!last_ || !owner_.options_.overlap) return;
-    for (Bucket& bucket : owner_.buckets_) {
-      if (bucket.submitted) continue;
-      if (bucket.ready_layer != layer) return;
-      owner_.SubmitReduce(*owner_.run_, bucket);
-      return;
-    }
+    if (Bucket* bucket = SubmittedAfter(layer)) owner_.SubmitReduce(*owner_.run_, *bucket);
   }
   void BetweenActions() override { owner_.comm_.Progress(); }
 
  private:
+  // The bucket that is complete after this layer and can leave, or null. Buckets leave in order.
+  Bucket* SubmittedAfter(int layer) const {
+    if (!last_ || !owner_.options_.overlap) return nullptr;
+    for (Bucket& bucket : owner_.buckets_) {
+      if (!bucket.submitted) return bucket.ready_layer == layer ? &bucket : nullptr;
+    }
+    return nullptr;
+  }
+
   DataParallel& owner_;
   bool last_;
 };
@@ -280,15 +293,16 @@ absl::Status DataParallel::WaitParameters() {
 
 absl::Status DataParallel::TimedWait(Ticket* ticket) {
   if (*ticket == 0) return absl::OkStatus();
-  const auto start = std::chrono::steady_clock::now();
+  const int before = Enter(StepPhase::kExposed);
   absl::Status status = comm_.Wait(stream_, *ticket);
-  exposed_seconds_ +=
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (before >= 0) Enter(static_cast<StepPhase>(before));
   *ticket = 0;
   return status;
 }
 
-double DataParallel::TakeExposedSeconds() { return std::exchange(exposed_seconds_, 0.0); }
+int DataParallel::Enter(StepPhase phase) {
+  return options_.timer == nullptr ? -1 : options_.timer->Begin(static_cast<int>(phase));
+}
 
 absl::Status DataParallel::Register(StateRegistry* registry) const {
   for (const ParameterShard& shard : shards_) {

@@ -1,5 +1,6 @@
 #include "stretto/parallel/executor.h"
 
+#include <algorithm>
 #include <cstring>
 #include <thread>
 #include <utility>
@@ -89,29 +90,158 @@ absl::StatusOr<TokenViews> TokenFeeder::Feed(const PackedBatch& batch) {
   return views;
 }
 
-void Execute(const Graph& graph, const ActionList& list, Run& run, Frame& frame,
-             ActionHooks* hooks) {
-  ActionHooks nothing;
+// The numbers and addresses that a piece of work is enqueued with, as far as they can change, and
+// what it does to the run. Layers read nothing else.
+struct ReplayCache::Piece {
+  const ActionList* list = nullptr;
+  size_t first = 0, end = 0;
+  const stretto::Run* run = nullptr;
+  const std::byte* memory = nullptr;
+  TokenViews tokens;
+  stretto::Run::Touched before, after;
+  StreamGraph graph;
+  uint64_t used = 0;  // 0: never
+
+  bool Matches(const Piece& o) const {
+    const TokenViews &a = tokens, &b = o.tokens;
+    return list == o.list && first == o.first && end == o.end && run == o.run &&
+           memory == o.memory && a.tokens == b.tokens && a.max_length == b.max_length &&
+           a.uniform == b.uniform && a.cu_seqlens.rows() == b.cu_seqlens.rows() &&
+           a.cu_seqlens.data == b.cu_seqlens.data && a.ids.data == b.ids.data &&
+           a.targets.data == b.targets.data && a.positions.data == b.positions.data &&
+           a.weights.data == b.weights.data && before == o.before;
+  }
+  // Everything but the graph and what it does.
+  void CopyKey(const Piece& o) {
+    list = o.list;
+    first = o.first;
+    end = o.end;
+    run = o.run;
+    memory = o.memory;
+    tokens = o.tokens;
+    before = o.before;
+  }
+};
+
+ReplayCache::ReplayCache(Stream& stream)
+    : stream_(stream), wanted_(std::make_unique<Piece>()), seen_(32), pieces_(64) {}
+ReplayCache::~ReplayCache() { stream_.Synchronize().IgnoreError(); }
+
+ReplayCache::Piece* ReplayCache::Find(std::vector<Piece>& pieces, const Piece& wanted) {
+  for (Piece& piece : pieces) {
+    if (piece.used != 0 && piece.Matches(wanted)) return &piece;
+  }
+  return nullptr;
+}
+
+void ReplayCache::Run(const ActionList& list, size_t first, size_t end, stretto::Run& run,
+                      const Frame& frame, const std::function<void()>& enqueue) {
+  Piece& wanted = *wanted_;
+  wanted.list = &list;
+  wanted.first = first;
+  wanted.end = end;
+  wanted.run = &run;
+  wanted.memory = frame.memory();
+  wanted.tokens = frame.tokens;
+  wanted.before = run.touched();
+  ++clock_;
+  if (Piece* piece = Find(pieces_, wanted)) {
+    stream_.Launch(piece->graph);
+    run.SetTouched(piece->after);
+    piece->used = clock_;
+    ++launched_;
+    return;
+  }
+  const auto oldest = [](std::vector<Piece>& pieces) -> Piece& {
+    return *std::min_element(pieces.begin(), pieces.end(),
+                             [](const Piece& a, const Piece& b) { return a.used < b.used; });
+  };
+  Piece* once = Find(seen_, wanted);
+  if (once == nullptr || !stream_.status().ok()) {
+    Piece& slot = oldest(seen_);
+    slot.CopyKey(wanted);
+    slot.used = clock_;
+    enqueue();
+    return;
+  }
+  once->used = 0;
+  Piece& slot = oldest(pieces_);
+  if (slot.used != 0) stream_.Synchronize().IgnoreError();  // it may still be running
+  slot.used = 0;
+  if (const absl::Status begun = stream_.BeginCapture(); !begun.ok()) {
+    stream_.Fail(begun);
+    return;
+  }
+  enqueue();
+  absl::StatusOr<StreamGraph> graph = stream_.EndCapture();
+  if (!graph.ok()) {
+    stream_.Fail(graph.status());
+    return;
+  }
+  slot.CopyKey(wanted);
+  slot.graph = *std::move(graph);
+  slot.after = run.touched();
+  slot.used = clock_;
+  ++captured_;
+  stream_.Launch(slot.graph);
+  ++launched_;
+}
+
+namespace {
+
+void Enqueue(const Layer& layer, ActionKind kind, Run& run, Frame& frame) {
+  switch (kind) {
+    case ActionKind::kForward:
+      layer.Forward(run, frame);
+      break;
+    case ActionKind::kRecompute:
+      layer.Recompute(run, frame);
+      break;
+    case ActionKind::kBackwardInput:
+      layer.BackwardInput(run, frame);
+      break;
+    case ActionKind::kBackwardWeight:
+      layer.BackwardWeight(run, frame);
+      break;
+  }
+}
+
+class NoHooks final : public ActionHooks {
+  bool ActsAt(const Action& /*action*/) const override { return false; }
+};
+
+}  // namespace
+
+void Execute(const Graph& graph, const ActionList& list, Run& run, Frame& frame, ActionHooks* hooks,
+             ReplayCache* replays) {
+  NoHooks nothing;
   if (hooks == nullptr) hooks = &nothing;
-  for (const Action& action : list.actions) {
-    frame.Begin(action);
-    const Layer& layer = *graph.layers[action.layer];
-    switch (action.kind) {
-      case ActionKind::kForward:
-        hooks->BeforeForward(action.layer);
-        layer.Forward(run, frame);
-        break;
-      case ActionKind::kRecompute:
-        layer.Recompute(run, frame);
-        break;
-      case ActionKind::kBackwardInput:
-        layer.BackwardInput(run, frame);
-        break;
-      case ActionKind::kBackwardWeight:
-        layer.BackwardWeight(run, frame);
-        hooks->AfterBackwardWeight(action.layer);
-        break;
+  if (replays != nullptr && !run.ops().stream->CanCapture()) replays = nullptr;
+  const std::vector<Action>& actions = list.actions;
+  const auto forward = [&](size_t i) { return actions[i].kind == ActionKind::kForward; };
+  for (size_t first = 0, end = 0; first < actions.size(); first = end) {
+    if (first == 0 || forward(first) != forward(first - 1)) hooks->BeginPass(!forward(first));
+    if (forward(first) && hooks->ActsAt(actions[first])) hooks->BeforeForward(actions[first].layer);
+    // As far as nobody else has something to do, and one action at a time where nothing is replayed.
+    const auto acts_after = [&](size_t i) {
+      return actions[i].kind == ActionKind::kBackwardWeight && hooks->ActsAt(actions[i]);
+    };
+    for (end = first + 1; replays != nullptr && end < actions.size(); ++end) {
+      if (forward(end) != forward(first) || acts_after(end - 1)) break;
+      if (forward(end) && hooks->ActsAt(actions[end])) break;
     }
+    const auto enqueue = [&] {
+      for (size_t i = first; i < end; ++i) {
+        frame.Begin(actions[i]);
+        Enqueue(*graph.layers[actions[i].layer], actions[i].kind, run, frame);
+      }
+    };
+    if (replays != nullptr) {
+      replays->Run(list, first, end, run, frame, enqueue);
+    } else {
+      enqueue();
+    }
+    if (acts_after(end - 1)) hooks->AfterBackwardWeight(actions[end - 1].layer);
     hooks->BetweenActions();
   }
 }

@@ -82,6 +82,9 @@ void TrainConfig::Runtime::Visit(ConfigVisitor& v) {
            "cheap layers, or all inside a block");
   v.Field("loss_chunk", &loss_chunk,
           "vocabulary entries whose logits exist at the same time; 0: all of them", {.min = 0});
+  v.Field("graphs", &graphs,
+          "on a GPU, launch the work of a micro-batch as one CUDA graph when a batch of the same "
+          "shape comes back");
   v.Field("timeout_seconds", &timeout_seconds,
           "seconds after which a communication that does not complete is an error", {.min = 0});
   v.Field("host_memory_bytes", &host_memory_bytes,

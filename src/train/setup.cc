@@ -124,6 +124,7 @@ absl::Status Trainer::Impl::SetUpRuntime() {
                                                                               : StreamMode::kInline,
                                       .threads = static_cast<int>(config.runtime.threads),
                                       .workspace_bytes = DeviceWorkspaceBytes(device.kind)}));
+  timer = std::make_unique<PhaseTimer>(*stream, static_cast<int>(StepPhase::kCount));
   comm = std::make_unique<Communicator>(world);
   STRETTO_RETURN_IF_ERROR(comm->UseDevice(device));
   STRETTO_ASSIGN_OR_RETURN(const Mesh mesh,
@@ -144,7 +145,9 @@ absl::Status Trainer::Impl::SetUpModel() {
   STRETTO_ASSIGN_OR_RETURN(
       dp, DataParallel::Create(
               *comm, dp_group, graph, *stream, *kernels, static_cast<uint64_t>(config.seed), budget,
-              {.overlap = config.parallel.overlap, .bucket_bytes = config.parallel.bucket_bytes}));
+              {.overlap = config.parallel.overlap,
+               .bucket_bytes = config.parallel.bucket_bytes,
+               .timer = timer.get()}));
   STRETTO_ASSIGN_OR_RETURN(optimizer,
                            AdamW::Create(graph, *dp, ops(), budget,
                                          {.beta1 = config.optimizer.beta1,
@@ -401,6 +404,8 @@ absl::Status Trainer::Impl::WarmUp() {
     measured = kernels->import_choices(all[0]);
     if (measured.ok()) measured = run_through();
   }
+  // From here on nothing is measured, so nothing stands in the way of capturing.
+  if (config.runtime.graphs && stream->CanCapture()) replays.emplace(*stream);
   return measured;
 }
 

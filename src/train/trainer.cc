@@ -31,7 +31,7 @@ absl::Status Trainer::Impl::RunBatch(const PackedBatch& batch, const ActionList&
   }
   Frame frame(&plan.model.graph, &actions, &layout, frame_arena.data(), stream->device());
   STRETTO_ASSIGN_OR_RETURN(frame.tokens, feeder->Feed(batch));
-  Execute(plan.model.graph, actions, batch_run, frame, hooks);
+  Execute(plan.model.graph, actions, batch_run, frame, hooks, replays ? &*replays : nullptr);
   return absl::OkStatus();
 }
 
@@ -48,6 +48,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   STRETTO_ASSIGN_OR_RETURN(const std::vector<PackedBatch>* batches, loader->Step(state.step));
   const auto data_ready = std::chrono::steady_clock::now();
 
+  timer->Restart(static_cast<int>(StepPhase::kForward));
   dp->BeginStep(*run);
   ops::Zero(ops(), scalars);
   TokenWork work;
@@ -58,6 +59,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
                                      &dp->hooks(i + 1 == batches->size())));
   }
   STRETTO_RETURN_IF_ERROR(dp->FinishGradients(*run));
+  timer->Begin(static_cast<int>(StepPhase::kUpdate));
   static_assert(StepScalars::kSeenTokens == StepScalars::kStop + 1 &&
                 StepScalars::kSquaredLengths == StepScalars::kStop + 2);
   host_inputs[0] = StopSignals::Received() != 0 ? 1 : 0;
@@ -71,9 +73,14 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   const double lr = learning_rate->At(state.step);
   optimizer->Step(scalars, lr, state.applied + 1);
   CopyBytes(*stream, host_scalars, scalars.data, scalars.bytes());
+  if (config.parallel.overlap) timer->End();
   // The update is known to be good before parameters leave: a failed stream must not spread.
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
   STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
+  if (!config.parallel.overlap) {
+    timer->End();
+    STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+  }
 
   const double* v = host_scalars;
   StepStats stats;
@@ -104,8 +111,12 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   stats.mfu_palm = ModelFlopsUtilization(flops.palm, seconds, peak_tflops, dp_group.size());
   stats.skipped_total = state.skipped;
   stats.data_ms = Seconds(start, data_ready) * 1e3;
-  stats.comm_exposed_ms = dp->TakeExposedSeconds() * 1e3;
-  stats.compute_ms = Seconds(data_ready, end) * 1e3 - stats.comm_exposed_ms;
+  const std::vector<double>& phases = timer->Seconds();
+  const auto ms = [&](StepPhase phase) { return 1e3 * phases[static_cast<size_t>(phase)]; };
+  stats.forward_ms = ms(StepPhase::kForward);
+  stats.backward_ms = ms(StepPhase::kBackward);
+  stats.update_ms = ms(StepPhase::kUpdate);
+  stats.comm_exposed_ms = ms(StepPhase::kExposed);
   if (stream->device().kind != DeviceKind::kCpu) {
     stats.memory_bytes = budget.Used(Resource::kDeviceMemory);
   } else if (const absl::StatusOr<ProcessMemory> memory = ReadProcessMemory(); memory.ok()) {

@@ -92,6 +92,8 @@ struct Trainer::Impl {
   // Last, so that they end first: whatever is in flight reads and writes the memory above.
   std::unique_ptr<Stream> stream;
   std::unique_ptr<Communicator> comm;
+  std::unique_ptr<PhaseTimer> timer;
+  std::optional<ReplayCache> replays;  // with runtime.graphs
 
   ops::Context ops() const { return {stream.get(), kernels}; }
   // The parts of Create, in order; each ends in an agreement of all ranks.

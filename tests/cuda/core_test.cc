@@ -6,6 +6,7 @@
 
 #include "stretto/core/arena.h"
 #include "stretto/core/copy.h"
+#include "stretto/core/phase_timer.h"
 #include "stretto/core/stream.h"
 #include "stretto/ops/ops.h"
 #include "tests/cuda/gpu_test.h"
@@ -61,6 +62,52 @@ TEST_F(CudaCore, TooMuchMemoryIsRefusedInOneSentence) {
   EXPECT_TRUE(Arena::Create(gpu_, "small", 1024).ok());
   const auto stream = Stream::Create(gpu_).value();
   EXPECT_TRUE(stream->Synchronize().ok());
+}
+
+TEST_F(CudaCore, CapturedWorkRunsAgainOnWhatLiesThereThen) {
+  const auto stream = Stream::Create(gpu_).value();
+  const KernelTable* kernels = KernelsFor(gpu_).value();
+  const ops::Context context{stream.get(), kernels};
+  const Arena memory = Arena::Create(gpu_, "capture", 2 * 1024).value();
+  const Tensor x = Tensor::Of(memory.data(), DType::kF32, {256}, gpu_);
+  const Tensor y = Tensor::Of(memory.data() + 1024, DType::kF32, {256}, gpu_);
+  ASSERT_TRUE(stream->CanCapture());
+  ASSERT_TRUE(stream->BeginCapture().ok());
+  for (int i = 0; i < 3; ++i) ops::Add(context, y, x);
+  absl::StatusOr<StreamGraph> graph = stream->EndCapture();
+  ASSERT_TRUE(graph.ok()) << graph.status().message();
+  std::vector<float> values(256, 1.0f);
+  ASSERT_TRUE(CopyFromHost(x, values.data()).ok());
+  stream->Launch(*graph);
+  ASSERT_TRUE(stream->Synchronize().ok());
+  values.assign(256, 2.0f);
+  ASSERT_TRUE(CopyFromHost(x, values.data()).ok());
+  stream->Launch(*graph);
+  ASSERT_TRUE(stream->Synchronize().ok());
+  ASSERT_TRUE(CopyToHost(values.data(), y).ok());
+  for (float v : values) EXPECT_EQ(v, 3 + 6);  // nothing ran while it was captured
+}
+
+TEST_F(CudaCore, PhasesAreAsLongAsTheDeviceTakes) {
+  const auto stream = Stream::Create(gpu_).value();
+  const KernelTable* kernels = KernelsFor(gpu_).value();
+  constexpr int64_t kCount = int64_t{1} << 28;
+  const Arena memory = Arena::Create(gpu_, "phases", 2 * kCount).value();
+  const Tensor x = Tensor::Of(memory.data(), DType::kU8, {kCount}, gpu_);
+  PhaseTimer timer(*stream, 3);
+  for (int round = 0; round < 2; ++round) {
+    timer.Restart(0);
+    EXPECT_EQ(timer.Begin(1), 0);
+    for (int i = 0; i < 40; ++i) CopyBytes(*stream, memory.data() + kCount, x.data, kCount);
+    EXPECT_EQ(timer.Begin(0), 1);
+    timer.End();
+    ASSERT_TRUE(stream->Synchronize().ok());
+    const std::vector<double>& seconds = timer.Seconds();
+    // 20 GB are moved, at no more than 10 TB/s.
+    EXPECT_GT(seconds[1], 2e-3);
+    EXPECT_LT(seconds[0], seconds[1]);
+    EXPECT_EQ(seconds[2], 0);
+  }
 }
 
 TEST_F(CudaCore, EventsOrderStreams) {

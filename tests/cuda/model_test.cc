@@ -46,6 +46,8 @@ struct Outcome {
   double loss = 0;
   std::vector<Values> gradients;  // by parameter
   std::vector<Values> updates;    // of the parameters in two steps
+  double last_loss = 0;
+  int64_t captured = 0, launched = 0;
   double scale = 0;               // root mean square of all gradients' elements, / 100
   double update_scale = 0;        // of all updates' elements
 };
@@ -56,9 +58,11 @@ struct Variant {
   int64_t loss_chunk = 0;
   Recompute recompute = Recompute::kNone;
   bool tied = true;
+  bool graphs = false;
+  int steps = 2;
 };
 
-// Two steps of two micro-batches each on one rank.
+// A few steps on one rank.
 Outcome TrainOn(Device device, const ModelConfig& config, const Variant& variant,
                 const std::vector<PackedBatch>& batches) {
   Outcome out;
@@ -79,6 +83,7 @@ Outcome TrainOn(Device device, const ModelConfig& config, const Variant& variant
     STRETTO_ASSIGN_OR_RETURN(const auto adam,
                              AdamW::Create(graph, *dp, run.ops(), budget, {.eps = 1.0}));
     const ActionList actions = TrainingActions(graph, variant.recompute);
+    ReplayCache replays(*stream);
     int64_t capacity = 0;
     for (const PackedBatch& b : batches) capacity = std::max(capacity, b.tokens());
     STRETTO_ASSIGN_OR_RETURN(const FrameLayout layout, PlanFrame(graph, actions, capacity));
@@ -95,13 +100,14 @@ Outcome TrainOn(Device device, const ModelConfig& config, const Variant& variant
     for (size_t p = 0; p < graph.parameters.size(); ++p) {
       out.updates.push_back(ToHost(dp->Parameter({static_cast<int>(p)})));
     }
-    for (int step = 1; step <= 2; ++step) {
+    for (int step = 1; step <= variant.steps; ++step) {
       ops::Zero(run.ops(), scalars);
       dp->BeginStep(run);
       for (size_t i = 0; i < batches.size(); ++i) {
         Frame frame(&graph, &actions, &layout, memory.data(), device);
         STRETTO_ASSIGN_OR_RETURN(frame.tokens, feeder->Feed(batches[i]));
-        Execute(graph, actions, run, frame, &dp->hooks(i + 1 == batches.size()));
+        Execute(graph, actions, run, frame, &dp->hooks(i + 1 == batches.size()),
+                variant.graphs ? &replays : nullptr);
       }
       STRETTO_RETURN_IF_ERROR(dp->FinishGradients(run));
       adam->AddSumSquares(scalars);
@@ -115,7 +121,10 @@ Outcome TrainOn(Device device, const ModelConfig& config, const Variant& variant
       }
       adam->Step(scalars, 0.1, step);
       STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+      out.last_loss = ToHost(scalars)[StepScalars::kLossSum];
     }
+    out.captured = replays.captured();
+    out.launched = replays.launched();
     double squares = 0, update_squares = 0, elements = 0;
     for (size_t p = 0; p < graph.parameters.size(); ++p) {
       const Values after = ToHost(dp->Parameter({static_cast<int>(p)}));
@@ -238,6 +247,30 @@ TEST_F(CudaModel, RecomputationAndChunkedLossEqualTheCpu) {
 }
 
 // The comparison has to see a difference of one token's weight.
+// Pieces of a step that are launched as graphs read the tokens and parameters that are there then.
+TEST_F(CudaModel, ReplayedWorkGivesTheSameBits) {
+  for (const char* family : {"gpt2", "qwen3"}) {
+    SCOPED_TRACE(family);
+    Variant variant = {.family = family, .dtype = DType::kBF16};
+    variant.steps = 4;
+    const ModelConfig config = Sizes(family, true, true);
+    std::vector<PackedBatch> batches = Uniform(config.vocabulary);
+    batches.push_back(testing::RandomBatch({64, 64, 64}, config.vocabulary, 9));
+    batches.push_back(testing::RandomBatch({31, 7}, config.vocabulary, 10));
+    const Outcome enqueued = TrainOn(Device::Cuda(0), config, variant, batches);
+    variant.graphs = true;
+    const Outcome replayed = TrainOn(Device::Cuda(0), config, variant, batches);
+    ASSERT_TRUE(replayed.status.ok()) << replayed.status.message();
+    EXPECT_EQ(replayed.updates, enqueued.updates);
+    EXPECT_EQ(replayed.last_loss, enqueued.last_loss);
+    // Forward and backward of the first micro-batch, which begins the gradients, of the two others
+    // like it, and of the one with other documents.
+    EXPECT_EQ(replayed.captured, 6);
+    EXPECT_EQ(replayed.launched, 3 * 8 + 2);
+    EXPECT_EQ(enqueued.captured, 0);
+  }
+}
+
 TEST_F(CudaModel, AnotherBatchIsNotEqual) {
   const ModelConfig config = Sizes("gpt2", true, true);
   std::vector<PackedBatch> batches = Uniform(331);

@@ -103,6 +103,33 @@ TEST_F(CudaTrainer, GivesTheSameBitsAgainAndAfterARestart) {
   EXPECT_EQ(Losses(after), std::vector<double>(uninterrupted.begin() + 5, uninterrupted.end()));
 }
 
+TEST_F(CudaTrainer, GraphsChangeNoBit) {
+  for (const bool documents : {false, true}) {
+    const ScratchDirectory directory;
+    TrainConfig config = OnGpu(TinyRun(directory, "qwen3"));
+    config.runtime.dtype = "bf16";
+    config.data.document_attention = documents;
+    config.batch.micro = 2;  // several of the same shape in a step
+    config.runtime.graphs = false;
+    const std::vector<double> enqueued = Losses(Train(config));
+    config.runtime.graphs = true;
+    EXPECT_EQ(Losses(Train(config)), enqueued);
+    EXPECT_FALSE(enqueued.empty());
+  }
+}
+
+TEST_F(CudaTrainer, PhasesMakeUpTheStep) {
+  const ScratchDirectory directory;
+  const RunRecord record = Train(OnGpu(TinyRun(directory, "gpt2")));
+  ASSERT_TRUE(record.status.ok()) << record.status.message();
+  const StepStats& s = record.steps.back();
+  EXPECT_GT(s.forward_ms, 0);
+  EXPECT_GT(s.backward_ms, 0);
+  EXPECT_GT(s.update_ms, 0);
+  EXPECT_EQ(s.comm_exposed_ms, 0);
+  EXPECT_LE(s.data_ms + s.forward_ms + s.backward_ms + s.update_ms, 1.01 * s.step_ms);
+}
+
 TEST_F(CudaTrainer, ACheckpointGoesFromTheGpuToTheCpu) {
   const ScratchDirectory directory;
   TrainConfig config = TinyRun(directory, "gpt2");

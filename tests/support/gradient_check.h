@@ -80,7 +80,7 @@ class LayerGradientCheck {
     }
     for (size_t p = 0; p < graph_.parameters.size(); ++p) {
       param_grads.emplace_back();
-      if (!harness_.run().Touched({static_cast<int>(p)})) {
+      if (!harness_.run().touched().gradients[p]) {
         const std::vector<int>& users = graph_.parameters[p].layers;
         if (std::find(users.begin(), users.end(), index_) != users.end()) {
           errors.push_back(where + " d " + graph_.parameters[p].spec.name + ": never written");
@@ -177,7 +177,7 @@ class LayerGradientCheck {
     harness_.run().BeginStep();
     harness_.loss_total[0] = 0;
     graph_.layers[index_]->Forward(harness_.run(), frame);
-    double sum = harness_.run().loss_touched() ? harness_.loss_total[0] : 0;
+    double sum = harness_.run().touched().loss ? harness_.loss_total[0] : 0;
     for (int s : outputs_) {
       if (!frame.Grad({s}).present()) continue;
       const Rng rng(14, graph_.slots[s].name);

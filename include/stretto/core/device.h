@@ -25,6 +25,7 @@ std::string Name(Device device);
 
 struct DeviceInfo {
   std::string name;         // "NVIDIA H100 80GB HBM3"
+  std::string pci;          // "0000:1b:00.0"
   int devices = 1;          // of this kind that the process can see
   int64_t total_bytes = 0;  // of its memory
   int64_t free_bytes = 0;

@@ -16,6 +16,7 @@
 namespace stretto {
 
 class Stream;
+class DeviceGraph;   // src/core/device_runtime.h
 class DeviceQueue;   // src/core/device_runtime.h
 struct DeviceFault;  // src/core/device_fault.h
 
@@ -31,6 +32,20 @@ class Event {
   friend class Stream;
   const Stream* stream_ = nullptr;
   uint64_t ticket_ = 0;
+};
+
+// Work that was captured on a stream once and can be launched on it again and again. Ends before its
+// stream.
+class StreamGraph {
+ public:
+  StreamGraph();
+  ~StreamGraph();
+  StreamGraph(StreamGraph&&) noexcept;
+  StreamGraph& operator=(StreamGraph&&) noexcept;
+
+ private:
+  friend class Stream;
+  std::unique_ptr<DeviceGraph> graph_;
 };
 
 enum class StreamMode : uint8_t {
@@ -74,6 +89,15 @@ class Stream {
   // Later work on this stream starts after `event`. Never blocks the host unless the stream is
   // inline and the event belongs to a FIFO stream.
   void Wait(const Event& event);
+  // Whether work can be captured. The CPU's is not: it would gain nothing.
+  bool CanCapture() const { return device_queue_ != nullptr; }
+  // From here to EndCapture work is kept instead of run. In between nobody records an event on this
+  // stream, waits for one, copies, or asks for anything that makes the host wait. Every address and
+  // number that the work was enqueued with stays in it.
+  absl::Status BeginCapture();
+  absl::StatusOr<StreamGraph> EndCapture();
+  void Launch(const StreamGraph& graph);
+
   // Blocks until all enqueued work has finished; returns the first error so far.
   absl::Status Synchronize();
 
@@ -103,6 +127,7 @@ class Stream {
 
  private:
   friend class Event;
+  friend class PhaseTimer;
   friend void CopyBytes(Stream& stream, void* to, const void* from, int64_t bytes);
   struct Queue;
   Stream(Device device, StreamOptions options);

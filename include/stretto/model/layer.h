@@ -209,6 +209,7 @@ class Frame {
   bool AccumulateGrad(SlotId slot) const;
   bool Dropped(SlotId slot) const { return actions_->dropped[slot.value]; }
   bool training() const { return actions_->training; }
+  const std::byte* memory() const { return memory_; }
 
   void Begin(const Action& action) { action_ = action; }  // executor only
 
@@ -243,14 +244,15 @@ class Run {
     bool accumulate = false;
   };
   Target Gradient(ParamId id) {
-    Target t{gradients_[id.value], touched_[id.value] != 0};
-    touched_[id.value] = 1;
+    uint8_t& touched = touched_.gradients[static_cast<size_t>(id.value)];
+    const Target t{gradients_[id.value], touched != 0};
+    touched = 1;
     return t;
   }
   // f64 [2]: sum of token losses and of token weights of this step so far.
   Target LossTotal() {
-    Target t{loss_total_, loss_touched_};
-    loss_touched_ = true;
+    const Target t{loss_total_, touched_.loss};
+    touched_.loss = true;
     return t;
   }
 
@@ -259,15 +261,21 @@ class Run {
                   std::vector<Tensor> constants, Tensor loss_total);
   // Nothing has been accumulated yet.
   void BeginStep();
-  bool Touched(ParamId id) const { return touched_[id.value] != 0; }
-  bool loss_touched() const { return loss_touched_; }
+  // What has been written since BeginStep and is added to from now on.
+  struct Touched {
+    std::vector<uint8_t> gradients;  // by parameter
+    bool loss = false;
+    bool operator==(const Touched&) const = default;
+  };
+  const Touched& touched() const { return touched_; }
+  // For work that is enqueued without asking for its targets again.
+  void SetTouched(const Touched& touched) { touched_ = touched; }
 
  private:
   ops::Context ops_;
   std::vector<Tensor> parameters_, gradients_, constants_;
-  std::vector<uint8_t> touched_;
+  Touched touched_;
   Tensor loss_total_;
-  bool loss_touched_ = false;
 };
 
 }  // namespace stretto

@@ -21,9 +21,12 @@ struct StepStats {
   bool skipped = false;             // the update was not applied (loss or gradient out of bounds)
   int64_t skipped_total = 0;        // so far
   std::optional<double> eval_loss;  // nats per token, when evaluated after this step
-  // Where the time went, on this rank.
+  // Where the time went, on this rank: the host's until the batch was there, then the device's own,
+  // which follow each other without gaps.
   double data_ms = 0;  // waiting for the batch
-  double compute_ms = 0;
+  double forward_ms = 0;
+  double backward_ms = 0;  // recomputation included
+  double update_ms = 0;    // norm of the gradient, clipping, optimizer
   double comm_exposed_ms = 0;  // waiting for communication that nothing overlapped
 };
 

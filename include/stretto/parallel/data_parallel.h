@@ -11,6 +11,7 @@
 #include "stretto/comm/communicator.h"
 #include "stretto/core/arena.h"
 #include "stretto/core/budget.h"
+#include "stretto/core/phase_timer.h"
 #include "stretto/core/state.h"
 #include "stretto/model/graph.h"
 #include "stretto/model/layer.h"
@@ -18,11 +19,22 @@
 
 namespace stretto {
 
+// What a step's time is spent on, for a PhaseTimer.
+enum class StepPhase : int {
+  kForward,
+  kBackward,
+  kExposed,  // waiting for communication that nothing overlapped
+  kUpdate,   // norm, clipping, optimizer
+  kCount,
+};
+
 struct DataParallelOptions {
   // false: all gradient communication happens after backward and all gathers before forward.
   bool overlap = true;
   // A bucket is closed when its gradients reach this size.
   int64_t bucket_bytes = 25 << 20;
+  // Told when forward, backward and waits begin; null: nobody is. Outlives the DataParallel.
+  PhaseTimer* timer = nullptr;
 };
 
 // The rows of one parameter that this rank updates: views into the storages. Rows are cut evenly,
@@ -90,12 +102,12 @@ class DataParallel {
   // Adds the parameters, each rank owning its shard, under their names.
   absl::Status Register(StateRegistry* registry) const;
   int64_t bytes() const;
-  // Seconds that this rank has spent waiting for gradients and parameters since the last call.
-  double TakeExposedSeconds();
 
  private:
   class Hooks;
   absl::Status TimedWait(Ticket* ticket);
+  // Returns the phase until now, -1 when there was none.
+  int Enter(StepPhase phase);
   struct Bucket {
     std::vector<int> params;
     int ready_layer = 0;  // complete after this layer's BackwardWeight
@@ -122,7 +134,6 @@ class DataParallel {
   std::vector<std::vector<int>> layer_buckets_;  // whose parameters a layer's forward needs
   std::unique_ptr<Hooks> plain_hooks_, last_hooks_;
   Run* run_ = nullptr;
-  double exposed_seconds_ = 0;
 };
 
 }  // namespace stretto

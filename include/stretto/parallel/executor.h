@@ -2,7 +2,11 @@
 #ifndef STRETTO_PARALLEL_EXECUTOR_H_
 #define STRETTO_PARALLEL_EXECUTOR_H_
 
+#include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include "stretto/core/arena.h"
 #include "stretto/core/budget.h"
@@ -18,6 +22,11 @@ namespace stretto {
 class ActionHooks {
  public:
   virtual ~ActionHooks() = default;
+  // Forward begins, or backward (recomputation counts as backward).
+  virtual void BeginPass(bool /*backward*/) {}
+  // Whether BeforeForward or AfterBackwardWeight has something to do at this action now. They are
+  // not called where it has not, and what lies between may be enqueued as one piece.
+  virtual bool ActsAt(const Action& /*action*/) const { return true; }
   virtual void BeforeForward(int /*layer*/) {}
   virtual void AfterBackwardWeight(int /*layer*/) {}
   virtual void BetweenActions() {}
@@ -55,10 +64,40 @@ class TokenFeeder {
   int next_ = 0;
 };
 
+// Pieces of work that a device has captured (Stream::BeginCapture), to be launched again whenever
+// the same actions run in the same place on as many tokens and documents: then the host enqueues
+// one thing instead of hundreds. What is met for the first time runs as always, and is captured
+// when it comes back; so batches that never look alike cost nothing but the look.
+class ReplayCache {
+ public:
+  // The stream outlives the cache.
+  explicit ReplayCache(Stream& stream);
+  ~ReplayCache();
+
+  // Enqueues actions [first, end) of `list`, by `enqueue` or by what that did before. `enqueue` must
+  // do nothing but enqueue work on the stream.
+  void Run(const ActionList& list, size_t first, size_t end, stretto::Run& run, const Frame& frame,
+           const std::function<void()>& enqueue);
+  // Pieces captured and launched so far.
+  int64_t captured() const { return captured_; }
+  int64_t launched() const { return launched_; }
+
+ private:
+  struct Piece;
+  Piece* Find(std::vector<Piece>& pieces, const Piece& wanted);
+
+  Stream& stream_;
+  std::unique_ptr<Piece> wanted_;
+  std::vector<Piece> seen_;    // once, the oldest is overwritten
+  std::vector<Piece> pieces_;  // captured
+  uint64_t clock_ = 0;
+  int64_t captured_ = 0, launched_ = 0;
+};
+
 // Enqueues the whole list in order. `frame` must have been planned for these actions. Errors are
-// sticky on the run's stream.
+// sticky on the run's stream. `replays` belongs to the same stream.
 void Execute(const Graph& graph, const ActionList& list, Run& run, Frame& frame,
-             ActionHooks* hooks = nullptr);
+             ActionHooks* hooks = nullptr, ReplayCache* replays = nullptr);
 
 }  // namespace stretto
 

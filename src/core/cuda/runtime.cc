@@ -6,6 +6,7 @@
 #include <atomic>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 
@@ -79,6 +80,16 @@ absl::Status FaultStatus(const DeviceFault& fault) {
   }
 }
 
+class CudaGraph final : public DeviceGraph {
+ public:
+  explicit CudaGraph(cudaGraphExec_t graph) : graph_(graph) {}
+  ~CudaGraph() override { cudaGraphExecDestroy(graph_); }
+  cudaGraphExec_t get() const { return graph_; }
+
+ private:
+  cudaGraphExec_t graph_;
+};
+
 class CudaQueue final : public DeviceQueue {
  public:
   static absl::StatusOr<std::unique_ptr<DeviceQueue>> Create(int index,
@@ -114,6 +125,7 @@ class CudaQueue final : public DeviceQueue {
     for (cudaEvent_t event : events_) {
       if (event != nullptr) cudaEventDestroy(event);
     }
+    for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
     if (workspace_.data != nullptr) cudaFree(workspace_.data);
     if (fault_ != nullptr) {
@@ -176,6 +188,46 @@ class CudaQueue final : public DeviceQueue {
                                                      cudaMemcpyDefault, stream_));
   }
 
+  // Only this queue is captured: other threads, and other queues of this one, go on as they were.
+  absl::Status BeginCapture() override {
+    return Failed("cudaStreamBeginCapture",
+                  cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed));
+  }
+
+  absl::StatusOr<std::unique_ptr<DeviceGraph>> EndCapture() override {
+    cudaGraph_t captured = nullptr;
+    STRETTO_RETURN_IF_ERROR(
+        Failed("cudaStreamEndCapture", cudaStreamEndCapture(stream_, &captured)));
+    cudaGraphExec_t graph = nullptr;
+    const cudaError_t error = cudaGraphInstantiate(&graph, captured, 0);
+    cudaGraphDestroy(captured);
+    STRETTO_RETURN_IF_ERROR(Failed("cudaGraphInstantiate", error));
+    return std::make_unique<CudaGraph>(graph);
+  }
+
+  absl::Status Launch(const DeviceGraph& graph) override {
+    return Failed("cudaGraphLaunch",
+                  cudaGraphLaunch(static_cast<const CudaGraph&>(graph).get(), stream_));
+  }
+
+  absl::Status MarkTime(int mark) override {
+    while (marks_.size() <= static_cast<size_t>(mark)) {
+      cudaEvent_t event = nullptr;
+      STRETTO_RETURN_IF_ERROR(Failed("cudaEventCreate", cudaEventCreate(&event)));
+      marks_.push_back(event);
+    }
+    return Failed("cudaEventRecord", cudaEventRecord(marks_[static_cast<size_t>(mark)], stream_));
+  }
+
+  double SecondsBetween(int from, int to) const override {
+    float ms = 0;
+    const cudaError_t error = cudaEventElapsedTime(&ms, marks_[static_cast<size_t>(from)],
+                                                   marks_[static_cast<size_t>(to)]);
+    if (error == cudaSuccess) return 1e-3 * static_cast<double>(ms);
+    cudaGetLastError();  // a time that is not known is no error of a kernel
+    return -1;
+  }
+
  private:
   static constexpr int kEvents = 256;
   explicit CudaQueue(int index) : index_(index) {}
@@ -183,6 +235,7 @@ class CudaQueue final : public DeviceQueue {
   int index_;
   cudaStream_t stream_ = nullptr;
   std::array<cudaEvent_t, kEvents> events_ = {};
+  std::vector<cudaEvent_t> marks_;  // with times
   std::atomic<uint64_t> points_{0};
   mutable std::atomic<uint64_t> finished_{0};
   Stream::Workspace workspace_;
@@ -229,6 +282,10 @@ class Runtime final : public DeviceRuntime {
         Failed("cudaGetDeviceProperties", cudaGetDeviceProperties(&properties, index)));
     DeviceInfo info;
     info.name = properties.name;
+    char pci[32] = {};
+    STRETTO_RETURN_IF_ERROR(
+        Failed("cudaDeviceGetPCIBusId", cudaDeviceGetPCIBusId(pci, sizeof(pci), index)));
+    info.pci = pci;
     info.devices = count;
     info.total_bytes = static_cast<int64_t>(properties.totalGlobalMem);
     info.major = properties.major;

@@ -55,10 +55,12 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   s.skipped_total = 3;
   s.eval_loss = 2.5;
   s.data_ms = 1;
-  s.compute_ms = 2;
+  s.forward_ms = 2;
+  s.backward_ms = 2.5;
+  s.update_ms = 2.75;
   s.comm_exposed_ms = 3;
   const Json j = Json::parse(StepStatsJson(s, 1.5e9));
-  EXPECT_EQ(j.size(), 17u);
+  EXPECT_EQ(j.size(), 19u);
   EXPECT_EQ(j["step"], 12);
   EXPECT_EQ(j["loss"].get<double>(), 0.1 + 0.2);  // all digits: curves can be compared bit for bit
   EXPECT_EQ(j["grad_norm"].get<double>(), 1e-300);
@@ -71,6 +73,9 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   EXPECT_EQ(j["skipped"], true);
   EXPECT_EQ(j["skipped_total"], 3);
   EXPECT_EQ(j["eval_loss"], 2.5);
+  EXPECT_EQ(j["forward_ms"], 2);
+  EXPECT_EQ(j["backward_ms"], 2.5);
+  EXPECT_EQ(j["update_ms"], 2.75);
   EXPECT_EQ(j["comm_exposed_ms"], 3);
   EXPECT_EQ(j["time"], 1.5e9);
 }

@@ -1,0 +1,42 @@
+// Where a stream's time goes, by phase, on the stream's own clock.
+#ifndef STRETTO_CORE_PHASE_TIMER_H_
+#define STRETTO_CORE_PHASE_TIMER_H_
+
+#include <chrono>
+#include <vector>
+
+#include "stretto/core/stream.h"
+
+namespace stretto {
+
+// Cuts a stream's work into phases that follow each other without gaps. A device notes the times
+// itself, so a phase that waits for another stream is as long as that wait holds this stream up,
+// whatever the host does meanwhile. Nothing is read before the work is done.
+class PhaseTimer {
+ public:
+  // Numbers of phases are below `phases`. The stream outlives the timer.
+  PhaseTimer(Stream& stream, int phases);
+
+  // Forgets everything and begins `phase` here.
+  void Restart(int phase);
+  // What is enqueued from now on belongs to `phase`. Returns the phase until now.
+  int Begin(int phase);
+  // The last phase ends here.
+  void End();
+  // Seconds of each phase between Restart and End, when the stream has been synchronized since.
+  // -1 for all of them where the device did not tell.
+  const std::vector<double>& Seconds();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  void Mark(int phase);
+
+  Stream& stream_;
+  std::vector<double> seconds_;
+  std::vector<int> phases_;              // by mark: what begins there
+  std::vector<Clock::time_point> times_;  // by mark; the CPU's
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_CORE_PHASE_TIMER_H_

@@ -67,7 +67,7 @@ struct TrainConfig {
     std::string stream = "inline";
     std::string recompute = "none";
     int64_t loss_chunk = 0;
-    bool graphs = true;
+    bool graphs = false;
     double timeout_seconds = 600;
     int64_t host_memory_bytes = -1;
     int64_t device_memory_bytes = -1;

@@ -1,0 +1,220 @@
+#include "stretto/plan/program.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <iterator>
+#include <map>
+#include <set>
+#include <tuple>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+
+namespace stretto {
+namespace {
+
+absl::Status CheckItem(int pipelines, size_t index, const PlanItem& item) {
+  std::set<int> seen;
+  for (int p : item.pipelines) {
+    if (p < 0 || p >= pipelines) {
+      return absl::InvalidArgumentError(absl::StrCat("item ", index, " is meant for pipeline ", p,
+                                                     ", but there are ", pipelines));
+    }
+    if (!seen.insert(p).second) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("item ", index, " names pipeline ", p, " twice"));
+    }
+  }
+  if (seen.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("item ", index, " is given to no pipeline"));
+  }
+  return absl::OkStatus();
+}
+
+using Key = std::tuple<StageWork, int, int>;  // of a schedule's action
+Key KeyOf(const StageAction& a) { return {a.work, a.stage, a.micro_batch}; }
+
+// A place for each action of a schedule, such that every rank's own order and every dependency
+// between ranks is ascending: the order in which they run when each takes as long as any other, of
+// those that run at the same time the later stage first.
+std::map<Key, int64_t> PlacesOf(const Schedule& s) {
+  std::map<Key, int64_t> places;
+  std::map<std::tuple<bool, int, int>, int64_t>
+      finished;  // forward or backward, stage, micro-batch
+  std::vector<std::tuple<int64_t, int, Key>> starts;
+  std::vector<size_t> next(s.of_rank.size(), 0);
+  std::vector<int64_t> now(s.of_rank.size(), 0);
+  const auto when = [&](bool forward, int stage, int m) -> int64_t {
+    const auto found = finished.find({forward, stage, m});
+    return found == finished.end() ? -1 : found->second;
+  };
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (size_t rank = 0; rank < s.of_rank.size(); ++rank) {
+      for (; next[rank] < s.of_rank[rank].size(); ++next[rank]) {
+        const StageAction& a = s.of_rank[rank][next[rank]];
+        const bool forward = a.work == StageWork::kForward;
+        int64_t ready = 0;
+        if (forward && a.stage > 0) ready = when(true, a.stage - 1, a.micro_batch);
+        if (a.work == StageWork::kBackward || a.work == StageWork::kBackwardInput) {
+          if (a.stage + 1 < s.stages) ready = when(false, a.stage + 1, a.micro_batch);
+        }
+        if (ready < 0) break;
+        const int64_t start = std::max(now[rank], ready);
+        starts.emplace_back(start, -a.stage, KeyOf(a));
+        now[rank] = start + 1;
+        if (a.work != StageWork::kBackwardWeight) {
+          finished[{forward, a.stage, a.micro_batch}] = start + 1;
+        }
+        moved = true;
+      }
+    }
+  }
+  std::sort(starts.begin(), starts.end());
+  for (const auto& [start, stage, key] : starts) {
+    const auto place = static_cast<int64_t>(places.size());
+    places.emplace(key, place);
+  }
+  return places;
+}
+
+Program Empty(const Schedule& schedule, int pipelines, std::vector<PlanItem> items) {
+  Program program = {.kind = schedule.kind,
+                     .pipelines = pipelines,
+                     .pipeline_ranks = schedule.ranks,
+                     .stages = schedule.stages,
+                     .place_of_stage = schedule.rank_of_stage,
+                     .items = std::move(items)};
+  program.of_rank.resize(static_cast<size_t>(program.ranks()));
+  return program;
+}
+
+// Adds one pipeline's actions: `item_at[m]` is its item in the place of micro-batch m, or -1.
+void Fill(const Schedule& schedule, const std::map<Key, int64_t>& places, int pipeline,
+          const std::vector<int>& item_at, Program* program) {
+  for (int place = 0; place < schedule.ranks; ++place) {
+    std::vector<ProgramAction>& out =
+        program->of_rank[static_cast<size_t>(pipeline * schedule.ranks + place)];
+    for (const StageAction& a : schedule.of_rank[static_cast<size_t>(place)]) {
+      const int item = item_at[static_cast<size_t>(a.micro_batch)];
+      if (item < 0) {
+        if (!out.empty()) out.back().with_next = false;
+        continue;
+      }
+      // Those who share an item get one number: that of its first pipeline.
+      const PlanItem& shared = program->items[static_cast<size_t>(item)];
+      out.push_back({.work = a.work,
+                     .with_next = a.with_next,
+                     .stage = a.stage,
+                     .item = item,
+                     .order = places.at(KeyOf(a)) * program->pipelines + shared.pipelines.front()});
+    }
+    if (!out.empty()) out.back().with_next = false;
+  }
+}
+
+}  // namespace
+
+absl::Status AssignLevels(int pipelines, std::vector<PlanItem>* items) {
+  std::vector<int> next(static_cast<size_t>(std::max(pipelines, 0)), 0);
+  for (size_t i = 0; i < items->size(); ++i) {
+    PlanItem& item = (*items)[i];
+    STRETTO_RETURN_IF_ERROR(CheckItem(pipelines, i, item));
+    item.level = 0;
+    for (int p : item.pipelines) item.level = std::max(item.level, next[static_cast<size_t>(p)]);
+    for (int p : item.pipelines) next[static_cast<size_t>(p)] = item.level + 1;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeline_ranks,
+                                    int chunks, std::vector<PlanItem> items) {
+  STRETTO_RETURN_IF_ERROR(AssignLevels(pipelines, &items));
+  int levels = 0;
+  for (const PlanItem& item : items) levels = std::max(levels, item.level + 1);
+  STRETTO_ASSIGN_OR_RETURN(const Schedule schedule,
+                           MakeSchedule(kind, pipeline_ranks, chunks, levels));
+  const std::map<Key, int64_t> places = PlacesOf(schedule);
+  Program program = Empty(schedule, pipelines, std::move(items));
+  for (int p = 0; p < pipelines; ++p) {
+    std::vector<int> item_at(static_cast<size_t>(levels), -1);
+    for (size_t i = 0; i < program.items.size(); ++i) {
+      const PlanItem& item = program.items[i];
+      if (std::find(item.pipelines.begin(), item.pipelines.end(), p) != item.pipelines.end()) {
+        item_at[static_cast<size_t>(item.level)] = static_cast<int>(i);
+      }
+    }
+    Fill(schedule, places, p, item_at, &program);
+  }
+  return program;
+}
+
+absl::StatusOr<Program> MakeProgramWithoutLevels(ScheduleKind kind, int pipelines,
+                                                 int pipeline_ranks, int chunks,
+                                                 std::vector<PlanItem> items) {
+  STRETTO_RETURN_IF_ERROR(AssignLevels(pipelines, &items));
+  STRETTO_ASSIGN_OR_RETURN(const Schedule none, MakeSchedule(kind, pipeline_ranks, chunks, 0));
+  Program program = Empty(none, pipelines, std::move(items));
+  for (int p = 0; p < pipelines; ++p) {
+    std::vector<int> own;
+    for (size_t i = 0; i < program.items.size(); ++i) {
+      const PlanItem& item = program.items[i];
+      if (std::find(item.pipelines.begin(), item.pipelines.end(), p) != item.pipelines.end()) {
+        own.push_back(static_cast<int>(i));
+      }
+    }
+    STRETTO_ASSIGN_OR_RETURN(const Schedule schedule, MakeSchedule(kind, pipeline_ranks, chunks,
+                                                                   static_cast<int>(own.size())));
+    Fill(schedule, PlacesOf(schedule), p, own, &program);
+  }
+  return program;
+}
+
+uint64_t Program::Hash() const {
+  std::vector<int64_t> words = {static_cast<int64_t>(kind), pipelines, pipeline_ranks, stages};
+  const auto list = [&](const auto& values) {
+    words.push_back(static_cast<int64_t>(values.size()));
+    words.insert(words.end(), values.begin(), values.end());
+  };
+  list(place_of_stage);
+  words.push_back(static_cast<int64_t>(items.size()));
+  for (const PlanItem& item : items) {
+    words.push_back(item.tokens);
+    words.push_back(item.level);
+    list(item.lengths);
+    list(item.pipelines);
+  }
+  for (const std::vector<ProgramAction>& actions : of_rank) {
+    words.push_back(static_cast<int64_t>(actions.size()));
+    for (const ProgramAction& a : actions) {
+      words.insert(words.end(),
+                   {static_cast<int64_t>(a.work), a.with_next ? 1 : 0, a.stage, a.item, a.order});
+    }
+  }
+  return XXH64(words.data(), words.size() * sizeof(words[0]), 0);
+}
+
+std::string Program::Describe() const {
+  std::string out = absl::StrFormat(
+      "%s, %d %s of %d %s and %d %s, %d %s, program %016x\n", Name(kind), pipelines,
+      pipelines == 1 ? "pipeline" : "pipelines", pipeline_ranks,
+      pipeline_ranks == 1 ? "rank" : "ranks", stages, stages == 1 ? "stage" : "stages",
+      items.size(), items.size() == 1 ? "item" : "items", Hash());
+  for (size_t r = 0; r < of_rank.size(); ++r) {
+    absl::StrAppend(&out, "rank ", r, ":");
+    for (const ProgramAction& a : of_rank[r]) {
+      const char* work = a.work == StageWork::kForward         ? "F"
+                         : a.work == StageWork::kBackward      ? "BW"
+                         : a.work == StageWork::kBackwardInput ? "B"
+                                                               : "W";
+      absl::StrAppend(&out, " ", work, a.item);
+      if (stages > pipeline_ranks) absl::StrAppend(&out, "@", a.stage);
+      if (a.with_next) absl::StrAppend(&out, "+");
+    }
+    absl::StrAppend(&out, "\n");
+  }
+  return out;
+}
+
+}  // namespace stretto

@@ -1,0 +1,73 @@
+#include "stretto/plan/cost.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+
+namespace stretto {
+namespace {
+
+using ::testing::HasSubstr;
+
+CostModel Example() {
+  CostModel cost;
+  cost.device = "a \"device\"";
+  cost.forward = {{1e-3, 2e-6, 3e-9}, {0, 1e-6, 0}};
+  cost.backward_input = {{1e-3, 4e-6, 3e-9}};
+  cost.backward_weight = {{.fixed = 0.5}};
+  cost.woven = 0.9;
+  cost.boundary_bytes_per_token = 1536;
+  cost.link_latency = 2e-6;
+  cost.link_bytes_per_second = 4e10;
+  return cost;
+}
+
+TEST(CostModel, SecondsFollowTokensPairsAndShares) {
+  const CostModel cost = Example();
+  const Program program = MakeProgram(ScheduleKind::kOneF1B, 2, 2, 1,
+                                      {{.tokens = 30, .lengths = {20, 10}, .pipelines = {0}},
+                                       {.tokens = 30, .lengths = {20, 10}, .pipelines = {0, 1}}})
+                              .value();
+  const double pairs = 20 * 21 / 2 + 10 * 11 / 2;
+  const auto seconds = [&](StageWork work, int stage, int item) {
+    return cost.Seconds(program, {.work = work, .stage = stage, .item = item});
+  };
+  EXPECT_DOUBLE_EQ(seconds(StageWork::kForward, 0, 0), 1e-3 + 30 * 2e-6 + pairs * 3e-9);
+  EXPECT_DOUBLE_EQ(seconds(StageWork::kForward, 0, 1), 1e-3 + (30 * 2e-6 + pairs * 3e-9) / 2);
+  EXPECT_DOUBLE_EQ(seconds(StageWork::kForward, 1, 0), 30 * 1e-6);
+  EXPECT_DOUBLE_EQ(seconds(StageWork::kBackward, 1, 0),
+                   seconds(StageWork::kBackwardInput, 1, 0) + 0.5);
+  EXPECT_DOUBLE_EQ(cost.BoundarySeconds(program.items[0]), 2e-6 + 30 * 1536 / 4e10);
+  EXPECT_DOUBLE_EQ(cost.BoundarySeconds(program.items[1]), 2e-6 + 15 * 1536 / 4e10);
+}
+
+TEST(CostModel, TheFileGoesThereAndBack) {
+  const auto parsed = ParseCostModel(ToJson(Example()), "costs.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  EXPECT_EQ(*parsed, Example());
+}
+
+TEST(CostModel, NamesWhatIsWrongWithAFile) {
+  const std::string good = ToJson(Example());
+  const auto error = [&](const std::string& from, const std::string& to) {
+    std::string text = good;
+    const size_t at = text.find(from);
+    EXPECT_NE(at, std::string::npos) << from;
+    text.replace(at, from.size(), to);
+    return std::string(ParseCostModel(text, "costs.json").status().message());
+  };
+  EXPECT_THAT(error("{", "["), HasSubstr("costs.json is no cost model"));
+  EXPECT_THAT(error("\"version\": 1", "\"version\": 2"), HasSubstr("\"version\" must be 1"));
+  EXPECT_THAT(error("\"woven\": 0.9", "\"woven\": -1"), HasSubstr("\"woven\""));
+  EXPECT_THAT(error("\"woven\"", "\"wovne\""), HasSubstr("wov"));
+  EXPECT_THAT(error("\"fixed\": 0.001", "\"fixed\": \"x\""),
+              HasSubstr("\"fixed\" must be a number"));
+  EXPECT_THAT(error("\"per_pair\": 0.0", "\"per_pear\": 0.0"), HasSubstr("per_p"));
+  EXPECT_THAT(error("\"a \\\"device\\\"\"", "3"), HasSubstr("\"device\""));
+  EXPECT_THAT(error("\"forward\": [", "\"forward\": 1, \"x\": ["), HasSubstr("\"forward\""));
+  EXPECT_FALSE(ParseCostModel("", "costs.json").ok());
+}
+
+}  // namespace
+}  // namespace stretto

@@ -191,6 +191,16 @@ char Letter(StageWork work) {
   return '?';
 }
 
+// Actions of one unit have the same times.
+size_t UnitEnd(const std::vector<Span>& spans, size_t first) {
+  size_t end = first + 1;
+  while (end < spans.size() && spans[end].start == spans[first].start &&
+         spans[end].end == spans[first].end && spans[first].end > spans[first].start) {
+    ++end;
+  }
+  return end;
+}
+
 }  // namespace
 
 double Timeline::IdleFraction() const {
@@ -239,13 +249,21 @@ std::string DrawText(const Program& program, const Timeline& timeline, int colum
   const double scale = timeline.seconds > 0 ? static_cast<double>(columns) / timeline.seconds : 0;
   for (size_t rank = 0; rank < timeline.of_rank.size(); ++rank) {
     std::string line(static_cast<size_t>(columns), '.');
-    for (const Span& span : timeline.of_rank[rank]) {
-      const ProgramAction& a = program.of_rank[rank][static_cast<size_t>(span.action)];
-      const auto first = static_cast<size_t>(span.start * scale + 0.5);
-      const auto end = std::min(line.size(), static_cast<size_t>(span.end * scale + 0.5));
-      const std::string label = absl::StrCat(std::string(1, Letter(a.work)), a.item);
-      for (size_t c = first; c < end; ++c) {
-        line[c] = c - first < label.size() ? label[c - first] : '-';
+    const std::vector<Span>& spans = timeline.of_rank[rank];
+    for (size_t first = 0, end = 0; first < spans.size(); first = end) {
+      end = UnitEnd(spans, first);
+      // Those of a unit share its time here, one after the other.
+      const double part =
+          (spans[first].end - spans[first].start) / static_cast<double>(end - first);
+      for (size_t i = first; i < end; ++i) {
+        const ProgramAction& a = program.of_rank[rank][static_cast<size_t>(spans[i].action)];
+        const double start = spans[first].start + part * static_cast<double>(i - first);
+        const auto from = static_cast<size_t>(start * scale + 0.5);
+        const auto to = std::min(line.size(), static_cast<size_t>((start + part) * scale + 0.5));
+        const std::string label = absl::StrCat(std::string(1, Letter(a.work)), a.item);
+        for (size_t c = from; c < to; ++c) {
+          line[c] = c - from < label.size() ? label[c - from] : '-';
+        }
       }
     }
     absl::StrAppendFormat(&out, "%4d %s\n", rank, line);
@@ -281,9 +299,7 @@ std::string DrawSvg(const Program& program, const Timeline& timeline) {
     absl::StrAppendFormat(&out, "<text x=\"4\" y=\"%.1f\">rank %d</text>\n", y + 16, rank);
     const std::vector<Span>& spans = timeline.of_rank[rank];
     for (size_t first = 0, end = 0; first < spans.size(); first = end) {
-      // Those of a unit share its box, one above the other.
-      for (end = first + 1; end < spans.size() && spans[end].start == spans[first].start; ++end) {
-      }
+      end = UnitEnd(spans, first);  // those of a unit share its box, one above the other
       const double h = (kRow - 4) / static_cast<double>(end - first);
       for (size_t i = first; i < end; ++i) {
         const ProgramAction& a = program.of_rank[rank][static_cast<size_t>(spans[i].action)];

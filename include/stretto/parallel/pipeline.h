@@ -1,0 +1,100 @@
+// Runs one rank's part of a program: actions in the program's order, and what travels between
+// stages.
+#ifndef STRETTO_PARALLEL_PIPELINE_H_
+#define STRETTO_PARALLEL_PIPELINE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "stretto/comm/communicator.h"
+#include "stretto/core/arena.h"
+#include "stretto/core/budget.h"
+#include "stretto/core/stream.h"
+#include "stretto/plan/program.h"
+
+namespace stretto {
+
+// What goes from a stage to its neighbour on another rank: activations up, their gradients down.
+struct BoundaryMessage {
+  int64_t order = 0;  // of the action that makes it; both ends submit their messages in this order
+  int peer = 0;       // rank
+  bool receive = false;
+  bool forward = true;
+  int stage = 0;  // that makes it
+  int item = 0;
+  int action = 0;  // index of this rank's action that makes or takes it
+};
+// One rank's messages, ascending in order. The message's way up ends at stage + 1, down at
+// stage - 1.
+std::vector<BoundaryMessage> MessagesOf(const Program& program, int rank);
+
+// Buffers that suffice for a rank in any case: the most messages that have been made and not yet
+// been taken when actions run in the program's order. With fewer a rank could wait for one that is
+// given back only by what comes after.
+struct BoundaryBuffers {
+  int sends = 0, receives = 0;
+  int kept = 0;  // between two stages that lie on this rank
+};
+BoundaryBuffers BuffersOf(const Program& program, int rank);
+
+// What a rank does in an action. All that it does it enqueues on the stream.
+class StageWorker {
+ public:
+  virtual ~StageWorker() = default;
+  // Rows of this rank's share of an item.
+  virtual int64_t Tokens(int item) const = 0;
+  // Forward: `in` [tokens, width] is what the stage before made (absent on the first), `out` what
+  // this one makes (absent on the last). Backward and its input half: `in` is the gradient of what
+  // this stage made (absent on the last), `out` that of what it took (absent on the first). Weight
+  // half: both absent.
+  virtual absl::Status Run(const ProgramAction& action, Tensor in, Tensor out) = 0;
+};
+
+class PipelineExecutor {
+ public:
+  // For items of at most `token_capacity` rows on this rank. `ranks` of the program are the
+  // members of `group`, by index. Reserves its buffers from `budget`: as many as `program` needs.
+  static absl::StatusOr<std::unique_ptr<PipelineExecutor>> Create(
+      Communicator& comm, const Group& group, Stream& stream, const Program& program,
+      int64_t token_capacity, int64_t width, DType dtype, Budget& budget);
+  ~PipelineExecutor();
+
+  // Runs the program's actions of this rank. All ranks of the group call it with the same program.
+  // FAILED_PRECONDITION when it needs more buffers or rows than it was created for. Work may still
+  // be under way on the stream and messages in flight when it returns; the next Run and Finish wait
+  // for them.
+  absl::Status Run(const Program& program, StageWorker& worker);
+  // Waits for the messages in flight.
+  absl::Status Finish();
+
+  int64_t bytes() const { return arena_.bytes(); }
+
+ private:
+  struct Buffer {
+    Tensor memory;      // [capacity, width]
+    Ticket ticket = 0;  // of the send that reads it
+    Event free;         // the work that read it last
+    bool taken = false;
+  };
+  struct Pool {
+    std::vector<Buffer> buffers;
+    size_t next = 0;
+  };
+  PipelineExecutor(Communicator& comm, const Group& group, Stream& stream)
+      : comm_(comm), group_(group), stream_(stream) {}
+  absl::StatusOr<Buffer*> Take(Pool& pool);
+  Tensor View(const Buffer& buffer, int64_t tokens) const;
+
+  Communicator& comm_;
+  Group group_;
+  Stream& stream_;
+  Arena arena_;
+  int64_t token_capacity_ = 0;
+  Pool sends_, receives_, kept_;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_PARALLEL_PIPELINE_H_

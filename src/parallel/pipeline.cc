@@ -1,0 +1,274 @@
+#include "stretto/parallel/pipeline.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace stretto {
+namespace {
+
+// What an action makes for a neighbouring stage, or takes from it.
+struct Boundary {
+  bool there = false;
+  bool forward = true;
+  int from = 0, to = 0;  // stages
+};
+
+Boundary MadeBy(const Program& program, const ProgramAction& a) {
+  if (a.work == StageWork::kForward)
+    return {a.stage + 1 < program.stages, true, a.stage, a.stage + 1};
+  if (a.work == StageWork::kBackwardWeight) return {};
+  return {a.stage > 0, false, a.stage, a.stage - 1};
+}
+Boundary TakenBy(const Program& program, const ProgramAction& a) {
+  if (a.work == StageWork::kForward) return {a.stage > 0, true, a.stage - 1, a.stage};
+  if (a.work == StageWork::kBackwardWeight) return {};
+  return {a.stage + 1 < program.stages, false, a.stage + 1, a.stage};
+}
+bool Travels(const Program& program, const Boundary& b) {
+  return program.place_of_stage[static_cast<size_t>(b.from)] !=
+         program.place_of_stage[static_cast<size_t>(b.to)];
+}
+
+using Key = std::tuple<bool, int, int>;  // forward, stage that makes it, item
+
+// By what a message is: the order of the action on `rank` that makes it.
+std::map<Key, int64_t> OrdersOf(const Program& program, int rank) {
+  std::map<Key, int64_t> orders;
+  for (const ProgramAction& a : program.of_rank[static_cast<size_t>(rank)]) {
+    const Boundary made = MadeBy(program, a);
+    if (made.there) orders[{made.forward, made.from, a.item}] = a.order;
+  }
+  return orders;
+}
+
+std::string Label(const BoundaryMessage& m) {
+  return absl::StrCat(m.forward ? "activations" : "gradients", " of item ", m.item, " from stage ",
+                      m.stage);
+}
+
+}  // namespace
+
+std::vector<BoundaryMessage> MessagesOf(const Program& program, int rank) {
+  const int pipeline = rank / program.pipeline_ranks;
+  std::map<int, std::map<Key, int64_t>> orders;  // by rank, where asked for
+  std::vector<BoundaryMessage> messages;
+  const auto& actions = program.of_rank[static_cast<size_t>(rank)];
+  for (size_t i = 0; i < actions.size(); ++i) {
+    const ProgramAction& a = actions[i];
+    const Boundary made = MadeBy(program, a), taken = TakenBy(program, a);
+    if (made.there && Travels(program, made)) {
+      messages.push_back({.order = a.order,
+                          .peer = program.RankOf(pipeline, made.to),
+                          .receive = false,
+                          .forward = made.forward,
+                          .stage = made.from,
+                          .item = a.item,
+                          .action = static_cast<int>(i)});
+    }
+    if (taken.there && Travels(program, taken)) {
+      const int peer = program.RankOf(pipeline, taken.from);
+      auto [found, fresh] = orders.try_emplace(peer);
+      if (fresh) found->second = OrdersOf(program, peer);
+      const auto order = found->second.find({taken.forward, taken.from, a.item});
+      messages.push_back({.order = order == found->second.end() ? -1 : order->second,
+                          .peer = peer,
+                          .receive = true,
+                          .forward = taken.forward,
+                          .stage = taken.from,
+                          .item = a.item,
+                          .action = static_cast<int>(i)});
+    }
+  }
+  std::stable_sort(
+      messages.begin(), messages.end(),
+      [](const BoundaryMessage& a, const BoundaryMessage& b) { return a.order < b.order; });
+  return messages;
+}
+
+BoundaryBuffers BuffersOf(const Program& program, int rank) {
+  // +1 where a message is made, -1 where it is taken; at one order the making comes first.
+  using Changes = std::vector<std::tuple<int64_t, int, int>>;  // order, 0 or 1, change
+  const int pipeline = rank / program.pipeline_ranks;
+  std::map<int, std::map<Key, int64_t>> takers;
+  const auto taken_at = [&](int peer, const Key& key) -> int64_t {
+    auto [found, fresh] = takers.try_emplace(peer);
+    if (fresh) {
+      for (const ProgramAction& a : program.of_rank[static_cast<size_t>(peer)]) {
+        const Boundary taken = TakenBy(program, a);
+        if (taken.there) found->second[{taken.forward, taken.from, a.item}] = a.order;
+      }
+    }
+    const auto at = found->second.find(key);
+    return at == found->second.end() ? INT64_MAX : at->second;
+  };
+  Changes sends, receives, kept;
+  const auto add = [](Changes& changes, int64_t made, int64_t taken) {
+    changes.emplace_back(made, 0, 1);
+    changes.emplace_back(taken, 1, -1);
+  };
+  for (const BoundaryMessage& m : MessagesOf(program, rank)) {
+    const int taker = m.receive ? rank : m.peer;
+    add(m.receive ? receives : sends, m.order, taken_at(taker, {m.forward, m.stage, m.item}));
+  }
+  for (const ProgramAction& a : program.of_rank[static_cast<size_t>(rank)]) {
+    const Boundary made = MadeBy(program, a);
+    if (!made.there || Travels(program, made)) continue;
+    const int taker = program.RankOf(pipeline, made.to);
+    add(kept, a.order, taken_at(taker, {made.forward, made.from, a.item}));
+  }
+  const auto most = [](Changes& changes) {
+    std::sort(changes.begin(), changes.end());
+    int now = 0, peak = 0;
+    for (const auto& [order, kind, change] : changes) peak = std::max(peak, now += change);
+    return peak;
+  };
+  return {.sends = most(sends), .receives = most(receives), .kept = most(kept)};
+}
+
+absl::StatusOr<std::unique_ptr<PipelineExecutor>> PipelineExecutor::Create(
+    Communicator& comm, const Group& group, Stream& stream, const Program& program,
+    int64_t token_capacity, int64_t width, DType dtype, Budget& budget) {
+  if (group.size() != program.ranks()) {
+    return absl::InvalidArgumentError(absl::StrCat("the program is for ", program.ranks(),
+                                                   " ranks, group '", group.name, "' has ",
+                                                   group.size()));
+  }
+  auto executor = std::unique_ptr<PipelineExecutor>(new PipelineExecutor(comm, group, stream));
+  executor->token_capacity_ = token_capacity;
+  const BoundaryBuffers needed = BuffersOf(program, group.index);
+  constexpr int64_t kAlignment = 256;
+  const int64_t bytes =
+      (token_capacity * width * SizeOf(dtype) + kAlignment - 1) / kAlignment * kAlignment;
+  const int64_t total = bytes * (needed.sends + needed.receives + needed.kept);
+  STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream.device()), "boundaries", total));
+  STRETTO_ASSIGN_OR_RETURN(executor->arena_, Arena::Create(stream.device(), "boundaries", total));
+  std::byte* next = executor->arena_.data();
+  const auto fill = [&](Pool& pool, int count) {
+    for (int i = 0; i < count; ++i, next += bytes) {
+      pool.buffers.push_back(
+          {.memory = Tensor::Of(next, dtype, {token_capacity, width}, stream.device())});
+    }
+  };
+  fill(executor->sends_, needed.sends);
+  fill(executor->receives_, needed.receives);
+  fill(executor->kept_, needed.kept);
+  return executor;
+}
+
+PipelineExecutor::~PipelineExecutor() = default;
+
+Tensor PipelineExecutor::View(const Buffer& buffer, int64_t tokens) const {
+  return buffer.memory.Rows(0, tokens);
+}
+
+absl::StatusOr<PipelineExecutor::Buffer*> PipelineExecutor::Take(Pool& pool) {
+  // The one that has been free for longest; of those that are still being sent, the oldest.
+  for (size_t i = 0; i < pool.buffers.size(); ++i) {
+    Buffer& buffer = pool.buffers[(pool.next + i) % pool.buffers.size()];
+    if (buffer.taken) continue;
+    pool.next = (pool.next + i + 1) % pool.buffers.size();
+    if (buffer.ticket != 0) STRETTO_RETURN_IF_ERROR(comm_.Wait(stream_, buffer.ticket));
+    buffer.ticket = 0;
+    buffer.taken = true;
+    return &buffer;
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("rank ", group_.index, " has ", pool.buffers.size(),
+                   " buffers for what travels between stages, and the program needs more; create "
+                   "the executor for this program"));
+}
+
+absl::Status PipelineExecutor::Run(const Program& program, StageWorker& worker) {
+  const int rank = group_.index;
+  if (program.ranks() != group_.size()) {
+    return absl::FailedPreconditionError(absl::StrCat("the program is for ", program.ranks(),
+                                                      " ranks, the executor for ", group_.size()));
+  }
+  const std::vector<BoundaryMessage> messages = MessagesOf(program, rank);
+  std::map<Key, std::pair<Buffer*, Ticket>> arriving;
+  std::map<Key, Buffer*> kept;
+  size_t submitted = 0;  // messages of which this rank's end has been submitted
+  // Submits the receives in front of `order`: sends and receives of two ranks then follow each
+  // other in one order on both, and on all ranks together.
+  const auto receive_until = [&](int64_t order) -> absl::Status {
+    for (; submitted < messages.size() && messages[submitted].order <= order; ++submitted) {
+      const BoundaryMessage& m = messages[submitted];
+      if (!m.receive) return absl::OkStatus();  // its own action submits it
+      STRETTO_ASSIGN_OR_RETURN(Buffer* const buffer, Take(receives_));
+      const Ticket ticket = comm_.Receive(group_, View(*buffer, worker.Tokens(m.item)), m.peer,
+                                          Label(m), buffer->free);
+      arriving[{m.forward, m.stage, m.item}] = {buffer, ticket};
+    }
+    return absl::OkStatus();
+  };
+
+  for (const ProgramAction& a : program.of_rank[static_cast<size_t>(rank)]) {
+    const int64_t tokens = worker.Tokens(a.item);
+    if (tokens > token_capacity_) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("item ", a.item, " has ", tokens, " tokens on rank ", rank,
+                       ", the executor was created for ", token_capacity_));
+    }
+    const Boundary made = MadeBy(program, a), taken = TakenBy(program, a);
+    STRETTO_RETURN_IF_ERROR(receive_until(a.order - 1));
+    Tensor in, out;
+    Buffer* in_buffer = nullptr;
+    Buffer* out_buffer = nullptr;
+    if (taken.there) {
+      const Key key = {taken.forward, taken.from, a.item};
+      if (Travels(program, taken)) {
+        const auto found = arriving.find(key);
+        if (found == arriving.end()) {
+          return absl::InternalError(
+              absl::StrCat("rank ", rank, " is to run item ", a.item, " on stage ", a.stage,
+                           " before the program lets its input arrive; check the program"));
+        }
+        in_buffer = found->second.first;
+        const Ticket ticket = found->second.second;
+        arriving.erase(found);
+        STRETTO_RETURN_IF_ERROR(comm_.Wait(stream_, ticket));
+      } else {
+        in_buffer = kept[key];
+        kept.erase(key);
+        if (in_buffer == nullptr) {
+          return absl::InternalError(absl::StrCat("rank ", rank, " is to run item ", a.item,
+                                                  " on stage ", a.stage,
+                                                  " before the stage in front of it"));
+        }
+      }
+      in = View(*in_buffer, tokens);
+    }
+    if (made.there) {
+      STRETTO_ASSIGN_OR_RETURN(out_buffer, Take(Travels(program, made) ? sends_ : kept_));
+      out = View(*out_buffer, tokens);
+    }
+    STRETTO_RETURN_IF_ERROR(worker.Run(a, in, out));
+    if (in_buffer != nullptr) {
+      in_buffer->free = stream_.Record();
+      in_buffer->taken = false;
+    }
+    if (made.there && Travels(program, made)) {
+      const BoundaryMessage& m = messages[submitted++];
+      out_buffer->ticket = comm_.Send(group_, out, m.peer, Label(m), stream_.Record());
+      out_buffer->taken = false;
+    } else if (made.there) {
+      kept[{made.forward, made.from, a.item}] = out_buffer;
+    }
+    comm_.Progress();
+  }
+  return comm_.status();
+}
+
+absl::Status PipelineExecutor::Finish() {
+  for (Buffer& buffer : sends_.buffers) {
+    if (buffer.ticket != 0) STRETTO_RETURN_IF_ERROR(comm_.Wait(buffer.ticket));
+    buffer.ticket = 0;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace stretto

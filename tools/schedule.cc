@@ -1,0 +1,142 @@
+// Draws pipeline schedules: who works on what and when, the bubble, and the activations held. The
+// times are simulated.
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "stretto/plan/cost.h"
+#include "stretto/plan/program.h"
+#include "stretto/sim/timeline.h"
+#include "tools/arguments.h"
+
+namespace stretto {
+namespace {
+
+constexpr int kDone = 0, kFailed = 1;
+
+absl::Status WriteFile(const std::string& path, const std::string& text) {
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file << text;
+  file.close();
+  if (file) return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat(path, " could not be written: ", std::strerror(errno)));
+}
+
+absl::StatusOr<std::string> ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  text << file.rdbuf();
+  if (file && text) return text.str();
+  return absl::UnavailableError(absl::StrCat(path, " could not be read: ", std::strerror(errno)));
+}
+
+struct Options {
+  std::string kind = "1f1b", costs, svg, trace;
+  int64_t ranks = 4, chunks = 0, micro_batches = 8, width = 120;
+  double forward = 1, backward_input = 1, backward_weight = 1, link = 0;
+  bool list = false;
+};
+
+absl::Status Run(const Options& o) {
+  STRETTO_ASSIGN_OR_RETURN(const ScheduleKind kind, ParseScheduleKind(o.kind));
+  constexpr int64_t kMost = 4096;
+  if (o.ranks < 1 || o.ranks > kMost || o.chunks < 0 || o.chunks > kMost || o.micro_batches < 0 ||
+      o.micro_batches > kMost || o.width < 20 || o.width > 10000) {
+    return absl::InvalidArgumentError(
+        "--ranks must be 1 to 4096, --chunks and --micro-batches 0 to 4096, --width 20 to 10000");
+  }
+  int64_t chunks = o.chunks;
+  if (chunks == 0) {
+    chunks = kind == ScheduleKind::kVShaped || kind == ScheduleKind::kInterleaved ? 2 : 1;
+  }
+  const double share = static_cast<double>(chunks);
+  CostModel cost =
+      UniformCost(o.forward / share, o.backward_input / share, o.backward_weight / share);
+  cost.link_latency = o.link;
+  if (!o.costs.empty()) {
+    STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadFile(o.costs));
+    STRETTO_ASSIGN_OR_RETURN(cost, ParseCostModel(text, o.costs));
+  } else if (!(o.forward >= 0) || !(o.backward_input >= 0) || !(o.backward_weight >= 0) ||
+             !(o.link >= 0)) {
+    return absl::InvalidArgumentError("seconds must not be negative");
+  }
+  const PlanItem item = {.tokens = 1, .lengths = {1}, .pipelines = {0}};
+  STRETTO_ASSIGN_OR_RETURN(
+      const Program program,
+      MakeProgram(kind, 1, static_cast<int>(o.ranks), static_cast<int>(chunks),
+                  std::vector<PlanItem>(static_cast<size_t>(o.micro_batches), item)));
+  STRETTO_ASSIGN_OR_RETURN(const Timeline timeline, Simulate(program, cost));
+  STRETTO_ASSIGN_OR_RETURN(const Schedule schedule,
+                           MakeSchedule(kind, static_cast<int>(o.ranks), static_cast<int>(chunks),
+                                        static_cast<int>(o.micro_batches)));
+  const std::vector<int> frames = FramesInFlight(schedule);
+  std::string held;
+  for (int rank = 0; rank < schedule.ranks; ++rank) {
+    int sum = 0;
+    for (int stage = 0; stage < schedule.stages; ++stage) {
+      if (schedule.rank_of_stage[static_cast<size_t>(stage)] == rank) {
+        sum += frames[static_cast<size_t>(stage)];
+      }
+    }
+    absl::StrAppend(&held, rank > 0 ? " " : "", sum);
+  }
+  std::string out = o.list ? program.Describe() : "";
+  absl::StrAppend(&out, DrawText(program, timeline, static_cast<int>(o.width)));
+  absl::StrAppendFormat(&out,
+                        "F forward, D backward, B and W its halves\n"
+                        "simulated: %.6g s, ranks idle %.1f %% of it; activations of %s held by "
+                        "each rank: %s\n",
+                        timeline.seconds, 100 * timeline.IdleFraction(),
+                        chunks > 1 ? "micro-batches of one chunk" : "micro-batches", held);
+  if (std::fputs(out.c_str(), stdout) < 0 || std::fflush(stdout) != 0) {
+    return absl::UnavailableError(
+        absl::StrCat("the output could not be written: ", std::strerror(errno)));
+  }
+  if (!o.svg.empty()) STRETTO_RETURN_IF_ERROR(WriteFile(o.svg, DrawSvg(program, timeline)));
+  if (!o.trace.empty()) {
+    STRETTO_RETURN_IF_ERROR(WriteFile(o.trace, ChromeTrace(program, timeline)));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace stretto
+
+int main(int argc, char** argv) {
+  stretto::Options o;
+  stretto::Arguments arguments("stretto-schedule",
+                               "Draws a pipeline schedule on a virtual clock, with its bubble and "
+                               "the activations it holds.",
+                               "");
+  arguments.AddChoice("kind", {"gpipe", "1f1b", "interleaved", "zb-h1", "v-shaped"}, "the schedule",
+                      &o.kind);
+  arguments.Add("ranks", "N", "ranks of the pipeline", &o.ranks);
+  arguments.Add("chunks", "N", "stages on each rank; 0: as the schedule wants, 2 for interleaved",
+                &o.chunks);
+  arguments.Add("micro-batches", "N", "micro-batches of a step", &o.micro_batches);
+  arguments.Add("forward", "S", "seconds of a micro-batch on a rank", &o.forward);
+  arguments.Add("backward-input", "S", "... of the first half of backward", &o.backward_input);
+  arguments.Add("backward-weight", "S", "... of the second half", &o.backward_weight);
+  arguments.Add("link", "S", "seconds between two stages", &o.link);
+  arguments.Add("costs", "FILE", "a cost model instead of these", &o.costs);
+  arguments.Add("width", "N", "characters of a line", &o.width);
+  arguments.AddFlag("list", "print the actions of each rank, too", &o.list);
+  arguments.Add("svg", "FILE", "write a picture there", &o.svg);
+  arguments.Add("trace", "FILE", "write a trace for chrome://tracing there", &o.trace);
+  absl::Status status = arguments.Parse(argc, argv);
+  if (arguments.help()) {
+    std::printf("%s", arguments.Help().c_str());
+    return stretto::kDone;
+  }
+  if (status.ok()) status = stretto::Run(o);
+  if (status.ok()) return stretto::kDone;
+  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
+  return stretto::kFailed;
+}

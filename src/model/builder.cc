@@ -66,11 +66,21 @@ SlotId Builder::Attention(const std::string& name, SlotId qkv, const AttentionOp
   return o;
 }
 
+SlotId Builder::StageInput(const std::string& name, int64_t width) {
+  SlotId y;
+  Add(name, std::make_unique<internal::StageInputLayer>(width, &y)).IgnoreError();
+  return y;
+}
+
+void Builder::StageOutput(const std::string& name, SlotId x, SlotId branch) {
+  Add(name, std::make_unique<internal::StageOutputLayer>(x, branch)).IgnoreError();
+}
+
 ParamId Builder::LossHead(const std::string& name, SlotId x, int64_t vocabulary, int64_t chunk,
-                          ParamId tied, double init_std) {
+                          ParamId tied, double init_std, const std::string& tied_to) {
   ParamId weight;
-  Add(name,
-      std::make_unique<internal::LossHeadLayer>(x, vocabulary, chunk, tied, init_std, &weight))
+  Add(name, std::make_unique<internal::LossHeadLayer>(x, vocabulary, chunk, tied, init_std, tied_to,
+                                                      &weight))
       .IgnoreError();
   return weight;
 }

@@ -205,9 +205,11 @@ void Builder::ShareGradient(SlotId input, SlotId output) {
   info.share_layer = current_;
 }
 
-ParamId Builder::Parameter(ParameterSpec spec) {
+ParamId Builder::Parameter(ParameterSpec spec) { return CopyOfParameter(prefix_, std::move(spec)); }
+
+ParamId Builder::CopyOfParameter(const std::string& owner, ParameterSpec spec) {
   if (!InDeclare("parameter " + spec.name)) return {};
-  spec.name = prefix_ + "." + spec.name;
+  spec.name = owner + "." + spec.name;
   if (!parameter_names_.insert(spec.name).second) {
     Fail(absl::InvalidArgumentError(
         absl::StrCat("parameter ", spec.name, " is declared twice; layer names must differ")));

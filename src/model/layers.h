@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -138,11 +139,41 @@ class LocalAttentionLayer : public Layer {
   ConstantId cos_, sin_;
 };
 
+// y is what the part of the model before this one made.
+class StageInputLayer : public Layer {
+ public:
+  StageInputLayer(int64_t width, SlotId* y) : width_(width), y_out_(y) {}
+  const char* kind() const override { return "stage_input"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run&, Frame&) const override {}
+
+ private:
+  int64_t width_;
+  SlotId y_;
+  SlotId* y_out_;
+};
+
+// x + branch is what this part of the model makes.
+class StageOutputLayer : public Layer {
+ public:
+  StageOutputLayer(SlotId x, SlotId branch) : x_(x), branch_(branch) {}
+  const char* kind() const override { return "stage_output"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run&, Frame&) const override {}
+
+ private:
+  SlotId x_, branch_;
+};
+
 // logits = x w^T and softmax cross-entropy, in vocabulary chunks.
 class LossHeadLayer : public Layer {
  public:
   LossHeadLayer(SlotId x, int64_t vocabulary, int64_t chunk, ParamId tied, double init_std,
-                ParamId* weight)
+                std::string tied_to, ParamId* weight)
       : x_(x),
         vocabulary_(vocabulary),
         padded_((vocabulary + kUnit - 1) / kUnit * kUnit),
@@ -150,6 +181,7 @@ class LossHeadLayer : public Layer {
                                                  : std::max(kUnit, chunk / kUnit * kUnit)),
         weight_(tied),
         init_std_(init_std),
+        tied_to_(std::move(tied_to)),
         weight_out_(weight) {}
   const char* kind() const override { return "loss_head"; }
   absl::Status Declare(Builder& b) override;
@@ -170,6 +202,7 @@ class LossHeadLayer : public Layer {
   int64_t vocabulary_, padded_, chunk_;
   ParamId weight_;
   double init_std_;
+  std::string tied_to_;  // layer in another part of the model; empty: none
   ParamId* weight_out_;
 };
 

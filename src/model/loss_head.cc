@@ -9,11 +9,13 @@ absl::Status LossHeadLayer::Declare(Builder& b) {
   if (weight_.valid()) {
     b.UsesParameter(weight_);
   } else {
-    weight_ = b.Parameter({.name = "weight",
-                           .shape = {vocabulary_, b.Width(x_)},
-                           .init = Init::kNormal,
-                           .std = init_std_,
-                           .weight_decay = true});
+    ParameterSpec spec = {.name = "weight",
+                          .shape = {vocabulary_, b.Width(x_)},
+                          .init = Init::kNormal,
+                          .std = init_std_,
+                          .weight_decay = true};
+    weight_ = tied_to_.empty() ? b.Parameter(std::move(spec))
+                               : b.CopyOfParameter(tied_to_, std::move(spec));
   }
   if (weight_out_ != nullptr) *weight_out_ = weight_;
   b.PadRows(weight_, padded_);

@@ -43,14 +43,27 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
                                       .max_positions = c.max_positions,
                                       .inverse_frequency = RotaryFrequencies(c)};
 
+  const int64_t first = options.part.first_block;
+  const int64_t end = options.part.end_block < 0 ? c.layers : options.part.end_block;
+  if (first < 0 || first >= end || end > c.layers) {
+    return absl::InvalidArgumentError(absl::StrCat("a part of blocks ", first, " to ", end,
+                                                   " was asked for of a model with ", c.layers,
+                                                   " blocks; each part needs one at least"));
+  }
+  const std::string embedding = "embed";
   ParamId table;
-  SlotId x = b.Embedding("embed", c.vocabulary, c.hidden, c.rotary() ? 0 : c.max_positions,
-                         c.init_std, &table);
+  SlotId x;
+  if (first == 0) {
+    x = b.Embedding(embedding, c.vocabulary, c.hidden, c.rotary() ? 0 : c.max_positions, c.init_std,
+                    &table);
+  } else {
+    x = b.StageInput("stage_input", c.hidden);
+  }
   SlotId branch, n;
-  for (int64_t i = 0; i < c.layers; ++i) {
+  for (int64_t i = first; i < end; ++i) {
     const std::string block = absl::StrCat("blocks.", i, ".");
     b.BeginBlock();
-    if (i == 0) {
+    if (i == first) {
       n = b.Norm(block + "attn_norm", x, norm);
     } else {
       std::tie(x, n) = b.AddNorm(block + "attn_norm", x, branch, norm);
@@ -75,14 +88,20 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
     branch = b.Linear(block + "mlp.down", Role::kRow, inner, c.ffn, c.hidden, down);
     b.EndBlock();
   }
-  std::tie(x, n) = b.AddNorm("norm", x, branch, norm);
-  b.KeepToEnd(n);
-
   Model model;
   model.config = config;
-  model.final_hidden = n;
-  model.head = b.LossHead("head", n, c.vocabulary, options.loss_chunk,
-                          c.tie_embeddings ? table : ParamId(), c.init_std);
+  if (c.tie_embeddings) model.tied = table;
+  if (end == c.layers) {
+    std::tie(x, n) = b.AddNorm("norm", x, branch, norm);
+    b.KeepToEnd(n);
+    model.final_hidden = n;
+    model.head = b.LossHead("head", n, c.vocabulary, options.loss_chunk,
+                            c.tie_embeddings ? table : ParamId(), c.init_std,
+                            c.tie_embeddings && first > 0 ? embedding : std::string());
+    if (c.tie_embeddings) model.tied = model.head;
+  } else {
+    b.StageOutput("stage_output", x, branch);
+  }
   auto graph = b.Finish();
   if (!graph.ok()) return graph.status();
   model.graph = std::move(graph).value();

@@ -98,6 +98,7 @@ struct ReplayCache::Piece {
   const stretto::Run* run = nullptr;
   const std::byte* memory = nullptr;
   TokenViews tokens;
+  Frame::Boundary boundary;
   stretto::Run::Touched before, after;
   StreamGraph graph;
   uint64_t used = 0;  // 0: never
@@ -105,11 +106,13 @@ struct ReplayCache::Piece {
   bool Matches(const Piece& o) const {
     const TokenViews &a = tokens, &b = o.tokens;
     return list == o.list && first == o.first && end == o.end && run == o.run &&
-           memory == o.memory && a.tokens == b.tokens && a.max_length == b.max_length &&
-           a.uniform == b.uniform && a.cu_seqlens.rows() == b.cu_seqlens.rows() &&
-           a.cu_seqlens.data == b.cu_seqlens.data && a.ids.data == b.ids.data &&
-           a.targets.data == b.targets.data && a.positions.data == b.positions.data &&
-           a.weights.data == b.weights.data && before == o.before;
+           memory == o.memory && boundary.in.data == o.boundary.in.data &&
+           boundary.out.data == o.boundary.out.data && a.tokens == b.tokens &&
+           a.max_length == b.max_length && a.uniform == b.uniform &&
+           a.cu_seqlens.rows() == b.cu_seqlens.rows() && a.cu_seqlens.data == b.cu_seqlens.data &&
+           a.ids.data == b.ids.data && a.targets.data == b.targets.data &&
+           a.positions.data == b.positions.data && a.weights.data == b.weights.data &&
+           before == o.before;
   }
   // Everything but the graph and what it does.
   void CopyKey(const Piece& o) {
@@ -119,6 +122,7 @@ struct ReplayCache::Piece {
     run = o.run;
     memory = o.memory;
     tokens = o.tokens;
+    boundary = o.boundary;
     before = o.before;
   }
 };
@@ -143,6 +147,7 @@ void ReplayCache::Run(const ActionList& list, size_t first, size_t end, stretto:
   wanted.run = &run;
   wanted.memory = frame.memory();
   wanted.tokens = frame.tokens;
+  wanted.boundary = frame.boundary;
   wanted.before = run.touched();
   ++clock_;
   if (Piece* piece = Find(pieces_, wanted)) {
@@ -214,19 +219,25 @@ class NoHooks final : public ActionHooks {
 
 void Execute(const Graph& graph, const ActionList& list, Run& run, Frame& frame, ActionHooks* hooks,
              ReplayCache* replays) {
+  ExecuteSome(graph, list, 0, list.actions.size(), run, frame, hooks, replays);
+}
+
+void ExecuteSome(const Graph& graph, const ActionList& list, size_t begin, size_t stop, Run& run,
+                 Frame& frame, ActionHooks* hooks, ReplayCache* replays) {
   NoHooks nothing;
   if (hooks == nullptr) hooks = &nothing;
   if (replays != nullptr && !run.ops().stream->CanCapture()) replays = nullptr;
   const std::vector<Action>& actions = list.actions;
   const auto forward = [&](size_t i) { return actions[i].kind == ActionKind::kForward; };
-  for (size_t first = 0, end = 0; first < actions.size(); first = end) {
-    if (first == 0 || forward(first) != forward(first - 1)) hooks->BeginPass(!forward(first));
+  for (size_t first = begin, end = begin; first < stop; first = end) {
+    if (first == begin || forward(first) != forward(first - 1)) hooks->BeginPass(!forward(first));
     if (forward(first) && hooks->ActsAt(actions[first])) hooks->BeforeForward(actions[first].layer);
-    // As far as nobody else has something to do, and one action at a time where nothing is replayed.
+    // As far as nobody else has something to do, and one action at a time where nothing is
+    // replayed.
     const auto acts_after = [&](size_t i) {
       return actions[i].kind == ActionKind::kBackwardWeight && hooks->ActsAt(actions[i]);
     };
-    for (end = first + 1; replays != nullptr && end < actions.size(); ++end) {
+    for (end = first + 1; replays != nullptr && end < stop; ++end) {
       if (forward(end) != forward(first) || acts_after(end - 1)) break;
       if (forward(end) && hooks->ActsAt(actions[end])) break;
     }

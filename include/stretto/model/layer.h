@@ -109,8 +109,14 @@ class Builder {
   SlotId Attention(const std::string& name, SlotId qkv, const AttentionOptions& options);
   // Head and loss over `vocabulary` entries in chunks of at most `chunk` (0: one chunk). `tied` is
   // the embedding's table, or invalid for weights of its own. Returns the head's weight.
+  // `tied_to`: the layer that has the table, when it is in another part of the model.
   ParamId LossHead(const std::string& name, SlotId x, int64_t vocabulary, int64_t chunk,
-                   ParamId tied, double init_std);
+                   ParamId tied, double init_std, const std::string& tied_to = "");
+  // Where a model is cut into parts that run on different ranks: the part begins with what the part
+  // before it ended with, [tokens, width].
+  SlotId StageInput(const std::string& name, int64_t width);
+  // x + branch leaves for the next part.
+  void StageOutput(const std::string& name, SlotId x, SlotId branch);
   // Layers added between BeginBlock and EndBlock belong to one transformer block (recompute unit).
   // Blocks do not nest.
   void BeginBlock();
@@ -151,6 +157,9 @@ class Builder {
   // frame.Grad(input).data == frame.Grad(output).data.
   void ShareGradient(SlotId input, SlotId output);
   ParamId Parameter(ParameterSpec spec);
+  // A parameter that bears the name of layer `owner`, which is in another part of the model: a copy
+  // of that layer's own (tied weights, cut apart).
+  ParamId CopyOfParameter(const std::string& owner, ParameterSpec spec);
   // Uses a parameter that another layer declared (tied weights).
   void UsesParameter(ParamId param);
   // Asks for storage of `rows` rows at least (ParameterInfo::padded_rows), where a kernel runs
@@ -199,6 +208,11 @@ class Frame {
       : graph_(graph), actions_(actions), layout_(layout), memory_(memory), device_(device) {}
 
   TokenViews tokens;
+  // What enters and leaves this part of the model, [tokens, width]: activations in forward,
+  // gradients in backward. Absent at the model's own ends.
+  struct Boundary {
+    Tensor in, out;
+  } boundary;
 
   Tensor Value(SlotId slot) const;  // [tokens, width]
   // The slot's fixed bytes as elements of its type; absent for slots without.

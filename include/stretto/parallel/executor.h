@@ -98,6 +98,9 @@ class ReplayCache {
 // sticky on the run's stream. `replays` belongs to the same stream.
 void Execute(const Graph& graph, const ActionList& list, Run& run, Frame& frame,
              ActionHooks* hooks = nullptr, ReplayCache* replays = nullptr);
+// The same for actions [first, end) of the list.
+void ExecuteSome(const Graph& graph, const ActionList& list, size_t first, size_t end, Run& run,
+                 Frame& frame, ActionHooks* hooks = nullptr, ReplayCache* replays = nullptr);
 
 }  // namespace stretto
 

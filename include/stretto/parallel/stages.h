@@ -1,0 +1,74 @@
+// The stages of a model that lie on one rank, as a program's actions run them.
+#ifndef STRETTO_PARALLEL_STAGES_H_
+#define STRETTO_PARALLEL_STAGES_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "stretto/core/arena.h"
+#include "stretto/core/budget.h"
+#include "stretto/data/batch.h"
+#include "stretto/model/model.h"
+#include "stretto/parallel/data_parallel.h"
+#include "stretto/parallel/executor.h"
+#include "stretto/parallel/pipeline.h"
+
+namespace stretto {
+
+// Transformer blocks of each stage: contiguous, at least one each, in the order of the model. The
+// most expensive stage is as cheap as can be when a block costs `block`, and the first and the last
+// stage `first` and `last` on top (embedding; head and loss). INVALID_ARGUMENT when there are more
+// stages than blocks.
+absl::StatusOr<std::vector<int64_t>> CutBlocks(int64_t blocks, int stages, double block,
+                                               double first, double last);
+
+// What one stage runs with. The objects outlive the worker.
+struct StageParts {
+  int stage = 0;                        // in the program
+  const Graph* graph = nullptr;         // of this part of the model
+  const ActionList* actions = nullptr;  // forward first, then backward; weight halves last where
+                                        // the program runs them apart (TrainingActions)
+  const FrameLayout* layout = nullptr;
+  Run* run = nullptr;
+  DataParallel* parameters = nullptr;  // null: no hooks (evaluation)
+};
+
+// Keeps the activations of the micro-batches in flight, each in a frame of its own.
+class ModelStages : public StageWorker {
+ public:
+  // `frames[i]` frames for stages[i]: the most micro-batches in flight there (FramesInFlight).
+  // Reserves them from `budget`.
+  static absl::StatusOr<std::unique_ptr<ModelStages>> Create(Stream& stream,
+                                                             std::vector<StageParts> stages,
+                                                             const std::vector<int>& frames,
+                                                             Budget& budget);
+  ~ModelStages() override;
+
+  // What the items of the next program are: batches[i] is this rank's share of item i. They stay as
+  // they are until the work is done.
+  void SetBatches(const Program& program, int rank, const std::vector<PackedBatch>& batches);
+  // Optional, for the stream that the worker was made with.
+  void SetReplays(ReplayCache* replays) { replays_ = replays; }
+
+  int64_t Tokens(int item) const override;
+  absl::Status Run(const ProgramAction& action, Tensor in, Tensor out) override;
+
+  int64_t bytes() const;
+
+ private:
+  struct Slot;
+  struct Stage;
+  explicit ModelStages(Stream& stream);
+  absl::StatusOr<Slot*> SlotOf(Stage& stage, int item);
+
+  Stream& stream_;
+  std::vector<Stage> stages_;
+  const std::vector<PackedBatch>* batches_ = nullptr;
+  ReplayCache* replays_ = nullptr;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_PARALLEL_STAGES_H_

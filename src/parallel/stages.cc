@@ -1,0 +1,171 @@
+#include "stretto/parallel/stages.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace stretto {
+
+absl::StatusOr<std::vector<int64_t>> CutBlocks(int64_t blocks, int stages, double block,
+                                               double first, double last) {
+  if (stages < 1 || blocks < stages) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a model of ", blocks, blocks == 1 ? " block" : " blocks", " cannot be cut into ", stages,
+        " stages, each of which needs a block; use fewer stages or more layers"));
+  }
+  // Blocks cost the same, so giving each one to the stage that is cheapest with it is best.
+  std::vector<int64_t> counts(static_cast<size_t>(stages), 1);
+  const auto cost_with_one_more = [&](size_t s) {
+    double cost = static_cast<double>(counts[s] + 1) * block;
+    if (s == 0) cost += first;
+    if (s + 1 == counts.size()) cost += last;
+    return cost;
+  };
+  for (int64_t given = stages; given < blocks; ++given) {
+    size_t cheapest = 0;
+    for (size_t s = 1; s < counts.size(); ++s) {
+      if (cost_with_one_more(s) < cost_with_one_more(cheapest)) cheapest = s;
+    }
+    ++counts[cheapest];
+  }
+  return counts;
+}
+
+// Memory for one micro-batch, and what is in it.
+struct ModelStages::Slot {
+  std::byte* memory = nullptr;
+  std::unique_ptr<TokenFeeder> feeder;
+  std::optional<Frame> frame;
+  int item = -1;  // -1: free
+};
+
+struct ModelStages::Stage {
+  StageParts parts;
+  Arena arena;
+  std::vector<Slot> slots;
+  size_t forward_end = 0, weights_begin = 0;  // in the action list
+  int backwards_left = 0;                     // in this program
+};
+
+ModelStages::ModelStages(Stream& stream) : stream_(stream) {}
+ModelStages::~ModelStages() = default;
+
+absl::StatusOr<std::unique_ptr<ModelStages>> ModelStages::Create(Stream& stream,
+                                                                 std::vector<StageParts> stages,
+                                                                 const std::vector<int>& frames,
+                                                                 Budget& budget) {
+  auto worker = std::unique_ptr<ModelStages>(new ModelStages(stream));
+  for (size_t i = 0; i < stages.size(); ++i) {
+    Stage& stage = worker->stages_.emplace_back();
+    stage.parts = stages[i];
+    const std::vector<Action>& actions = stage.parts.actions->actions;
+    while (stage.forward_end < actions.size() &&
+           actions[stage.forward_end].kind == ActionKind::kForward) {
+      ++stage.forward_end;
+    }
+    // Behind the last action that is not a weight half.
+    stage.weights_begin = actions.size();
+    while (stage.weights_begin > stage.forward_end &&
+           actions[stage.weights_begin - 1].kind == ActionKind::kBackwardWeight) {
+      --stage.weights_begin;
+    }
+    const int64_t bytes = stage.parts.layout->bytes();
+    const int count = std::max(1, frames[i]);
+    STRETTO_RETURN_IF_ERROR(
+        budget.Reserve(MemoryOf(stream.device()), "activations", count * bytes));
+    STRETTO_ASSIGN_OR_RETURN(stage.arena,
+                             Arena::Create(stream.device(), "activations", count * bytes));
+    for (int k = 0; k < count; ++k) {
+      Slot& slot = stage.slots.emplace_back();
+      slot.memory = stage.arena.data() + k * bytes;
+      STRETTO_ASSIGN_OR_RETURN(
+          slot.feeder, TokenFeeder::Create(stream, stage.parts.layout->token_capacity, budget));
+    }
+  }
+  return worker;
+}
+
+void ModelStages::SetBatches(const Program& program, int rank,
+                             const std::vector<PackedBatch>& batches) {
+  batches_ = &batches;
+  for (Stage& stage : stages_) {
+    stage.backwards_left = 0;
+    for (const ProgramAction& a : program.of_rank[static_cast<size_t>(rank)]) {
+      if (a.stage == stage.parts.stage &&
+          (a.work == StageWork::kBackward || a.work == StageWork::kBackwardWeight)) {
+        ++stage.backwards_left;
+      }
+    }
+  }
+}
+
+int64_t ModelStages::Tokens(int item) const {
+  return (*batches_)[static_cast<size_t>(item)].tokens();
+}
+
+int64_t ModelStages::bytes() const {
+  int64_t bytes = 0;
+  for (const Stage& stage : stages_) bytes += stage.arena.bytes();
+  return bytes;
+}
+
+absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {
+  for (Slot& slot : stage.slots) {
+    if (slot.item == item) return &slot;
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("stage ", stage.parts.stage, " has ", stage.slots.size(),
+                   " frames for micro-batches in flight, ",
+                   item < 0 ? "all of them in use; the program needs more"
+                            : absl::StrCat("none with item ", item, "; check the program")));
+}
+
+absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out) {
+  const auto found = std::find_if(stages_.begin(), stages_.end(),
+                                  [&](const Stage& s) { return s.parts.stage == action.stage; });
+  if (found == stages_.end()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("stage ", action.stage, " does not lie on this rank; check the program"));
+  }
+  Stage& stage = *found;
+  const StageParts& p = stage.parts;
+  const bool forward = action.work == StageWork::kForward;
+  STRETTO_ASSIGN_OR_RETURN(Slot* const slot, SlotOf(stage, forward ? -1 : action.item));
+  if (forward) {
+    const PackedBatch& batch = (*batches_)[static_cast<size_t>(action.item)];
+    if (batch.tokens() > p.layout->token_capacity) {
+      return absl::InternalError(absl::StrCat("a micro-batch has ", batch.tokens(),
+                                              " tokens, the frame was planned for ",
+                                              p.layout->token_capacity));
+    }
+    slot->item = action.item;
+    slot->frame.emplace(p.graph, p.actions, p.layout, slot->memory, stream_.device());
+    STRETTO_ASSIGN_OR_RETURN(slot->frame->tokens, slot->feeder->Feed(batch));
+  }
+  Frame& frame = *slot->frame;
+  frame.boundary = {in, out};
+  const size_t all = p.actions->actions.size();
+  size_t first = 0, end = stage.forward_end;
+  if (!forward) {
+    const bool only_weights = action.work == StageWork::kBackwardWeight;
+    first = only_weights ? stage.weights_begin : stage.forward_end;
+    end = action.work == StageWork::kBackwardInput ? stage.weights_begin : all;
+  }
+  const bool done = action.work == StageWork::kBackward ||
+                    action.work == StageWork::kBackwardWeight || (forward && end == all);
+  ActionHooks* hooks = nullptr;
+  if (p.parameters != nullptr) {
+    // Gradients leave from the last backward on: also its input half may come in front of others'
+    // weight halves.
+    hooks = &p.parameters->hooks(!forward && done && stage.backwards_left == 1);
+  }
+  ExecuteSome(*p.graph, *p.actions, first, end, *p.run, frame, hooks, replays_);
+  if (done) {
+    slot->item = -1;
+    if (!forward) --stage.backwards_left;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace stretto

@@ -2,13 +2,8 @@
 // former wrote.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
 
-#include <array>
-#include <cstdio>
 #include <filesystem>
-#include <fstream>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -20,57 +15,25 @@
 #include "stretto/snapshot/huggingface.h"
 #include "stretto/train/trainer.h"
 #include "tests/support/harness.h"
+#include "tests/support/run_program.h"
 
 namespace stretto {
 namespace {
 
 using ::testing::HasSubstr;
 
-struct Result {
-  int code;
-  std::string output;  // both streams
-};
-
-Result RunProgram(const std::string& command) {
-  std::FILE* pipe = popen((command + " 2>&1").c_str(), "r");
-  std::string output;
-  std::array<char, 4096> buffer;
-  for (size_t n; (n = std::fread(buffer.data(), 1, buffer.size(), pipe)) > 0;) {
-    output.append(buffer.data(), n);
-  }
-  const int status = pclose(pipe);
-  return {WIFEXITED(status) ? WEXITSTATUS(status) : -1, output};
-}
-
-class Scratch : public ::testing::Test {
+class ModelTools : public testing::Programs {
  protected:
-  void SetUp() override {
-    std::string name = (std::filesystem::temp_directory_path() / "stretto-tools-XXXXXX").string();
-    folder_ = mkdtemp(name.data());
-  }
-  void TearDown() override {
-    std::error_code ignored;
-    std::filesystem::remove_all(folder_, ignored);
-  }
-  std::string Path(const std::string& name) const { return folder_ + "/" + name; }
-  void WriteText(const std::string& name, const std::string& text) const {
-    std::ofstream(Path(name)) << text;
-  }
-  std::string ReadText(const std::string& name) const {
-    std::stringstream text;
-    text << std::ifstream(Path(name), std::ios::binary).rdbuf();
-    return text.str();
-  }
+  // Both streams.
   Result Convert(const std::string& arguments) const {
-    return RunProgram("cd '" + folder_ + "' && " STRETTO_CONVERT " " + arguments);
+    return Run(STRETTO_CONVERT " " + arguments + " 2>&1");
   }
   Result Plan(const std::string& arguments) const {
-    return RunProgram("cd '" + folder_ + "' && " STRETTO_PLAN " " + arguments);
+    return Run(STRETTO_PLAN " " + arguments + " 2>&1");
   }
-  std::string folder_;
 };
 
-class ConvertTool : public Scratch {
+class ConvertTool : public ModelTools {
  protected:
   // A model directory with a recognisable value in every element, in several shards.
   void WriteModel(const std::string& family) {
@@ -186,10 +149,10 @@ TEST_F(ConvertTool, SaysWhatIsWrong) {
   EXPECT_FALSE(std::filesystem::exists(Path("ours")));
 }
 
-class PlanTool : public Scratch {
+class PlanTool : public ModelTools {
  protected:
   void SetUp() override {
-    Scratch::SetUp();
+    ModelTools::SetUp();
     WriteText("c.json", R"({
       "model": {"family": "llama", "vocabulary": 128256, "layers": 16, "hidden": 2048,
                 "heads": 32, "kv_heads": 8, "ffn": 8192, "max_positions": 8192},

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "unit/tools/run_program.h"
+#include "support/run_program.h"
 
 namespace stretto::testing {
 namespace {

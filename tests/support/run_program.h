@@ -1,6 +1,6 @@
 // Runs a program as a user would, in a folder of its own.
-#ifndef STRETTO_TESTS_UNIT_TOOLS_RUN_PROGRAM_H_
-#define STRETTO_TESTS_UNIT_TOOLS_RUN_PROGRAM_H_
+#ifndef STRETTO_TESTS_SUPPORT_RUN_PROGRAM_H_
+#define STRETTO_TESTS_SUPPORT_RUN_PROGRAM_H_
 
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -62,4 +62,4 @@ inline bool IsOneSentence(const std::string& output) {
 
 }  // namespace stretto::testing
 
-#endif  // STRETTO_TESTS_UNIT_TOOLS_RUN_PROGRAM_H_
+#endif  // STRETTO_TESTS_SUPPORT_RUN_PROGRAM_H_

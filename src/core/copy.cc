@@ -1,6 +1,8 @@
 #include "stretto/core/copy.h"
 
+#include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "src/core/device_runtime.h"
@@ -43,6 +45,25 @@ absl::Status CopyFromHost(const Tensor& to, const void* from) {
   const int64_t row = to.row_elements() * SizeOf(to.dtype);
   return CopyRows(to.device, to.data, to.row_stride * SizeOf(to.dtype),
                   static_cast<const std::byte*>(from), row, row, to.rows());
+}
+
+absl::Status FillFromHost(
+    const Tensor& to, const std::function<absl::Status(int64_t first, const Tensor& rows)>& fill) {
+  if (to.device.kind == DeviceKind::kCpu) return fill(0, to);
+  constexpr int64_t kBufferBytes = 16 << 20;
+  const int64_t row_bytes = std::max<int64_t>(1, to.row_elements() * SizeOf(to.dtype));
+  const int64_t most = std::max<int64_t>(1, kBufferBytes / row_bytes);
+  std::vector<std::byte> buffer(static_cast<size_t>(std::min(most, to.rows()) * row_bytes));
+  for (int64_t first = 0; first < to.rows(); first += most) {
+    const Tensor rows = to.Rows(first, std::min(most, to.rows() - first));
+    Tensor host = rows;
+    host.data = buffer.data();
+    host.device = Device::Cpu();
+    host.row_stride = host.row_elements();
+    STRETTO_RETURN_IF_ERROR(fill(first, host));
+    STRETTO_RETURN_IF_ERROR(CopyFromHost(rows, buffer.data()));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace stretto

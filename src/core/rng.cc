@@ -20,6 +20,14 @@ uint64_t Mix(uint64_t x) {
   return x;
 }
 
+// Box-Muller. u in (0, 1], so that the logarithm is finite; the largest result is sqrt(64 ln 2) =
+// 6.66.
+double NormalOf(uint32_t low, uint32_t high) {
+  const double u = (static_cast<double>(low) + 1.0) * 0x1p-32;
+  const double v = static_cast<double>(high) * 0x1p-32;
+  return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * std::numbers::pi * v);
+}
+
 constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;  // 2^64 / golden ratio
 
 }  // namespace
@@ -73,10 +81,18 @@ double Rng::Uniform(uint64_t element) const {
 
 double Rng::Normal(uint64_t element) const {
   const uint64_t bits = Bits(element);
-  // In (0, 1], so that the logarithm is finite; the largest result is sqrt(64 ln 2) = 6.66.
-  const double u = (static_cast<double>(bits & 0xffffffffu) + 1.0) * 0x1p-32;
-  const double v = static_cast<double>(bits >> 32) * 0x1p-32;
-  return std::sqrt(-2.0 * std::log(u)) * std::cos(2.0 * std::numbers::pi * v);
+  return NormalOf(static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32));
+}
+
+void Rng::Normals(uint64_t first, int64_t n, double* out) const {
+  int64_t i = 0;
+  if (n > 0 && first % 2 == 1) out[i++] = Normal(first);
+  for (; i + 2 <= n; i += 2) {
+    const std::array<uint32_t, 4> words = Words((first + static_cast<uint64_t>(i)) / 2);
+    out[i] = NormalOf(words[0], words[1]);
+    out[i + 1] = NormalOf(words[2], words[3]);
+  }
+  if (i < n) out[i] = Normal(first + static_cast<uint64_t>(i));
 }
 
 uint64_t Rng::Below(uint64_t element, uint64_t n) const {

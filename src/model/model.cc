@@ -1,5 +1,6 @@
 #include "stretto/model/model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
@@ -113,14 +114,21 @@ void InitialValues(const ParameterSpec& spec, uint64_t seed, int64_t first_row, 
   const int64_t first = first_row * rows.row_elements(), n = rows.elements();
   const auto fill = [&](auto* out) {
     using T = std::remove_pointer_t<decltype(out)>;
-    for (int64_t i = 0; i < n; ++i) {
-      double v = 0;
-      if (spec.init == Init::kOnes) v = 1;
-      if (spec.init == Init::kNormal) v = spec.std * rng.Normal(static_cast<uint64_t>(first + i));
-      if constexpr (std::is_same_v<T, double>) {
-        out[i] = v;
-      } else {
-        out[i] = T(static_cast<float>(v));
+    constexpr int64_t kAtOnce = 256;
+    double values[kAtOnce] = {};
+    if (spec.init == Init::kOnes) std::fill_n(values, kAtOnce, 1.0);
+    for (int64_t i = 0; i < n; i += kAtOnce) {
+      const int64_t count = std::min(kAtOnce, n - i);
+      if (spec.init == Init::kNormal) {
+        rng.Normals(static_cast<uint64_t>(first + i), count, values);
+        for (int64_t k = 0; k < count; ++k) values[k] *= spec.std;
+      }
+      for (int64_t k = 0; k < count; ++k) {
+        if constexpr (std::is_same_v<T, double>) {
+          out[i + k] = values[k];
+        } else {
+          out[i + k] = T(static_cast<float>(values[k]));
+        }
       }
     }
   };

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "stretto/core/copy.h"
+#include "stretto/core/thread_pool.h"
 #include "stretto/model/model.h"
 
 namespace stretto {
@@ -53,28 +54,32 @@ Tensor View(const ParameterInfo& p, std::byte* data, DType dtype, int64_t rows, 
                                  : Tensor::Of(data, dtype, {rows}, device);
 }
 
-// Calls fill(first row, rows) with host memory for some rows of `target` at a time, and brings them
-// to where the target lies.
-template <class Fill>
-absl::Status FillRows(Tensor target, const Fill& fill) {
-  if (target.device.kind == DeviceKind::kCpu) {
-    fill(int64_t{0}, target);
+// The initial values of a parameter, drawn by all threads of the pool: an element's value does not
+// depend on who draws it.
+absl::Status FillParameter(const ParameterSpec& spec, uint64_t seed, ThreadPool& pool,
+                           const Tensor& parameter) {
+  return FillFromHost(parameter, [&](int64_t first, const Tensor& rows) {
+    pool.ParallelFor(rows.rows(), 1, [&](int64_t begin, int64_t end, int) {
+      InitialValues(spec, seed, first + begin, rows.Rows(begin, end - begin));
+    });
     return absl::OkStatus();
-  }
-  constexpr int64_t kBufferBytes = 16 << 20;
-  const int64_t row_bytes = std::max<int64_t>(1, target.row_elements() * SizeOf(target.dtype));
-  const int64_t most = std::max<int64_t>(1, kBufferBytes / row_bytes);
-  std::vector<std::byte> buffer(static_cast<size_t>(std::min(most, target.rows()) * row_bytes));
-  for (int64_t first = 0; first < target.rows(); first += most) {
-    const Tensor rows = target.Rows(first, std::min(most, target.rows() - first));
-    Tensor host = rows;
-    host.data = buffer.data();
-    host.device = Device::Cpu();
-    host.row_stride = host.row_elements();
-    fill(first, host);
-    STRETTO_RETURN_IF_ERROR(CopyFromHost(rows, buffer.data()));
-  }
-  return absl::OkStatus();
+  });
+}
+
+absl::Status FillConstant(const ConstantInfo& c, const Tensor& constant) {
+  return FillFromHost(constant, [&](int64_t first, const Tensor& rows) {
+    for (int64_t r = 0; r < rows.rows(); ++r) {
+      for (int64_t k = 0; k < c.columns; ++k) {
+        const double v = c.value(first + r, k);
+        if (c.dtype == DType::kF64) {
+          rows.as<double>(r)[k] = v;
+        } else {
+          rows.as<float>(r)[k] = static_cast<float>(v);
+        }
+      }
+    }
+    return absl::OkStatus();
+  });
 }
 
 }  // namespace
@@ -162,6 +167,7 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
   STRETTO_RETURN_IF_ERROR(make("gradients", bytes.gradients, &dp->gradient_arena_));
   STRETTO_RETURN_IF_ERROR(make("constants", constant_bytes, &dp->constant_arena_));
 
+  ThreadPool pool(options.threads);
   std::vector<Tensor> stored_values, stored_grads;  // with padding rows
   std::byte* value = dp->parameter_arena_.data();
   std::byte* grad = dp->gradient_arena_.data();
@@ -176,9 +182,7 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     dp->shards_.push_back({ParamId{static_cast<int>(i)}, cut.first,
                            dp->parameters_.back().Rows(cut.first, cut.count),
                            dp->gradients_.back().Rows(cut.first, cut.count)});
-    STRETTO_RETURN_IF_ERROR(FillRows(dp->parameters_.back(), [&](int64_t first, Tensor rows) {
-      InitialValues(p.spec, seed, first, rows);
-    }));
+    STRETTO_RETURN_IF_ERROR(FillParameter(p.spec, seed, pool, dp->parameters_.back()));
     value += Aligned(StoredElements(p, n) * SizeOf(graph.dtype));
     grad += Aligned(StoredElements(p, n) * SizeOf(acc));
   }
@@ -186,18 +190,7 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
   std::byte* constant = dp->constant_arena_.data();
   for (const ConstantInfo& c : graph.constants) {
     const Tensor t = Tensor::Of(constant, c.dtype, {c.rows, c.columns}, device);
-    STRETTO_RETURN_IF_ERROR(FillRows(t, [&](int64_t first, Tensor rows) {
-      for (int64_t r = 0; r < rows.rows(); ++r) {
-        for (int64_t k = 0; k < c.columns; ++k) {
-          const double v = c.value(first + r, k);
-          if (c.dtype == DType::kF64) {
-            rows.as<double>(r)[k] = v;
-          } else {
-            rows.as<float>(r)[k] = static_cast<float>(v);
-          }
-        }
-      }
-    }));
+    STRETTO_RETURN_IF_ERROR(FillConstant(c, t));
     dp->constants_.push_back(t);
     constant += Aligned(t.bytes());
   }

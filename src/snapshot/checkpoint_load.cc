@@ -149,26 +149,13 @@ absl::Status CheckSameModel(const std::string& path, const Manifest& manifest,
       "; load it with the configuration that wrote it or choose another checkpoint directory"));
 }
 
-// Rows of a stored tensor, from row `first` of it on, into `target`; into a device's memory through
-// a buffer of bounded size.
+// Rows of a stored tensor, from row `first` of it on, into `target`.
 absl::Status ReadRows(const SafetensorsFile& file, const SafetensorsEntry& stored, int64_t first,
                       const Tensor& target) {
-  const int64_t row_elements = target.row_elements();
-  if (target.device.kind == DeviceKind::kCpu) {
-    return ReadConverted(file, stored, first * row_elements, target.elements(), target.dtype,
-                         target.data);
-  }
-  constexpr int64_t kBufferBytes = 16 << 20;
-  const int64_t row_bytes = std::max<int64_t>(1, row_elements * SizeOf(target.dtype));
-  const int64_t most = std::max<int64_t>(1, kBufferBytes / row_bytes);
-  std::vector<std::byte> buffer(static_cast<size_t>(std::min(most, target.rows()) * row_bytes));
-  for (int64_t done = 0; done < target.rows(); done += most) {
-    const int64_t rows = std::min(most, target.rows() - done);
-    STRETTO_RETURN_IF_ERROR(ReadConverted(file, stored, (first + done) * row_elements,
-                                          rows * row_elements, target.dtype, buffer.data()));
-    STRETTO_RETURN_IF_ERROR(CopyFromHost(target.Rows(done, rows), buffer.data()));
-  }
-  return absl::OkStatus();
+  return FillFromHost(target, [&](int64_t done, const Tensor& rows) {
+    return ReadConverted(file, stored, (first + done) * rows.row_elements(), rows.elements(),
+                         rows.dtype, rows.data);
+  });
 }
 
 // Calls `visit(piece, first, rows)` for the rows [first, first + rows) of `entry` in each piece.

@@ -147,7 +147,8 @@ absl::Status Trainer::Impl::SetUpModel() {
               *comm, dp_group, graph, *stream, *kernels, static_cast<uint64_t>(config.seed), budget,
               {.overlap = config.parallel.overlap,
                .bucket_bytes = config.parallel.bucket_bytes,
-               .timer = timer.get()}));
+               .timer = timer.get(),
+               .threads = static_cast<int>(config.runtime.threads)}));
   STRETTO_ASSIGN_OR_RETURN(optimizer,
                            AdamW::Create(graph, *dp, ops(), budget,
                                          {.beta1 = config.optimizer.beta1,

@@ -20,6 +20,9 @@ class Rng {
   // further number of that meaning, e.g. the step.
   Rng(uint64_t seed, const std::string& purpose, uint64_t index = 0);
 
+  // For kernels that draw the same words: Words(counter) is Philox4x32 of {counter, counter >> 32,
+  // index, index >> 32} with this key.
+  std::array<uint32_t, 2> key() const { return {key_[0], key_[1]}; }
   // Four independent 32-bit words for element group `counter`.
   std::array<uint32_t, 4> Words(uint64_t counter) const;
   uint64_t Bits(uint64_t element) const;
@@ -27,6 +30,8 @@ class Rng {
   double Uniform(uint64_t element) const;
   // Standard normal (Box-Muller on the element's own two words).
   double Normal(uint64_t element) const;
+  // out[i] = Normal(first + i), drawing once for the two elements of a block.
+  void Normals(uint64_t first, int64_t n, double* out) const;
   // Uniform in [0, n); n > 0. Bias below 2^-64 * n.
   uint64_t Below(uint64_t element, uint64_t n) const;
 

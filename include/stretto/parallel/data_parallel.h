@@ -35,6 +35,8 @@ struct DataParallelOptions {
   int64_t bucket_bytes = 25 << 20;
   // Told when forward, backward and waits begin; null: nobody is. Outlives the DataParallel.
   PhaseTimer* timer = nullptr;
+  // Host threads that draw the initial values.
+  int threads = 1;
 };
 
 // The rows of one parameter that this rank updates: views into the storages. Rows are cut evenly,

@@ -82,6 +82,20 @@ TEST(RngTest, UniformMoments) {
   EXPECT_NEAR(neighbours / kDraws, 0, 5.0 / 12 / std::sqrt(kDraws));
 }
 
+TEST(RngTest, NormalsAreTheSameInOneCall) {
+  const Rng rng(3, "normals");
+  for (const uint64_t first : {0, 1, 6, 1001}) {
+    for (const int64_t n : {0, 1, 2, 3, 8, 17}) {
+      std::vector<double> all(static_cast<size_t>(n + 1), -7.0);
+      rng.Normals(first, n, all.data());
+      for (int64_t i = 0; i < n; ++i) {
+        EXPECT_EQ(all[static_cast<size_t>(i)], rng.Normal(first + static_cast<uint64_t>(i)));
+      }
+      EXPECT_EQ(all.back(), -7.0);
+    }
+  }
+}
+
 TEST(RngTest, NormalMoments) {
   const Rng rng(7, "normal");
   constexpr int kDraws = 200000;

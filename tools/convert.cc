@@ -162,8 +162,7 @@ absl::Status RefuseUnused(const HfWeights& files, const ModelConfig& config,
 
 // What a checkpoint remembers of where it came from, in the trainer's terms where they apply.
 std::string TrainerStateFor(HfConfig config) {
-  json state = {{"step", 0}, {"applied", 0},      {"skipped", 0},
-                {"seed", 0}, {"global_batch", 0}, {"sequence_length", 0}};
+  json state = {{"step", 0}, {"applied", 0}, {"skipped", 0}};
   state["config"]["model"] = json::parse(PrintConfig(ConfigRef(&config.model)));
   state["huggingface"] = {{"bos_token_id", config.bos_token}, {"eos_token_id", config.eos_tokens}};
   return state.dump();

@@ -48,7 +48,8 @@ absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t t
     if (ids.empty()) ids.push_back(static_cast<int32_t>(t.tokenizer->end_of_text()));
     const size_t prompt_size = ids.size();
     const int64_t context = std::min(t.config.data.sequence_length, t.config.model.max_positions);
-    const Rng rng(t.state.seed, "sample", static_cast<uint64_t>(t.state.step));
+    const Rng rng(static_cast<uint64_t>(t.config.seed), "sample",
+                  static_cast<uint64_t>(t.state.step));
     // Ids above the tokenizer's (padding of the vocabulary) are never drawn.
     const int64_t vocabulary = t.tokenizer->vocabulary();
     const Tensor head = t.dp->Parameter(t.plan.model.head);

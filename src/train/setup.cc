@@ -5,7 +5,6 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/copy.h"
 #include "stretto/core/log.h"
@@ -225,9 +224,6 @@ absl::Status Trainer::Impl::SetUpData() {
 }
 
 absl::Status Trainer::Impl::Restore() {
-  state.seed = static_cast<uint64_t>(config.seed);
-  state.global_batch = config.batch.global;
-  state.sequence_length = config.data.sequence_length;
   state.config = PrintConfig(ConfigRef(&config));
   absl::Status locked;
   if (world.rank() == 0) {
@@ -283,8 +279,7 @@ absl::Status Trainer::Impl::Restore() {
       const absl::StatusOr<TrainerState> saved =
           ParseTrainerState(initial->trainer_state, initial->path);
       if (saved.ok()) {  // weights that were converted come without
-        STRETTO_RETURN_IF_ERROR(
-            SameRun(saved->config, state.config, /*order=*/false, initial->path));
+        STRETTO_RETURN_IF_ERROR(SameModel(saved->config, state.config, initial->path));
       }
       StateRegistry weights;
       STRETTO_RETURN_IF_ERROR(dp->Register(&weights));
@@ -302,17 +297,8 @@ absl::Status Trainer::Impl::Restore() {
     const CheckpointInfo& info = *newest;
     STRETTO_ASSIGN_OR_RETURN(const TrainerState saved,
                              ParseTrainerState(info.trainer_state, info.path));
-    STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, /*order=*/true, info.path));
+    STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, info.path));
     STRETTO_RETURN_IF_ERROR(LoadCheckpoint(info, registry));
-    if (saved.global_batch != state.global_batch || saved.seed != state.seed ||
-        saved.sequence_length != state.sequence_length) {
-      return absl::FailedPreconditionError(absl::StrFormat(
-          "%s was trained with seed %d, batch.global %d and data.sequence_length %d, not %d, %d "
-          "and "
-          "%d, so its data order cannot be continued; set them back, or choose another output",
-          info.path.c_str(), saved.seed, saved.global_batch, saved.sequence_length, state.seed,
-          state.global_batch, state.sequence_length));
-    }
     state.step = saved.step;
     state.applied = saved.applied;
     state.skipped = saved.skipped;

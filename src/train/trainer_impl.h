@@ -31,17 +31,18 @@ struct TrainerState {
   int64_t step = 0;     // completed steps; the data order follows from it
   int64_t applied = 0;  // updates not skipped; Adam's bias correction counts these
   int64_t skipped = 0;
-  uint64_t seed = 0;
-  int64_t global_batch = 0;  // resuming with others than these would change the data order
-  int64_t sequence_length = 0;
-  std::string config;   // resolved, for the reader
+  std::string config;   // resolved
   std::string choices;  // what the backend chose by measuring (KernelTable::export_choices)
 };
 std::string ToJson(const TrainerState& state);
-// Names the first setting that makes the model another one, or, with `order`, that changes which
-// samples come when, between a run's resolved configuration and this run's. `source` names the
-// checkpoint. Fields that either side does not have are passed over.
-absl::Status SameRun(const std::string& saved, const std::string& current, bool order,
+// FAILED_PRECONDITION names the first setting that makes the model another one, between a run's
+// resolved configuration and this run's. `source` names the checkpoint. Fields that either side
+// does not have are passed over.
+absl::Status SameModel(const std::string& saved, const std::string& current,
+                       const std::string& source);
+// The same, and whatever else a run that goes on must not change: which samples come when, which
+// random numbers are drawn, and in which types the parameters and the optimizer's state are kept.
+absl::Status SameRun(const std::string& saved, const std::string& current,
                      const std::string& source);
 absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const std::string& source);
 

@@ -1,3 +1,7 @@
+#include <algorithm>
+#include <string>
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "nlohmann/json.hpp"
 #include "src/train/trainer_impl.h"
@@ -9,9 +13,6 @@ std::string ToJson(const TrainerState& state) {
   j["step"] = state.step;
   j["applied"] = state.applied;
   j["skipped"] = state.skipped;
-  j["seed"] = state.seed;
-  j["global_batch"] = state.global_batch;
-  j["sequence_length"] = state.sequence_length;
   nlohmann::json config = nlohmann::json::parse(state.config, nullptr, false);
   if (!config.is_discarded()) j["config"] = std::move(config);
   if (!state.choices.empty()) j["choices"] = state.choices;
@@ -37,43 +38,74 @@ absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const st
   STRETTO_RETURN_IF_ERROR(read("step", &state.step));
   STRETTO_RETURN_IF_ERROR(read("applied", &state.applied));
   STRETTO_RETURN_IF_ERROR(read("skipped", &state.skipped));
-  STRETTO_RETURN_IF_ERROR(read("seed", &state.seed));
-  STRETTO_RETURN_IF_ERROR(read("global_batch", &state.global_batch));
-  STRETTO_RETURN_IF_ERROR(read("sequence_length", &state.sequence_length));
-  if (const auto config = j.find("config"); config != j.end()) state.config = config->dump();
+  const auto config = j.find("config");
+  if (config == j.end() || !config->is_object()) {
+    return absl::DataLossError(absl::StrCat(
+        source,
+        ": its trainer state does not hold the run's configuration; the checkpoint was "
+        "not written by a trainer of this version"));
+  }
+  state.config = config->dump();
   if (const auto choices = j.find("choices"); choices != j.end() && choices->is_string()) {
     state.choices = choices->get<std::string>();
   }
   return state;
 }
 
-absl::Status SameRun(const std::string& saved, const std::string& current, bool order,
-                     const std::string& source) {
-  const nlohmann::json before = nlohmann::json::parse(saved, nullptr, false);
-  const nlohmann::json now = nlohmann::json::parse(current, nullptr, false, true);
-  const auto differs = [&](const char* section, const char* field) -> absl::Status {
-    if (!before.is_object() || !now.is_object()) return absl::OkStatus();
-    const auto old_section = before.find(section), new_section = now.find(section);
-    if (old_section == before.end() || new_section == now.end()) return absl::OkStatus();
-    if (!old_section->is_object() || !new_section->is_object()) return absl::OkStatus();
-    const auto a = old_section->find(field), b = new_section->find(field);
-    if (a == old_section->end() || b == new_section->end() || *a == *b) return absl::OkStatus();
+namespace {
+
+// The settings of a run whose checkpoint is `source`, and of this run.
+class Settings {
+ public:
+  Settings(const std::string& saved, const std::string& current, std::string source)
+      : before_(nlohmann::json::parse(saved, nullptr, false)),
+        now_(nlohmann::json::parse(current, nullptr, false, true)),
+        source_(std::move(source)) {}
+
+  // Whether `path`, e.g. "/model/hidden", is the same in both, or absent in one.
+  absl::Status Same(const std::string& path) const {
+    const nlohmann::json::json_pointer pointer(path);
+    if (!before_.contains(pointer) || !now_.contains(pointer)) return absl::OkStatus();
+    const nlohmann::json &a = before_.at(pointer), &b = now_.at(pointer);
+    if (a == b) return absl::OkStatus();
+    std::string name = path.substr(1);
+    std::replace(name.begin(), name.end(), '/', '.');
     return absl::FailedPreconditionError(
-        absl::StrCat(source, " was written with ", section, ".", field, " = ", a->dump(), ", not ",
-                     b->dump(), "; set it back, or choose another output for a new run"));
-  };
+        absl::StrCat(source_, " was written with ", name, " = ", a.dump(), ", not ", b.dump(),
+                     "; set it back, or choose another output for a new run"));
+  }
+
+ private:
+  nlohmann::json before_, now_;
+  std::string source_;
+};
+
+absl::Status SameModel(const Settings& settings) {
   for (const char* field :
        {"family", "vocabulary", "layers", "hidden", "heads", "kv_heads", "head_dim", "ffn",
         "tie_embeddings", "norm_eps", "rope_theta", "rope_scaling_factor", "rope_low_freq_factor",
         "rope_high_freq_factor", "rope_original_positions"}) {
-    STRETTO_RETURN_IF_ERROR(differs("model", field));
+    STRETTO_RETURN_IF_ERROR(settings.Same(std::string("/model/") + field));
   }
-  if (!order) return absl::OkStatus();
-  STRETTO_RETURN_IF_ERROR(differs("runtime", "dtype"));
-  for (const char* field : {"sequence_length", "shuffle"}) {
-    STRETTO_RETURN_IF_ERROR(differs("data", field));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status SameModel(const std::string& saved, const std::string& current,
+                       const std::string& source) {
+  return SameModel(Settings(saved, current, source));
+}
+
+absl::Status SameRun(const std::string& saved, const std::string& current,
+                     const std::string& source) {
+  const Settings settings(saved, current, source);
+  STRETTO_RETURN_IF_ERROR(SameModel(settings));
+  for (const char* path : {"/seed", "/batch/global", "/data/sequence_length", "/data/shuffle",
+                           "/runtime/dtype", "/optimizer/moments", "/optimizer/masters"}) {
+    STRETTO_RETURN_IF_ERROR(settings.Same(path));
   }
-  return differs("batch", "global");
+  return absl::OkStatus();
 }
 
 }  // namespace stretto

@@ -68,7 +68,10 @@ struct Case {
   double bytes = 0;  // that have to move; one of the two is 0
   double flops = 0;
   std::vector<Operand> operands;
-  std::function<void(ops::Context, const Tensors&)> run;
+  std::function<void(ops::Context, const Tensors&)> run = {};
+  // Instead of `run`, for what works on a table of these items.
+  std::function<std::vector<OptimizerItem>(const Tensors&)> items = {};
+  std::function<void(ops::Context, const Tensors&, const OptimizerTable&)> run_table = {};
 };
 
 // ---------------------------------------------------------------------------------- the cases
@@ -269,37 +272,47 @@ void AddLoss(const Shapes& s, std::vector<Case>* cases) {
                     }});
 }
 
-void AddOptimizer(const Shapes& s, std::vector<Case>* cases) {
-  const int64_t n = s.parameters;
-  const bool masters = s.wide() != s.dtype;
-  const Operand wide = {s.wide(), {n}}, moment = {s.wide(), {n}, Positive};
+// One launch over a model's parameters as one tensor: m, v and with `masters` the master beside it.
+void AddUpdate(const Shapes& s, const char* name, DType moments, bool masters,
+               std::vector<Case>* cases) {
+  const Operand param = {s.dtype, {s.parameters}}, wide = {s.wide(), {s.parameters}};
+  const Operand m = {moments, {s.parameters}}, v = {moments, {s.parameters}, Positive};
   const Operand scalars = {DType::kF64, {StepScalars::kCount}, [](int64_t i) {
                              return i == StepScalars::kScale ? 1e-6 : 0.0;
                            }};
+  const auto size = [](DType dtype) { return static_cast<double>(SizeOf(dtype)); };
+  // The gradient is read and the moments are read and written; so is the master, of which param is
+  // a copy that is written, or else param.
+  const double bytes = size(s.wide()) + 4 * size(moments) +
+                       (masters ? 2 * size(s.wide()) + size(s.dtype) : 2 * size(s.dtype));
+  Case update = {name, bytes * static_cast<double>(s.parameters), 0, {param, wide, m, v, scalars}};
+  if (masters) update.operands.push_back(wide);
+  update.items = [masters](const Tensors& t) -> std::vector<OptimizerItem> {
+    return {
+        {.param = t[0], .grad = t[1], .m = t[2], .v = t[3], .master = masters ? t[5] : Tensor()}};
+  };
+  update.run_table = [](ops::Context c, const Tensors& t, const OptimizerTable& table) {
+    ops::AdamW(c, table, {.scalars = t[4], .lr = 1e-4});
+  };
+  cases->push_back(std::move(update));
+}
+
+void AddOptimizer(const Shapes& s, std::vector<Case>* cases) {
+  const int64_t n = s.parameters;
+  const bool bf16 = s.dtype == DType::kBF16;
+  const Operand wide = {s.wide(), {n}};
   const auto size = static_cast<double>(SizeOf(s.wide()));
-  const double bytes =
-      (7 * size + (masters ? static_cast<double>(SizeOf(s.dtype)) : 0)) * static_cast<double>(n);
-  cases->push_back({"adamw",
-                    bytes,
-                    0,
-                    {{s.dtype, {n}}, wide, wide, moment, scalars, wide},
-                    [masters](ops::Context c, const Tensors& t) {
-                      AdamWArgs args;
-                      args.param = t[0];
-                      args.grad = t[1];
-                      args.m = t[2];
-                      args.v = t[3];
-                      args.scalars = t[4];
-                      if (masters) args.master = t[5];
-                      args.lr = 1e-4;
-                      ops::AdamW(c, args);
-                    }});
-  cases->push_back(
-      {"sum of squares",
-       size * static_cast<double>(n),
-       0,
-       {{DType::kF64, {1}}, wide},
-       [](ops::Context c, const Tensors& t) { ops::SumSquares(c, t[0], t[1], false); }});
+  AddUpdate(s, "adamw", s.wide(), bf16, cases);
+  if (s.dtype != DType::kF64) AddUpdate(s, "adamw bf16 moments", DType::kBF16, bf16, cases);
+  if (bf16) AddUpdate(s, "adamw bf16 moments, no masters", DType::kBF16, false, cases);
+  Case squares = {"sum of squares", size * static_cast<double>(n), 0, {{DType::kF64, {1}}, wide}};
+  squares.items = [](const Tensors& t) -> std::vector<OptimizerItem> {
+    return {{.param = t[1], .grad = t[1], .m = t[1], .v = t[1]}};
+  };
+  squares.run_table = [](ops::Context c, const Tensors& t, const OptimizerTable& table) {
+    ops::AddSumSquares(c, t[0], table);
+  };
+  cases->push_back(std::move(squares));
   cases->push_back(
       {"zero", size * static_cast<double>(n), 0, {wide}, [](ops::Context c, const Tensors& t) {
          ops::Zero(c, t[0]);
@@ -359,9 +372,17 @@ class Bench {
         at += operand.bytes();
       }
     }
+    std::vector<OptimizerTable> tables(tensors.size());
+    for (size_t i = 0; c.items != nullptr && i < tensors.size(); ++i) {
+      STRETTO_ASSIGN_OR_RETURN(tables[i], OptimizerTable::Create(device_, c.items(tensors[i])));
+    }
     const ops::Context context = {stream_.get(), kernels_};
+    const auto run = [&](size_t i) {
+      if (c.items != nullptr) return c.run_table(context, tensors[i], tables[i]);
+      c.run(context, tensors[i]);
+    };
     if (kernels_->set_measuring != nullptr) kernels_->set_measuring(true);
-    c.run(context, tensors[0]);
+    run(0);
     if (kernels_->set_measuring != nullptr) kernels_->set_measuring(false);
     STRETTO_RETURN_IF_ERROR(stream_->Synchronize());
     // So many calls that starting and waiting for them is less than a hundredth.
@@ -369,7 +390,7 @@ class Bench {
     size_t next = 0;
     const auto round = [&](int calls) -> absl::StatusOr<double> {
       const double begin = Now();
-      for (int i = 0; i < calls; ++i) c.run(context, tensors[next++ % tensors.size()]);
+      for (int i = 0; i < calls; ++i) run(next++ % tensors.size());
       STRETTO_RETURN_IF_ERROR(stream_->Synchronize());
       return (Now() - begin) / calls;
     };

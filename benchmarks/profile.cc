@@ -55,7 +55,8 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
   STRETTO_ASSIGN_OR_RETURN(const auto dp, DataParallel::Create(comm, comm.all(), graph, *stream,
                                                                *kernels, 1, budget, {}));
   Run run({stream.get(), kernels});
-  STRETTO_ASSIGN_OR_RETURN(const auto adam, AdamW::Create(graph, *dp, run.ops(), budget, {}));
+  STRETTO_ASSIGN_OR_RETURN(const auto adam,
+                           AdamW::Create(graph, *dp, run.ops(), budget, OptimizerOptions(config)));
   STRETTO_ASSIGN_OR_RETURN(const Arena memory,
                            Arena::Create(device, "frame", plan.train_frame.bytes()));
   STRETTO_ASSIGN_OR_RETURN(const Arena scalar_memory, Arena::Create(device, "scalars", 1024));

@@ -247,7 +247,8 @@ absl::StatusOr<Source> ReadSource(const std::string& path) {
   const json& runtime_type = member(member(config, "runtime"), "dtype");
   if (runtime_type.is_string()) {
     source.config.dtype = runtime_type == "bf16" ? DType::kBF16 : DType::kF32;
-    source.masters = runtime_type == "bf16";
+    source.masters =
+        runtime_type == "bf16" && member(member(config, "optimizer"), "masters") != false;
   }
   const json& hf = member(state, "huggingface");
   const json &bos = member(hf, "bos_token_id"), &eos = member(hf, "eos_token_id");

@@ -77,6 +77,10 @@ std::vector<Change> Changes(const TrainConfig& config, int ranks) {
   for (int64_t m = config.batch.micro / 2; m >= 1; m /= 2) micro(m);
   if (config.runtime.recompute == "none") recompute("norms");
   if (config.runtime.recompute != "block") recompute("block");
+  if (config.runtime.device == "cuda" && !config.optimizer.offload) {
+    changes.push_back(
+        {"optimizer.offload=true", [](TrainConfig& c, int&) { c.optimizer.offload = true; }});
+  }
   return changes;
 }
 
@@ -181,6 +185,7 @@ std::string Json(const Summary& s) {
   j["micro_batch_tokens"] = s.plan.micro_batch_tokens;
   for (const NamedBytes& arena : s.plan.arenas) j["arenas"][arena.name] = arena.bytes;
   j["arena_bytes"] = s.plan.arena_bytes;
+  for (const NamedBytes& arena : s.plan.host_arenas) j["host_arenas"][arena.name] = arena.bytes;
   const auto frame = [](const FrameLayout& layout) {
     const MemoryPlan& plan = layout.plan;
     nlohmann::ordered_json f;

@@ -238,26 +238,29 @@ class Bench {
     arenas_.clear();
     const DType wide = AccumulateType(dtype_);
     const int64_t n = int64_t{1} << 24;
-    stretto::AdamWArgs args;
-    STRETTO_ASSIGN_OR_RETURN(args.param, Make(dtype_, {n}));
-    STRETTO_ASSIGN_OR_RETURN(args.grad, Make(wide, {n}));
-    STRETTO_ASSIGN_OR_RETURN(args.m, Make(wide, {n}));
-    STRETTO_ASSIGN_OR_RETURN(args.v, Make(wide, {n}));
+    stretto::OptimizerItem item;
+    STRETTO_ASSIGN_OR_RETURN(item.param, Make(dtype_, {n}));
+    STRETTO_ASSIGN_OR_RETURN(item.grad, Make(wide, {n}));
+    STRETTO_ASSIGN_OR_RETURN(item.m, Make(wide, {n}));
+    STRETTO_ASSIGN_OR_RETURN(item.v, Make(wide, {n}));
     if (wide != dtype_) {
-      STRETTO_ASSIGN_OR_RETURN(args.master, Make(wide, {n}));
+      STRETTO_ASSIGN_OR_RETURN(item.master, Make(wide, {n}));
     }
+    STRETTO_ASSIGN_OR_RETURN(const stretto::OptimizerTable table,
+                             stretto::OptimizerTable::Create(item.param.device, {item}));
+    stretto::AdamWArgs args;
     STRETTO_ASSIGN_OR_RETURN(args.scalars, Make(DType::kF64, {stretto::StepScalars::kCount}));
     for (int i = 0; i < stretto::StepScalars::kCount; ++i) args.scalars.as<double>()[i] = 0;
     args.scalars.as<double>()[stretto::StepScalars::kScale] = 1e-6;
     args.lr = 1e-4;
-    ops::Zero(context_, args.v);  // second moments are never negative
+    ops::Zero(context_, item.v);  // second moments are never negative
     const double size = static_cast<double>(SizeOf(wide));
     const double bytes = (wide == dtype_ ? 7 * size : 7 * size + 2) * static_cast<double>(n);
-    Print("adamw 16M", Time([&] { ops::AdamW(context_, args); }), bytes, "GB/s");
+    Print("adamw 16M", Time([&] { ops::AdamW(context_, table, args); }), bytes, "GB/s");
     STRETTO_ASSIGN_OR_RETURN(Tensor total, Make(DType::kF64, {1}));
-    Print("sum of squares 16M", Time([&] { ops::SumSquares(context_, total, args.grad, false); }),
+    Print("sum of squares 16M", Time([&] { ops::AddSumSquares(context_, total, table); }),
           size * static_cast<double>(n), "GB/s");
-    Print("copy 16M (memory floor)", Time([&] { ops::Copy(context_, args.m, args.grad); }),
+    Print("copy 16M (memory floor)", Time([&] { ops::Copy(context_, item.m, item.grad); }),
           2 * size * static_cast<double>(n), "GB/s");
     return stream_->status();
   }

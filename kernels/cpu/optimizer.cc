@@ -1,17 +1,19 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "kernels/cpu/families.h"
+#include "kernels/cpu/random.h"
 #include "kernels/cpu/support.h"
+#include "stretto/ops/optimizer_table.h"
 
 namespace stretto::cpu {
 namespace {
 
-// Sums are taken over blocks of this many elements and the blocks added in order, so the result
-// does not depend on the number of threads.
-constexpr int64_t kSumBlock = 16384;
-
+// Squares are summed chunk by chunk and the chunks added in order, so the result does not depend on
+// the number of threads.
 template <class T>
 double BlockSumSquares(const T* x, int64_t n) {
   double lanes[16] = {};
@@ -39,51 +41,136 @@ struct AdamWStep {
       inverse_root_correction, eps;
 };
 
-// P: stored parameter; M: master (P's own type when there is none); both may be the same memory.
-template <class P, class M, class A>
-void AdamWSpan(P* param, M* master, const A* grad, A* m, A* v, int64_t n, const AdamWStep<A>& c) {
+// The random words of a tile of elements, which starts at a multiple of kTile in the whole
+// parameter: element i of the tile has moments[i] and param[i] (OptimizerKernels::AdamW).
+struct TileBits {
+  static constexpr int kTile = 32;
+  // A vector may be read that begins at any element.
+  alignas(32) uint32_t moments[kTile + 8] = {};
+  alignas(32) uint32_t param[kTile + 8] = {};
+
+  static void Draw(uint32_t (&to)[kTile + 8], uint64_t first_block, uint64_t step,
+                   const uint32_t (&key)[2]) {
+    U32x8 words[4];
+    PhiloxLanes(first_block, 2, step, {key[0], key[1]}, words);
+    for (int b = 0; b < kTile / 4; ++b) {
+      for (int j = 0; j < 4; ++j) to[4 * b + j] = words[j][b];
+    }
+  }
+};
+static_assert(TileBits::kTile / 4 == 8);
+
+inline U32x8 LoadBits(const uint32_t* p) {
+  U32x8 bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+
+// What is kept: stochastically rounded to bf16, else as it is.
+template <class T, class N>
+void Keep(T* p, Vec<Acc<T>> x, U32x8 random, N n) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    StoreStochastic(p, x, random, n);
+  } else {
+    Store(p, x, n);
+  }
+}
+
+// P: stored parameter; M: moments; kMaster: whether the master is what is updated, and param a
+// copy of it. The random words of element i are at offset + i of `bits`.
+template <class P, class M, bool kMaster, class A>
+void AdamWSpan(P* param, A* master, const A* grad, M* m, M* v, int64_t n, const AdamWStep<A>& c,
+               const TileBits& bits, int64_t offset) {
+  constexpr bool kRandomMoments = std::is_same_v<M, BFloat16>;
+  constexpr bool kRandomParam = std::is_same_v<P, BFloat16> && !kMaster;
   VecLoop<A>(n, [&](int64_t i, auto k) {
     const Vec<A> g = Load(grad + i, k) * c.grad_scale;
     const Vec<A> m1 = Load(m + i, k) * c.beta1 + g * c.one_minus_beta1;
     const Vec<A> v1 = Load(v + i, k) * c.beta2 + g * g * c.one_minus_beta2;
-    Store(m + i, m1, k);
-    Store(v + i, v1, k);
+    const U32x8 random = kRandomMoments ? LoadBits(bits.moments + offset + i) : U32x8{};
+    Keep(m + i, m1, random, k);
+    Keep(v + i, v1, random >> 16, k);
     Vec<A> root = v1;
     for (int j = 0; j < kLanes<A>; ++j) root[j] = std::sqrt(root[j]);
-    const Vec<A> w = Load(master + i, k) * c.keep -
-                     c.step_size * m1 / (root * c.inverse_root_correction + c.eps);
-    if constexpr (!std::is_same_v<P, M>) Store(param + i, w, k);
-    Store(master + i, w, k);
+    Vec<A> w;
+    if constexpr (kMaster) {
+      w = Load(master + i, k);
+    } else {
+      w = Load(param + i, k);
+    }
+    w = w * c.keep - c.step_size * m1 / (root * c.inverse_root_correction + c.eps);
+    if constexpr (kMaster) {
+      Store(master + i, w, k);
+      Store(param + i, w, k);
+    } else {
+      Keep(param + i, w, kRandomParam ? LoadBits(bits.param + offset + i) : U32x8{}, k);
+    }
+  });
+}
+
+template <class P, class M, bool kMaster, class A>
+void AdamWChunk(const OptimizerEntry& e, int64_t first, int64_t n, const AdamWStep<A>& c,
+                uint64_t step) {
+  constexpr bool kRandomMoments = std::is_same_v<M, BFloat16>;
+  constexpr bool kRandomParam = std::is_same_v<P, BFloat16> && !kMaster;
+  const auto span = [&](int64_t at, int64_t count, const TileBits& bits, int64_t offset) {
+    AdamWSpan<P, M, kMaster, A>(
+        reinterpret_cast<P*>(e.param) + at, kMaster ? reinterpret_cast<A*>(e.master) + at : nullptr,
+        reinterpret_cast<const A*>(e.grad) + at, reinterpret_cast<M*>(e.m) + at,
+        reinterpret_cast<M*>(e.v) + at, count, c, bits, offset);
+  };
+  TileBits bits;
+  if constexpr (!kRandomMoments && !kRandomParam) {
+    span(first, n, bits, 0);
+    return;
+  }
+  const int64_t end = first + n;
+  while (first < end) {
+    const uint64_t element = e.first_element + static_cast<uint64_t>(first);
+    const auto offset = static_cast<int64_t>(element % TileBits::kTile);
+    const uint64_t block = (element - static_cast<uint64_t>(offset)) / 4 * 2;
+    if constexpr (kRandomMoments) TileBits::Draw(bits.moments, block, step, e.key);
+    if constexpr (kRandomParam) TileBits::Draw(bits.param, block + 1, step, e.key);
+    const int64_t count = std::min(end - first, TileBits::kTile - offset);
+    span(first, count, bits, offset);
+    first += count;
+  }
+}
+
+// Calls f(Type<P>, Type<M>, master: true_type or false_type) for what the table holds.
+template <class F>
+void ForTypes(const OptimizerShards& shards, const F& f) {
+  ForModelType(shards.param, [&](auto param) {
+    using P = typename decltype(param)::type;
+    const auto with = [&](auto moments) {
+      if constexpr (std::is_same_v<P, BFloat16>) {
+        if (shards.masters) return f(param, moments, std::true_type{});
+      }
+      f(param, moments, std::false_type{});
+    };
+    if constexpr (!std::is_same_v<P, double>) {
+      if (shards.moments == DType::kBF16) return with(Type<BFloat16>{});
+    }
+    with(Type<Acc<P>>{});
   });
 }
 
 class CpuOptimizer final : public OptimizerKernels {
  public:
-  void SumSquares(Stream& s, Tensor total, Tensor x, bool acc) const override {
+  void AddSumSquares(Stream& s, Tensor total, const OptimizerShards& shards) const override {
     ThreadPool* pool = &s.pool();
     s.Enqueue([=] {
-      ForModelType(x.dtype, [&](auto type) {
+      double* sums = Scratch<double>(kScratchA, shards.chunk_count);
+      ForModelType(AccumulateType(shards.param), [&](auto type) {
         using T = typename decltype(type)::type;
-        int64_t rows = x.rows();
-        int64_t columns = x.row_elements();
-        AsOneRow(rows, columns, x);
-        const int64_t blocks_per_row = (columns + kSumBlock - 1) / kSumBlock;
-        const int64_t blocks = rows * blocks_per_row;
-        double* sums = Scratch<double>(kScratchA, blocks);
-        pool->ParallelFor(
-            blocks, 1,
-            [&](int64_t begin, int64_t end, int) {
-              for (int64_t b = begin; b < end; ++b) {
-                const int64_t first = b % blocks_per_row * kSumBlock;
-                sums[b] = BlockSumSquares(x.as<T>(b / blocks_per_row) + first,
-                                          std::min(kSumBlock, columns - first));
-              }
-            },
-            1);
-        double sum = acc ? *total.as<double>() : 0;
-        for (int64_t b = 0; b < blocks; ++b) sum += sums[b];
-        *total.as<double>() = sum;
+        ForChunks(*pool, shards,
+                  [&](int64_t chunk, const OptimizerEntry& e, int64_t first, int64_t n) {
+                    sums[chunk] = BlockSumSquares(reinterpret_cast<const T*>(e.grad) + first, n);
+                  });
       });
+      double sum = *total.as<double>();
+      for (int64_t b = 0; b < shards.chunk_count; ++b) sum += sums[b];
+      *total.as<double>() = sum;
     });
   }
 
@@ -103,45 +190,52 @@ class CpuOptimizer final : public OptimizerKernels {
     });
   }
 
-  void AdamW(Stream& s, const AdamWArgs& args) const override {
+  void AdamW(Stream& s, const OptimizerShards& shards, const AdamWArgs& args) const override {
     ThreadPool* pool = &s.pool();
-    s.Enqueue([pool, a = args] {
+    s.Enqueue([pool, shards, a = args] {
       const double* scalars = a.scalars.as<double>();
       if (scalars[StepScalars::kSkip] != 0) return;
-      ForModelType(a.param.dtype, [&](auto type) {
-        using P = typename decltype(type)::type;
+      ForTypes(shards, [&](auto param, auto moments, auto master) {
+        using P = typename decltype(param)::type;
+        using M = typename decltype(moments)::type;
         using A = Acc<P>;
         const double correction1 = 1 - std::pow(a.beta1, a.step);
         const double correction2 = 1 - std::pow(a.beta2, a.step);
-        const AdamWStep<A> c = {static_cast<A>(scalars[StepScalars::kScale]),
-                                static_cast<A>(a.beta1),
-                                static_cast<A>(1 - a.beta1),
-                                static_cast<A>(a.beta2),
-                                static_cast<A>(1 - a.beta2),
-                                static_cast<A>(1 - a.lr * a.weight_decay),
-                                static_cast<A>(a.lr / correction1),
-                                static_cast<A>(1 / std::sqrt(correction2)),
-                                static_cast<A>(a.eps)};
-        int64_t rows = a.param.rows();
-        int64_t columns = a.param.row_elements();
-        if (a.master.present()) AsOneRow(rows, columns, a.param, a.grad, a.m, a.v, a.master);
-        if (!a.master.present()) AsOneRow(rows, columns, a.param, a.grad, a.m, a.v);
-        ForSpans(*pool, rows, columns, [&](int64_t r, int64_t first, int64_t n) {
-          P* param = a.param.as<P>(r) + first;
-          const A* grad = a.grad.as<A>(r) + first;
-          A* m = a.m.as<A>(r) + first;
-          A* v = a.v.as<A>(r) + first;
-          if (a.master.present()) {
-            A* master = a.master.as<A>(r) + first;
-            AdamWSpan<P, A, A>(param, master, grad, m, v, n, c);
-            // A master beside a parameter of the same type is a plain copy.
-            if constexpr (std::is_same_v<P, A>) std::copy_n(master, n, param);
-          } else {
-            AdamWSpan<P, P, A>(param, param, grad, m, v, n, c);
-          }
+        const AdamWStep<A> plain = {static_cast<A>(scalars[StepScalars::kScale]),
+                                    static_cast<A>(a.beta1),
+                                    static_cast<A>(1 - a.beta1),
+                                    static_cast<A>(a.beta2),
+                                    static_cast<A>(1 - a.beta2),
+                                    A{1},
+                                    static_cast<A>(a.lr / correction1),
+                                    static_cast<A>(1 / std::sqrt(correction2)),
+                                    static_cast<A>(a.eps)};
+        AdamWStep<A> decaying = plain;
+        decaying.keep = static_cast<A>(1 - a.lr * a.weight_decay);
+        ForChunks(*pool, shards, [&](int64_t, const OptimizerEntry& e, int64_t first, int64_t n) {
+          AdamWChunk<P, M, decltype(master)::value, A>(e, first, n, e.decay != 0 ? decaying : plain,
+                                                       static_cast<uint64_t>(a.step));
         });
       });
     });
+  }
+
+ private:
+  // Calls body(chunk, entry, first element, elements) for all chunks, cut over the pool.
+  template <class Body>
+  static void ForChunks(ThreadPool& pool, const OptimizerShards& shards, const Body& body) {
+    constexpr int64_t kSize = OptimizerChunk::kElements;
+    pool.ParallelFor(
+        shards.chunk_count, 1,
+        [&](int64_t begin, int64_t end, int) {
+          for (int64_t i = begin; i < end; ++i) {
+            const OptimizerChunk& chunk = shards.chunks[i];
+            const OptimizerEntry& e = shards.entries[chunk.entry];
+            const int64_t first = chunk.index * kSize;
+            body(i, e, first, std::min(kSize, e.elements - first));
+          }
+        },
+        1);
   }
 };
 

@@ -1,16 +1,23 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/families.h"
+#include "kernels/cuda/random.cuh"
 #include "kernels/cuda/support.cuh"
+#include "stretto/ops/optimizer_table.h"
 
 namespace stretto::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 // Sums are taken by at most this many blocks, whatever the device, and the blocks added in order.
-constexpr int kMaxBlocks = 1024;
+constexpr int kSumBlocks = 1024;
+// An update's block takes this part of a chunk: many short blocks leave little of the device idle
+// at the end.
+constexpr int kBlocksPerChunk = 2;
+constexpr int64_t kBlockElements = OptimizerChunk::kElements / kBlocksPerChunk;
 
 // The sum over the block, in a fixed order; thread 0 gets it.
 __device__ double BlockSum(double x) {
@@ -22,27 +29,28 @@ __device__ double BlockSum(double x) {
   return warp == 0 ? WarpSum(lane < kThreads / 32 ? warps[lane] : 0.0) : 0.0;
 }
 
-// out[block] (acc)= the block's share of the sum of squares; the rows are walked N columns at a
-// time.
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
-    SquaresKernel(double* out, Rows<T> x, int64_t rows, int64_t columns, bool acc) {
+// How many of the N elements from i on lie before `end`.
+template <int N>
+__device__ int Remaining(int64_t i, int64_t end) {
+  return end - i >= N ? N : static_cast<int>(max(end - i, int64_t{0}));
+}
+
+// Whether N elements at p, and at multiples of N behind it, can be read together.
+template <int N, class T>
+__device__ bool Aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % alignof(Vec<T, N>) == 0;
+}
+
+// Adds the squares of x[begin, end) as this thread sees them, N elements at a time.
+template <int N>
+__device__ void AddSquares(const float* x, int64_t begin, int64_t end, double (&sums)[4]) {
   constexpr int kInFlight = 4;
-  const int64_t per_row = (columns + N - 1) / N;
-  const int64_t steps = rows * per_row;
-  const int64_t stride = int64_t{gridDim.x} * kThreads;
-  double sums[kInFlight] = {};
-  for (int64_t first = blockIdx.x * int64_t{kThreads} + threadIdx.x; first < steps;
-       first += kInFlight * stride) {
-    float v[kInFlight][N] = {};
+  for (int64_t at = begin + int64_t{threadIdx.x} * N; at < end; at += kInFlight * kThreads * N) {
+    float v[kInFlight][N];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
-      const int64_t i = first + u * stride;
-      if (i >= steps) continue;
-      const int64_t row = rows == 1 ? 0 : i / per_row;
-      const int64_t column = (i - row * per_row) * N;
-      LoadVec(v[u], x.At(row, column),
-              columns - column < N ? static_cast<int>(columns - column) : N);
+      const int64_t i = at + u * kThreads * N;
+      LoadVec(v[u], x + i, Remaining<N>(i, end));
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
@@ -50,16 +58,33 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < N; ++j) sums[u] += double{v[u][j]} * double{v[u][j]};
     }
   }
+}
+
+// out[block] = the sum of squares of the chunks block, block + gridDim.x, ...
+__global__ void __launch_bounds__(kThreads) SquaresKernel(double* out, OptimizerShards shards) {
+  double sums[4] = {};
+  for (int64_t i = blockIdx.x; i < shards.chunk_count; i += gridDim.x) {
+    const OptimizerChunk chunk = shards.chunks[i];
+    const OptimizerEntry& e = shards.entries[chunk.entry];
+    const auto* grad = reinterpret_cast<const float*>(e.grad);
+    const int64_t begin = chunk.index * OptimizerChunk::kElements;
+    const int64_t end = min(e.elements, begin + OptimizerChunk::kElements);
+    if (Aligned<4>(grad)) {
+      AddSquares<4>(grad, begin, end, sums);
+    } else {
+      AddSquares<1>(grad, begin, end, sums);
+    }
+  }
   const double sum = BlockSum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  if (threadIdx.x == 0) out[blockIdx.x] = (acc ? out[blockIdx.x] : 0) + sum;
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads)
-    SumBlocksKernel(double* total, const double* blocks, int count, bool acc) {
+    SumBlocksKernel(double* total, const double* blocks, int count) {
   double sum = 0;
   for (int i = threadIdx.x; i < count; i += kThreads) sum += blocks[i];
   sum = BlockSum(sum);
-  if (threadIdx.x == 0) *total = (acc ? *total : 0) + sum;
+  if (threadIdx.x == 0) *total += sum;
 }
 
 __global__ void PrepareStepKernel(double* v, double max_norm, double max_loss) {
@@ -75,67 +100,137 @@ __global__ void PrepareStepKernel(double* v, double max_norm, double max_loss) {
   v[StepScalars::kSkip] = skip ? 1 : 0;
 }
 
-// A Walk's body: P is the stored parameter; with kMaster the f32 master is read and both are
-// written (they may be the same memory).
-template <class P, bool kMaster>
-struct AdamWBody {
-  Rows<P> param;
-  Rows<float> master, grad, m, v;
+struct AdamWStep {
   const double* scalars;
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, keep, step_size, inverse_root_correction,
-      eps;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2;
+  float keep;  // of items that decay
+  float step_size, inverse_root_correction, eps;
+  uint64_t step;
+};
 
-  template <int N>
-  __device__ void Do(int64_t row, int64_t column, int n) const {
-    if (scalars[StepScalars::kSkip] != 0) return;
-    const float scale = static_cast<float>(scalars[StepScalars::kScale]);
-    float g[N], m1[N], v1[N], w[N];
-    LoadVec(g, grad.At(row, column), n);
-    LoadVec(m1, m.At(row, column), n);
-    LoadVec(v1, v.At(row, column), n);
-    if constexpr (kMaster) {
-      LoadVec(w, master.At(row, column), n);
-    } else {
-      LoadVec(w, param.At(row, column), n);
-    }
+// What is kept: stochastically rounded to bf16, else as it is. `random` has 16 bits for an element
+// in the half of its word that `shift` brings down.
+template <int N, class T>
+__device__ void Keep(T* p, const float (&x)[N], const uint32_t (&random)[N], int shift, int n) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    __nv_bfloat16 rounded[N];
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const float gradient = g[i] * scale;
-      m1[i] = m1[i] * beta1 + gradient * one_minus_beta1;
-      v1[i] = v1[i] * beta2 + gradient * gradient * one_minus_beta2;
-      w[i] = w[i] * keep - step_size * m1[i] / (sqrtf(v1[i]) * inverse_root_correction + eps);
+    for (int i = 0; i < N; ++i) rounded[i] = RoundStochastic(x[i], random[i] >> shift);
+    StoreVec<N>(p, rounded, n);
+  } else {
+    StoreVec<N>(p, x, n);
+  }
+}
+
+// The words of the N elements from `element` on: N is 4 and the element begins a block, or 1.
+template <int N>
+__device__ void Draw(uint32_t (&random)[N], const OptimizerEntry& e, uint64_t element,
+                     uint64_t which, uint64_t step) {
+  static_assert(N == 4 || N == 1);
+  uint32_t words[4];
+  Philox(2 * (element / 4) + which, step, e.key[0], e.key[1], words);
+  if constexpr (N == 4) {
+    for (int i = 0; i < N; ++i) random[i] = words[i];
+  } else {
+    const auto j = static_cast<int>(element % 4);
+    random[0] = j == 0 ? words[0] : j == 1 ? words[1] : j == 2 ? words[2] : words[3];
+  }
+}
+
+// P: stored parameter; M: moments; kMaster: whether the master is what is updated, and param a
+// copy of it.
+template <class P, class M, bool kMaster>
+struct Update {
+  using Weight = std::conditional_t<kMaster, float, P>;
+  static constexpr bool kRandomMoments = std::is_same_v<M, __nv_bfloat16>;
+  static constexpr bool kRandomParam = std::is_same_v<P, __nv_bfloat16> && !kMaster;
+
+  // The elements [begin, end) of an entry by one block, N at a time.
+  template <int N>
+  static __device__ void Range(const OptimizerEntry& e, int64_t begin, int64_t end,
+                               const AdamWStep& c) {
+    constexpr int kInFlight = 2;
+    auto* const param = reinterpret_cast<P*>(e.param);
+    auto* const weights = reinterpret_cast<Weight*>(kMaster ? e.master : e.param);
+    const auto* const grad = reinterpret_cast<const float*>(e.grad);
+    auto* const m = reinterpret_cast<M*>(e.m);
+    auto* const v = reinterpret_cast<M*>(e.v);
+    const float scale = static_cast<float>(c.scalars[StepScalars::kScale]);
+    const float keep = e.decay != 0 ? c.keep : 1.0f;
+    for (int64_t at = begin + int64_t{threadIdx.x} * N; at < end; at += kInFlight * kThreads * N) {
+      float g[kInFlight][N], m1[kInFlight][N], v1[kInFlight][N], w[kInFlight][N];
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int64_t i = at + u * kThreads * N;
+        const int n = Remaining<N>(i, end);
+        LoadVec(g[u], grad + i, n);
+        LoadVec(m1[u], m + i, n);
+        LoadVec(v1[u], v + i, n);
+        LoadVec(w[u], weights + i, n);
+      }
+#pragma unroll
+      for (int u = 0; u < kInFlight; ++u) {
+        const int64_t i = at + u * kThreads * N;
+        const int n = Remaining<N>(i, end);
+        const uint64_t element = e.first_element + static_cast<uint64_t>(i);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+          const float gradient = g[u][k] * scale;
+          m1[u][k] = m1[u][k] * c.beta1 + gradient * c.one_minus_beta1;
+          v1[u][k] = v1[u][k] * c.beta2 + gradient * gradient * c.one_minus_beta2;
+          w[u][k] = w[u][k] * keep -
+                    c.step_size * m1[u][k] / (sqrtf(v1[u][k]) * c.inverse_root_correction + c.eps);
+        }
+        uint32_t random[N] = {};
+        if constexpr (kRandomMoments) Draw<N>(random, e, element, 0, c.step);
+        Keep<N>(m + i, m1[u], random, 0, n);
+        Keep<N>(v + i, v1[u], random, 16, n);
+        if constexpr (kRandomParam) Draw<N>(random, e, element, 1, c.step);
+        Keep<N>(weights + i, w[u], random, 0, n);
+        if constexpr (kMaster) StoreVec<N>(param + i, w[u], n);
+      }
     }
-    StoreVec<N>(m.At(row, column), m1, n);
-    StoreVec<N>(v.At(row, column), v1, n);
-    if constexpr (kMaster) StoreVec<N>(master.At(row, column), w, n);
-    StoreVec<N>(param.At(row, column), w, n);
+  }
+
+  // Whether every operand can be read 4 elements at a time, and the random words come by fours too.
+  static __device__ bool ByFours(const OptimizerEntry& e) {
+    const bool whole_blocks = !(kRandomMoments || kRandomParam) || e.first_element % 4 == 0;
+    return Aligned<4>(reinterpret_cast<const float*>(e.grad)) &&
+           Aligned<4>(reinterpret_cast<const M*>(e.m)) &&
+           Aligned<4>(reinterpret_cast<const M*>(e.v)) &&
+           Aligned<4>(reinterpret_cast<const P*>(e.param)) &&
+           (!kMaster || Aligned<4>(reinterpret_cast<const float*>(e.master))) && whole_blocks;
   }
 };
 
+template <class P, class M, bool kMaster>
+__global__ void __launch_bounds__(kThreads) AdamWKernel(OptimizerShards shards, AdamWStep c) {
+  if (c.scalars[StepScalars::kSkip] != 0) return;
+  const OptimizerChunk chunk = shards.chunks[blockIdx.x / kBlocksPerChunk];
+  const OptimizerEntry e = shards.entries[chunk.entry];
+  const int64_t begin =
+      chunk.index * OptimizerChunk::kElements + blockIdx.x % kBlocksPerChunk * kBlockElements;
+  const int64_t end = min(e.elements, begin + kBlockElements);
+  using Body = Update<P, M, kMaster>;
+  if (Body::ByFours(e)) {
+    Body::template Range<4>(e, begin, end, c);
+  } else {
+    Body::template Range<1>(e, begin, end, c);
+  }
+}
+
 class CudaOptimizer final : public OptimizerKernels {
  public:
-  void SumSquares(Stream& s, Tensor total, Tensor x, bool acc) const override {
-    ForModelType(x.dtype, [&](auto type) {
-      using T = typename decltype(type)::type;
-      constexpr int kSize = Pack<T>::kSize;
-      const Walk walk(x);
-      // About four accesses for each thread, so that a small tensor takes one block and one launch.
-      const int64_t steps = walk.rows * ((walk.columns + kSize - 1) / kSize);
-      const int blocks = static_cast<int>(
-          std::clamp<int64_t>((steps + 4 * kThreads - 1) / (4 * kThreads), 1, kMaxBlocks));
-      double* out = Data<double>(total);
-      if (blocks > 1) {
-        out = reinterpret_cast<double*>(Workspace(s, blocks * sizeof(double), "SumSquares"));
-        if (out == nullptr) return;
-      }
-      const auto kernel = walk.aligned ? SquaresKernel<T, kSize> : SquaresKernel<T, 1>;
-      kernel<<<blocks, kThreads, 0, Native(s)>>>(out, Rows<T>(x), walk.rows, walk.columns,
-                                                 acc && blocks == 1);
-      Launched(s, "SumSquares");
-      if (blocks == 1) return;
-      SumBlocksKernel<<<1, kThreads, 0, Native(s)>>>(Data<double>(total), out, blocks, acc);
-      Launched(s, "SumSquares");
-    });
+  void AddSumSquares(Stream& s, Tensor total, const OptimizerShards& shards) const override {
+    const auto blocks = static_cast<int>(std::min<int64_t>(shards.chunk_count, kSumBlocks));
+    if (blocks == 0) return;
+    auto* const sums =
+        reinterpret_cast<double*>(Workspace(s, blocks * sizeof(double), "AddSumSquares"));
+    if (sums == nullptr) return;
+    SquaresKernel<<<blocks, kThreads, 0, Native(s)>>>(sums, shards);
+    Launched(s, "AddSumSquares");
+    SumBlocksKernel<<<1, kThreads, 0, Native(s)>>>(Data<double>(total), sums, blocks);
+    Launched(s, "AddSumSquares");
   }
 
   void PrepareStep(Stream& s, Tensor scalars, double max_norm, double max_loss) const override {
@@ -143,38 +238,39 @@ class CudaOptimizer final : public OptimizerKernels {
     Launched(s, "PrepareStep");
   }
 
-  void AdamW(Stream& s, const AdamWArgs& a) const override {
-    ForModelType(a.param.dtype, [&](auto type) {
-      using P = typename decltype(type)::type;
-      if (a.master.present()) {
-        Step<P, true>(s, a, Walk(a.param, a.grad, a.m, a.v, a.master));
-      } else {
-        Step<P, false>(s, a, Walk(a.param, a.grad, a.m, a.v));
-      }
-    });
+  void AdamW(Stream& s, const OptimizerShards& shards, const AdamWArgs& a) const override {
+    if (shards.chunk_count == 0) return;
+    const double correction1 = 1 - std::pow(a.beta1, a.step);
+    const double correction2 = 1 - std::pow(a.beta2, a.step);
+    const AdamWStep c = {.scalars = Data<double>(a.scalars),
+                         .beta1 = static_cast<float>(a.beta1),
+                         .one_minus_beta1 = static_cast<float>(1 - a.beta1),
+                         .beta2 = static_cast<float>(a.beta2),
+                         .one_minus_beta2 = static_cast<float>(1 - a.beta2),
+                         .keep = static_cast<float>(1 - a.lr * a.weight_decay),
+                         .step_size = static_cast<float>(a.lr / correction1),
+                         .inverse_root_correction = static_cast<float>(1 / std::sqrt(correction2)),
+                         .eps = static_cast<float>(a.eps),
+                         .step = static_cast<uint64_t>(a.step)};
+    const bool bf16 = shards.moments == DType::kBF16;
+    if (shards.param == DType::kF32) {
+      return bf16 ? Launch<float, __nv_bfloat16, false>(s, shards, c)
+                  : Launch<float, float, false>(s, shards, c);
+    }
+    if (shards.masters) {
+      return bf16 ? Launch<__nv_bfloat16, __nv_bfloat16, true>(s, shards, c)
+                  : Launch<__nv_bfloat16, float, true>(s, shards, c);
+    }
+    return bf16 ? Launch<__nv_bfloat16, __nv_bfloat16, false>(s, shards, c)
+                : Launch<__nv_bfloat16, float, false>(s, shards, c);
   }
 
  private:
-  template <class P, bool kMaster>
-  static void Step(Stream& s, const AdamWArgs& a, const Walk& walk) {
-    const double correction1 = 1 - std::pow(a.beta1, a.step);
-    const double correction2 = 1 - std::pow(a.beta2, a.step);
-    const AdamWBody<P, kMaster> body = {
-        .param = Rows<P>(a.param),
-        .master = Rows<float>(a.master),
-        .grad = Rows<float>(a.grad),
-        .m = Rows<float>(a.m),
-        .v = Rows<float>(a.v),
-        .scalars = Data<double>(a.scalars),
-        .beta1 = static_cast<float>(a.beta1),
-        .one_minus_beta1 = static_cast<float>(1 - a.beta1),
-        .beta2 = static_cast<float>(a.beta2),
-        .one_minus_beta2 = static_cast<float>(1 - a.beta2),
-        .keep = static_cast<float>(1 - a.lr * a.weight_decay),
-        .step_size = static_cast<float>(a.lr / correction1),
-        .inverse_root_correction = static_cast<float>(1 / std::sqrt(correction2)),
-        .eps = static_cast<float>(a.eps)};
-    ForWalk<4>(s, "AdamW", walk, body);
+  template <class P, class M, bool kMaster>
+  static void Launch(Stream& s, const OptimizerShards& shards, const AdamWStep& c) {
+    const auto blocks = static_cast<unsigned>(shards.chunk_count * kBlocksPerChunk);
+    AdamWKernel<P, M, kMaster><<<blocks, kThreads, 0, Native(s)>>>(shards, c);
+    Launched(s, "AdamW");
   }
 };
 

@@ -54,7 +54,8 @@ class DeviceRuntime {
   // Zeroed. RESOURCE_EXHAUSTED says what the device answered.
   virtual absl::StatusOr<std::byte*> Allocate(int index, int64_t bytes) const = 0;
   virtual void Free(int index, std::byte* memory) const = 0;
-  // Host memory that the device copies from and to without a detour.
+  // Zeroed host memory that the device copies from and to without a detour, and that its kernels
+  // read and write at the same address.
   virtual absl::StatusOr<std::byte*> AllocateHost(int index, int64_t bytes) const = 0;
   virtual void FreeHost(std::byte* memory) const = 0;
   virtual absl::StatusOr<std::unique_ptr<DeviceQueue>> CreateQueue(

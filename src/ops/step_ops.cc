@@ -65,12 +65,11 @@ void LossFused(Context c, Tensor logits, Tensor losses, Tensor total, Tensor tar
   if (check.ok()) c.kernels->loss->Fused(*c.stream, logits, losses, total, targets, weights, acc);
 }
 
-void SumSquares(Context c, Tensor total, Tensor x, bool acc) {
-  Check check(c, "SumSquares", {{"total", total}, {"x", x}});
-  check.Supported(x.dtype)
-      .That(total.present() && Is(total, DType::kF64, {1}), "total must be f64[1]")
-      .That(x.present() || x.elements() == 0, "x must be present");
-  if (check.ok()) c.kernels->optimizer->SumSquares(*c.stream, total, x, acc);
+void AddSumSquares(Context c, Tensor total, const OptimizerTable& table) {
+  Check check(c, "AddSumSquares", {{"total", total}});
+  check.That(total.present() && Is(total, DType::kF64, {1}), "total must be f64[1]")
+      .That(table.device().kind == c.kernels->device, "the table must be on the kernels' device");
+  if (check.ok()) c.kernels->optimizer->AddSumSquares(*c.stream, total, table.shards());
 }
 
 void PrepareStep(Context c, Tensor scalars, double max_norm, double max_loss) {
@@ -80,25 +79,14 @@ void PrepareStep(Context c, Tensor scalars, double max_norm, double max_loss) {
   if (check.ok()) c.kernels->optimizer->PrepareStep(*c.stream, scalars, max_norm, max_loss);
 }
 
-void AdamW(Context c, const AdamWArgs& a) {
-  Check check(c, "AdamW",
-              {{"param", a.param},
-               {"master", a.master},
-               {"grad", a.grad},
-               {"m", a.m},
-               {"v", a.v},
-               {"scalars", a.scalars}});
-  const DType wide = AccumulateType(a.param.dtype);
-  check.Supported(a.param.dtype)
-      .That(a.param.present() || a.param.elements() == 0, "param must be present")
-      .That(!a.master.present() || Like(a.master, a.param, wide),
-            "master must be like param, of the gradient type, or absent")
-      .That(Like(a.grad, a.param, wide) && Like(a.m, a.param, wide) && Like(a.v, a.param, wide),
-            "grad, m and v must be like param, of the gradient type")
+void AdamW(Context c, const OptimizerTable& table, const AdamWArgs& a) {
+  Check check(c, "AdamW", {{"scalars", a.scalars}});
+  check.Supported(table.shards().param)
+      .That(table.device().kind == c.kernels->device, "the table must be on the kernels' device")
       .That(a.scalars.present() && Is(a.scalars, DType::kF64, {StepScalars::kCount}),
             "scalars must be f64[StepScalars::kCount]")
       .That(a.step >= 1, "step must count from 1");
-  if (check.ok()) c.kernels->optimizer->AdamW(*c.stream, a);
+  if (check.ok()) c.kernels->optimizer->AdamW(*c.stream, table.shards(), a);
 }
 
 void Zero(Context c, Tensor x) {

@@ -1,3 +1,4 @@
+#include "stretto/core/rng.h"
 #include "stretto/optim/optimizer.h"
 
 namespace stretto {
@@ -5,18 +6,30 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-bool HasMaster(DType model) { return model == DType::kBF16; }
-// m, v and, where parameters are stored in less than f32, a master copy.
-int CopiesOf(DType model) { return HasMaster(model) ? 3 : 2; }
+
+DType MomentType(DType model, const AdamWOptions& options) {
+  return options.bf16_moments ? DType::kBF16 : AccumulateType(model);
+}
+bool HasMaster(DType model, const AdamWOptions& options) {
+  return model == DType::kBF16 && options.masters;
+}
+
+// Bytes of m, v and the master of a shard, each aligned.
+int64_t ShardBytes(DType model, int64_t elements, const AdamWOptions& options) {
+  return 2 * Aligned(elements * SizeOf(MomentType(model, options))) +
+         (HasMaster(model, options) ? Aligned(elements * SizeOf(DType::kF32)) : 0);
+}
 
 }  // namespace
 
-int64_t AdamW::StateBytes(const Graph& graph, int ranks, int index) {
-  int64_t bytes = 0;
+AdamW::Bytes AdamW::BytesOf(const Graph& graph, int ranks, int index, const AdamWOptions& options) {
+  Bytes bytes;
+  std::vector<int64_t> elements;
   for (const ParameterInfo& p : graph.parameters) {
-    const int64_t elements = CutRows(p.rows(), ranks, index).count * p.columns();
-    bytes += CopiesOf(graph.dtype) * Aligned(elements * SizeOf(AccumulateType(graph.dtype)));
+    elements.push_back(CutRows(p.rows(), ranks, index).count * p.columns());
+    bytes.state += ShardBytes(graph.dtype, elements.back(), options);
   }
+  bytes.table = OptimizerTable::Bytes(elements);
   return bytes;
 }
 
@@ -24,74 +37,80 @@ absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const Graph& graph,
                                                      const DataParallel& parameters,
                                                      ops::Context ops, Budget& budget,
                                                      const AdamWOptions& options) {
+  if (options.bf16_moments && graph.dtype == DType::kF64) {
+    return absl::InvalidArgumentError(
+        "AdamW keeps no bf16 moments for f64 parameters; set optimizer.moments=f32, or choose "
+        "another runtime.dtype");
+  }
   auto adamw = std::unique_ptr<AdamW>(new AdamW(graph, ops, options));
-  const int64_t bytes = StateBytes(graph, parameters.group().size(), parameters.group().index);
-  STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(ops.stream->device()), "optimizer state", bytes));
-  STRETTO_ASSIGN_OR_RETURN(adamw->arena_,
-                           Arena::Create(ops.stream->device(), "optimizer state", bytes));
-  std::byte* next = adamw->arena_.data();
-  for (const ParameterShard& shard : parameters.shards()) {
-    Item item;
-    item.shard = shard;
-    item.decay = graph.parameters[shard.param.value].spec.weight_decay;
-    const auto state = [&] {
-      Tensor t = shard.grad;  // its shape and type
+  const Device device = ops.stream->device();
+  const Bytes bytes = BytesOf(graph, parameters.group().size(), parameters.group().index, options);
+  STRETTO_RETURN_IF_ERROR(budget.Reserve(options.offload ? Resource::kHostMemory : MemoryOf(device),
+                                         "optimizer state", bytes.state));
+  STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(device), "optimizer table", bytes.table));
+  STRETTO_ASSIGN_OR_RETURN(
+      adamw->state_, options.offload ? Arena::CreateHost(device, "optimizer state", bytes.state)
+                                     : Arena::Create(device, "optimizer state", bytes.state));
+  std::byte* next = adamw->state_.data();
+  adamw->shards_ = parameters.shards();
+  for (const ParameterShard& shard : adamw->shards_) {
+    const ParameterInfo& info = graph.parameters[shard.param.value];
+    // Of the gradient's shape, and of the device's kernels wherever it lies.
+    const auto state = [&](DType dtype) {
+      Tensor t = shard.grad;
+      t.dtype = dtype;
       t.data = next;
       next += Aligned(t.bytes());
       return t;
     };
-    item.m = state();
-    item.v = state();
-    if (HasMaster(graph.dtype)) item.master = state();
+    OptimizerItem item;
+    item.param = shard.value;
+    item.grad = shard.grad;
+    item.m = state(MomentType(graph.dtype, options));
+    item.v = state(MomentType(graph.dtype, options));
+    if (HasMaster(graph.dtype, options)) item.master = state(DType::kF32);
+    item.decay = info.spec.weight_decay;
+    item.key = Rng(options.seed, "round/" + info.spec.name).key();
+    item.first_element = static_cast<uint64_t>(shard.first_row * info.columns());
     adamw->items_.push_back(item);
   }
+  STRETTO_ASSIGN_OR_RETURN(adamw->table_, OptimizerTable::Create(device, adamw->items_));
   adamw->ResetMasters();
   return adamw;
 }
 
 void AdamW::ResetMasters() const {
-  for (const Item& item : items_) {
-    if (item.master.present() && item.shard.value.rows() > 0) {
-      ops::Copy(ops_, item.master, item.shard.value);
-    }
+  for (const OptimizerItem& item : items_) {
+    if (item.master.present() && item.param.rows() > 0) ops::Copy(ops_, item.master, item.param);
   }
 }
 
 void AdamW::AddSumSquares(Tensor scalars) const {
-  const Tensor total = scalars.Rows(StepScalars::kSumSquares, 1);
-  for (const Item& item : items_) {
-    if (item.shard.grad.rows() > 0) ops::SumSquares(ops_, total, item.shard.grad, true);
-  }
+  ops::AddSumSquares(ops_, scalars.Rows(StepScalars::kSumSquares, 1), table_);
 }
 
 void AdamW::Step(Tensor scalars, double lr, int64_t step) const {
-  for (const Item& item : items_) {
-    if (item.shard.value.rows() == 0) continue;
-    AdamWArgs args;
-    args.param = item.shard.value;
-    args.master = item.master;
-    args.grad = item.shard.grad;
-    args.m = item.m;
-    args.v = item.v;
-    args.scalars = scalars;
-    args.lr = lr;
-    args.beta1 = options_.beta1;
-    args.beta2 = options_.beta2;
-    args.eps = options_.eps;
-    args.weight_decay = item.decay ? options_.weight_decay : 0;
-    args.step = step;
-    ops::AdamW(ops_, args);
-  }
+  ops::AdamW(ops_, table_,
+             {.scalars = scalars,
+              .lr = lr,
+              .beta1 = options_.beta1,
+              .beta2 = options_.beta2,
+              .eps = options_.eps,
+              .weight_decay = options_.weight_decay,
+              .step = step});
 }
 
 absl::Status AdamW::Register(StateRegistry* registry) const {
-  for (const Item& item : items_) {
-    const ParameterSpec& spec = graph_.parameters[item.shard.param.value].spec;
+  for (size_t i = 0; i < items_.size(); ++i) {
+    const OptimizerItem& item = items_[i];
+    const ParameterSpec& spec = graph_.parameters[shards_[i].param.value].spec;
     const auto add = [&](const char* prefix, Tensor local) {
+      // Where it lies: the host reads what is offloaded without a copy.
+      local.device = state_.device();
       return registry->Add({.name = prefix + spec.name,
                             .dtype = local.dtype,
                             .global_shape = spec.shape,
-                            .first_row = item.shard.first_row,
+                            .first_row = shards_[i].first_row,
                             .local = local});
     };
     STRETTO_RETURN_IF_ERROR(add("optim.exp_avg.", item.m));

@@ -46,6 +46,16 @@ void TrainConfig::Optimizer::Visit(ConfigVisitor& v) {
   v.Field("eps", &eps, "added to the root of the second moment, above 0", {.min = 0});
   v.Field("weight_decay", &weight_decay,
           "decoupled weight decay, on matrices only (not on norms and biases)", {.min = 0});
+  v.Choice(
+      "moments", &moments, {"f32", "bf16"},
+      "type in which the moments are kept (f64 parameters: f64); bf16: half the memory, rounded "
+      "stochastically");
+  v.Field("masters", &masters,
+          "keep an f32 copy of bf16 parameters and update that; false: update the parameters "
+          "themselves, rounded stochastically. Without effect for other types");
+  v.Field("offload", &offload,
+          "keep moments and masters in host memory, which the GPU reads and writes across the bus "
+          "in the update; without effect on the CPU");
   v.Field("clip_norm", &clip_norm,
           "longest global gradient that is applied unscaled; 0: no clipping", {.min = 0});
   v.Choice("schedule", &schedule, {"cosine", "linear", "wsd", "constant"},
@@ -224,6 +234,9 @@ absl::Status TrainConfig::Resolve(int ranks) {
   if (optimizer.beta1 >= 1) fail("optimizer.beta1 is ", optimizer.beta1, "; it must be below 1.");
   if (optimizer.beta2 >= 1) fail("optimizer.beta2 is ", optimizer.beta2, "; it must be below 1.");
   if (optimizer.eps <= 0) fail("optimizer.eps is ", optimizer.eps, "; it must be above 0.");
+  if (optimizer.moments == "bf16" && runtime.dtype == "f64") {
+    fail("optimizer.moments bf16 needs runtime.dtype f32 or bf16, not f64; set it to f32.");
+  }
   if (optimizer.warmup > steps) {
     // Short runs of a long configuration are common and harmless, so this is no error.
     LogWarning(absl::StrCat("optimizer.warmup is ", optimizer.warmup, " but the run has only ",

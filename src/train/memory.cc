@@ -4,7 +4,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "stretto/optim/optimizer.h"
 #include "stretto/parallel/data_parallel.h"
 
 namespace stretto {
@@ -35,6 +34,10 @@ std::string RunPlan::MemoryTable() const {
     absl::StrAppendFormat(&out, "  %-18s %12s\n", a.name.c_str(), HumanBytes(a.bytes).c_str());
   }
   absl::StrAppendFormat(&out, "  %-18s %12s\n", "planned", HumanBytes(arena_bytes).c_str());
+  for (const NamedBytes& a : host_arenas) {
+    absl::StrAppendFormat(&out, "  %-18s %12s in host memory\n", a.name.c_str(),
+                          HumanBytes(a.bytes).c_str());
+  }
   for (const NamedBytes& o : overheads) {
     absl::StrAppendFormat(&out, "  %-18s %12s at most\n", o.name.c_str(),
                           HumanBytes(o.bytes).c_str());
@@ -54,6 +57,18 @@ int64_t SentParts(const Graph& graph, int ranks, DType dtype) {
 }
 
 }  // namespace
+
+AdamWOptions OptimizerOptions(const TrainConfig& config) {
+  const TrainConfig::Optimizer& o = config.optimizer;
+  return {.beta1 = o.beta1,
+          .beta2 = o.beta2,
+          .eps = o.eps,
+          .weight_decay = o.weight_decay,
+          .bf16_moments = o.moments == "bf16",
+          .masters = o.masters,
+          .offload = o.offload,
+          .seed = static_cast<uint64_t>(config.seed)};
+}
 
 int64_t DeviceWorkspaceBytes(DeviceKind device) {
   return device == DeviceKind::kCpu ? 0 : int64_t{2} << 30;
@@ -89,14 +104,20 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
       {"parameters", storage.parameters},
       {"gradients", storage.gradients},
       {"constants", constants},
-      {"optimizer state", AdamW::StateBytes(graph, ranks, index)},
-      {"activations", std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes())},
   };
+  const AdamWOptions optimizer = OptimizerOptions(config);
+  const AdamW::Bytes update = AdamW::BytesOf(graph, ranks, index, optimizer);
+  const bool offload = optimizer.offload && device != DeviceKind::kCpu;
+  (offload ? plan.host_arenas : plan.arenas).push_back({"optimizer state", update.state});
+  plan.arenas.push_back({"optimizer table", update.table});
+  plan.arenas.push_back(
+      {"activations", std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes())});
   if (device != DeviceKind::kCpu) {
     plan.arenas.push_back({"tokens", TokenFeeder::DeviceBytes(device, plan.micro_batch_tokens)});
     plan.arenas.push_back({"workspace", DeviceWorkspaceBytes(device)});
   }
   for (const NamedBytes& a : plan.arenas) plan.arena_bytes += a.bytes;
+  for (const NamedBytes& a : plan.host_arenas) plan.host_arena_bytes += a.bytes;
   // Measured on Debian 12 with OpenBLAS 0.3.21 and Open MPI 4.1.4: code, heap and thread stacks of
   // a process; the panels that OpenBLAS packs (most for a wide vocabulary); MPI's shared segments
   // and the staging buffers of reductions.

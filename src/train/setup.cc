@@ -77,20 +77,25 @@ absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const W
     STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
     // The stream has its workspace already.
     const int64_t needed = plan.arena_bytes - DeviceWorkspaceBytes(device.kind);
-    if (needed <= info.free_bytes) return absl::OkStatus();
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "the plan needs ", HumanBytes(needed), " more on ", Name(device), " (", info.name,
-        "), of which ", HumanBytes(info.free_bytes), " of ", HumanBytes(info.total_bytes),
-        " are free; what saves most: runtime.recompute=block, a smaller batch.micro, "
-        "runtime.loss_chunk=8192\n",
-        plan.MemoryTable()));
+    if (needed > info.free_bytes) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "the plan needs ", HumanBytes(needed), " more on ", Name(device), " (", info.name,
+          "), of which ", HumanBytes(info.free_bytes), " of ", HumanBytes(info.total_bytes),
+          " are free; what saves most: runtime.recompute=block, a smaller batch.micro, "
+          "runtime.loss_chunk=8192, optimizer.offload=true\n",
+          plan.MemoryTable()));
+    }
   }
+  // Beside a GPU the host holds what was offloaded.
+  const int64_t host_bytes =
+      device.kind == DeviceKind::kCpu ? plan.arena_bytes : plan.host_arena_bytes;
   const int64_t available = AvailableMemory();
   const int ranks = std::max(1, world.info().local_size);
-  const double needed = static_cast<double>(plan.arena_bytes) + BatchBytes(config, world.size());
+  const double needed = static_cast<double>(host_bytes) + BatchBytes(config, world.size());
   if (available < 0 || needed <= static_cast<double>(available) / ranks) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat(
-      "each rank needs ", HumanBytes(static_cast<int64_t>(std::min(needed, 0x1p62))), ", but ",
+      "each rank needs ", HumanBytes(static_cast<int64_t>(std::min(needed, 0x1p62))),
+      plan.host_arena_bytes > 0 ? " of host memory (optimizer.offload)" : "", ", but ",
       HumanBytes(available), " are free on this machine for ", ranks,
       ranks == 1 ? " rank" : " ranks",
       "; shrink the model or the batch, or use more machines (stretto-plan shows the memory)"));
@@ -142,18 +147,14 @@ absl::Status Trainer::Impl::SetUpModel() {
   plan = *std::move(planned);
   const Graph& graph = plan.model.graph;
   STRETTO_ASSIGN_OR_RETURN(
-      dp, DataParallel::Create(
-              *comm, dp_group, graph, *stream, *kernels, static_cast<uint64_t>(config.seed), budget,
-              {.overlap = config.parallel.overlap,
-               .bucket_bytes = config.parallel.bucket_bytes,
-               .timer = timer.get(),
-               .threads = static_cast<int>(config.runtime.threads)}));
+      dp, DataParallel::Create(*comm, dp_group, graph, *stream, *kernels,
+                               static_cast<uint64_t>(config.seed), budget,
+                               {.overlap = config.parallel.overlap,
+                                .bucket_bytes = config.parallel.bucket_bytes,
+                                .timer = timer.get(),
+                                .threads = static_cast<int>(config.runtime.threads)}));
   STRETTO_ASSIGN_OR_RETURN(optimizer,
-                           AdamW::Create(graph, *dp, ops(), budget,
-                                         {.beta1 = config.optimizer.beta1,
-                                          .beta2 = config.optimizer.beta2,
-                                          .eps = config.optimizer.eps,
-                                          .weight_decay = config.optimizer.weight_decay}));
+                           AdamW::Create(graph, *dp, ops(), budget, OptimizerOptions(config)));
   const int64_t frame_bytes = std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes());
   STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream->device()), "activations", frame_bytes));
   STRETTO_ASSIGN_OR_RETURN(frame_arena,

@@ -54,6 +54,48 @@ TEST_F(CudaCore, ArenasAreZeroedAndRowsTravelThereAndBack) {
   }
 }
 
+// More than one buffer of them.
+TEST_F(CudaCore, RowsAreFilledFromTheHostPieceByPiece) {
+  constexpr int64_t kRows = 30001, kColumns = 333;
+  const Arena arena = Arena::Create(gpu_, "rows", kRows * kColumns * 4).value();
+  const Tensor all = Tensor::Of(arena.data(), DType::kF32, {kRows, kColumns}, gpu_);
+  int64_t next = 0;
+  const absl::Status status = FillFromHost(all, [&](int64_t first, const Tensor& rows) {
+    EXPECT_EQ(first, next);
+    next += rows.rows();
+    for (int64_t r = 0; r < rows.rows(); ++r) {
+      for (int64_t c = 0; c < kColumns; ++c) {
+        rows.as<float>(r)[c] = static_cast<float>((first + r) * 7 + c);
+      }
+    }
+    return absl::OkStatus();
+  });
+  ASSERT_TRUE(status.ok()) << status.message();
+  EXPECT_EQ(next, kRows);
+  std::vector<float> values(kRows * kColumns);
+  ASSERT_TRUE(CopyToHost(values.data(), all).ok());
+  for (int64_t i = 0; i < kRows * kColumns; ++i) {
+    ASSERT_EQ(values[i], static_cast<float>(i / kColumns * 7 + i % kColumns)) << i;
+  }
+}
+
+TEST_F(CudaCore, KernelsReadAndWriteHostArenasWhereTheyLie) {
+  constexpr int64_t kCount = 100003;
+  const Arena host = Arena::CreateHost(gpu_, "host", 2 * kCount * 4).value();
+  EXPECT_EQ(host.device().kind, DeviceKind::kCpu);
+  auto* const values = reinterpret_cast<float*>(host.data());
+  for (int64_t i = 0; i < 2 * kCount; ++i) ASSERT_EQ(values[i], 0) << "not zeroed";
+  for (int64_t i = 0; i < kCount; ++i) values[i] = static_cast<float>(i);
+  const auto stream = Stream::Create(gpu_).value();
+  const ops::Context context{stream.get(), KernelsFor(gpu_).value()};
+  const Tensor from = Tensor::Of(values, DType::kF32, {kCount}, gpu_);
+  const Tensor to = Tensor::Of(values + kCount, DType::kF32, {kCount}, gpu_);
+  ops::Add(context, to, from);
+  ops::Add(context, to, from);
+  ASSERT_TRUE(stream->Synchronize().ok());
+  for (int64_t i = 0; i < kCount; ++i) ASSERT_EQ(values[kCount + i], 2 * static_cast<float>(i));
+}
+
 TEST_F(CudaCore, TooMuchMemoryIsRefusedInOneSentence) {
   const absl::Status status = Arena::Create(gpu_, "huge", int64_t{1} << 42).status();
   EXPECT_TRUE(absl::IsResourceExhausted(status));

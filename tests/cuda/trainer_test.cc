@@ -130,6 +130,70 @@ TEST_F(CudaTrainer, PhasesMakeUpTheStep) {
   EXPECT_LE(s.data_ms + s.forward_ms + s.backward_ms + s.update_ms, 1.01 * s.step_ms);
 }
 
+// In all precisions, with the state on the GPU and in host memory: the same bits, also after a
+// restart from one place to the other.
+TEST_F(CudaTrainer, OffloadedStateGivesTheSameBitsInAllPrecisions) {
+  for (const testing::Precision& precision : testing::AllPrecisions()) {
+    SCOPED_TRACE(precision.name);
+    const ScratchDirectory directory;
+    TrainConfig config = precision.Of(OnGpu(TinyRun(directory, "qwen3")));
+    config.steps = 8;
+    config.optimizer.schedule = "constant";
+    const RunRecord resident = Train(config);
+    ASSERT_TRUE(resident.status.ok()) << resident.status.message();
+    config.optimizer.offload = true;
+    const RunRecord offloaded = Train(config);
+    ASSERT_TRUE(offloaded.status.ok()) << offloaded.status.message();
+    EXPECT_EQ(Losses(offloaded), Losses(resident));
+    EXPECT_EQ(offloaded.eval_loss, resident.eval_loss);
+
+    config.steps = 5;
+    const RunRecord before = Train(config, [](Trainer& trainer) { return trainer.Save(); });
+    ASSERT_TRUE(before.status.ok()) << before.status.message();
+    config.steps = 8;
+    config.checkpoint.resume = "must";
+    const std::vector<double> whole = Losses(resident);
+    for (const bool offload : {true, false}) {
+      config.optimizer.offload = offload;
+      const RunRecord after = Train(config);
+      ASSERT_TRUE(after.status.ok()) << after.status.message();
+      EXPECT_EQ(Losses(after), std::vector<double>(whole.begin() + 5, whole.end()));
+      EXPECT_EQ(after.eval_loss, resident.eval_loss);
+    }
+  }
+}
+
+TEST_F(CudaTrainer, StochasticRoundingLearnsAsF32Does) {
+  const ScratchDirectory directory;
+  TrainConfig config = OnGpu(TinyRun(directory, "gpt2"));
+  config.steps = 200;
+  config.model.hidden = 64;
+  config.model.head_dim = 32;
+  config.model.ffn = 128;
+  config.batch.global = 32;
+  config.batch.micro = 16;
+  config.optimizer.lr = 1e-3;
+  const RunRecord f32 = Train(config);
+  ASSERT_TRUE(f32.status.ok()) << f32.status.message();
+  for (const testing::Precision& precision : testing::AllPrecisions()) {
+    const RunRecord record = Train(precision.Of(config));
+    ASSERT_TRUE(record.status.ok()) << record.status.message();
+    EXPECT_NEAR(record.eval_loss / f32.eval_loss, 1, 0.015) << precision.name;
+  }
+}
+
+TEST_F(CudaTrainer, OffloadedStateDrawsOnTheHostsBudget) {
+  const ScratchDirectory directory;
+  TrainConfig config = OnGpu(TinyRun(directory, "gpt2"));
+  config.steps = 1;
+  config.optimizer.offload = true;
+  config.runtime.host_memory_bytes = 100;
+  const RunRecord record = Train(config);
+  EXPECT_TRUE(absl::IsResourceExhausted(record.status)) << record.status.message();
+  EXPECT_NE(std::string(record.status.message()).find("optimizer state"), std::string::npos)
+      << record.status.message();
+}
+
 TEST_F(CudaTrainer, ACheckpointGoesFromTheGpuToTheCpu) {
   const ScratchDirectory directory;
   TrainConfig config = TinyRun(directory, "gpt2");

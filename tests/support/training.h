@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <functional>
 #include <mutex>
+#include <ostream>
 #include <string>
 #include <vector>
 
@@ -86,6 +87,28 @@ inline TrainConfig TinyRun(const ScratchDirectory& directory, const std::string&
     (void)WriteTokenFile(c.data.validation, GeneratedTokens(900, 2), 257);
   }
   return c;
+}
+
+// How a run keeps parameters and the optimizer's state.
+struct Precision {
+  std::string name, dtype = "f32", moments = "f32";
+  bool masters = true;
+
+  TrainConfig Of(TrainConfig config) const {
+    config.runtime.dtype = dtype;
+    config.optimizer.moments = moments;
+    config.optimizer.masters = masters;
+    return config;
+  }
+};
+inline void PrintTo(const Precision& precision, std::ostream* out) { *out << precision.name; }
+inline std::vector<Precision> AllPrecisions() {
+  return {{"F32"},
+          {"F32Bf16Moments", "f32", "bf16"},
+          {"Bf16", "bf16"},
+          {"Bf16Bf16Moments", "bf16", "bf16"},
+          {"Bf16NoMasters", "bf16", "f32", false},
+          {"Bf16NoMastersBf16Moments", "bf16", "bf16", false}};
 }
 
 struct RunRecord {

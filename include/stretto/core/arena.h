@@ -20,8 +20,8 @@ class Arena {
   // nothing; `prefault` touches them all.
   static absl::StatusOr<Arena> Create(Device device, const std::string& name, int64_t bytes,
                                       bool prefault = false);
-  // Host memory that `device` copies from and to without holding the host up (page-locked); plain
-  // memory for the CPU.
+  // Page-locked host memory: `device` copies from and to it without holding the host up, and its
+  // kernels read and write it at the same address. Plain memory for the CPU.
   static absl::StatusOr<Arena> CreateHost(Device device, const std::string& name, int64_t bytes);
   ~Arena();
   Arena(Arena&& other) noexcept;

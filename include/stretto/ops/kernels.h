@@ -175,26 +175,35 @@ struct StepScalars {
 };
 
 struct AdamWArgs {
-  Tensor param;    // model type; written
-  Tensor master;   // f32 master weights, or absent (param itself is f32 / f64)
-  Tensor grad;     // f32 / f64, sums over tokens
-  Tensor m, v;     // f32 / f64
   Tensor scalars;  // f64 [StepScalars::kCount]
-  double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
-  int64_t step = 1;  // 1-based, for bias correction
+  double lr = 0, beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
+  double weight_decay = 0;  // of the items that decay
+  int64_t step = 1;         // 1-based, for bias correction and random numbers
 };
+
+struct OptimizerShards;  // stretto/ops/optimizer_table.h
 
 class OptimizerKernels {
  public:
   virtual ~OptimizerKernels() = default;
-  // total[0] (acc)= sum of squares of x, accumulated in f64 in a fixed order. total is f64 [1].
-  virtual void SumSquares(Stream& s, Tensor total, Tensor x, bool acc) const = 0;
+  // total[0] += sum of squares of all gradients, accumulated in f64 in a fixed order. total is f64
+  // [1].
+  virtual void AddSumSquares(Stream& s, Tensor total, const OptimizerShards& shards) const = 0;
   // Fills kGradNorm, kScale and kSkip from kLossSum, kTokens and kSumSquares. max_norm <= 0: no
   // clipping. kSkip is set when the loss or the norm is not finite, when kTokens is 0, or when
   // max_loss > 0 and the mean loss exceeds it.
   virtual void PrepareStep(Stream& s, Tensor scalars, double max_norm, double max_loss) const = 0;
   // Decoupled weight decay (Loshchilov & Hutter 2019); does nothing when kSkip is set.
-  virtual void AdamW(Stream& s, const AdamWArgs& args) const = 0;
+  //
+  // What is kept in bf16 from step to step (moments, and parameters without a master) is rounded
+  // stochastically: the 16 bits that are cut off round up with a probability of their own value, so
+  // that the mean is exact. To nearest, a change of less than half of the last of bf16's 8 bits
+  // would be lost in every step: a second moment moves by 1 - beta2, which is 1/20 to 1/1000, and a
+  // parameter by lr. (Rounding a parameter that has a master is to nearest: nothing builds on it.)
+  // The random bits belong to the element: with e its index in the whole parameter and W(c) =
+  // Rng(seed, "round/<name>", step).Words(c), m takes the low and v the high half of
+  // W(2 * (e / 4))[e % 4], the parameter the low half of W(2 * (e / 4) + 1)[e % 4].
+  virtual void AdamW(Stream& s, const OptimizerShards& shards, const AdamWArgs& args) const = 0;
 };
 
 class ElementwiseKernels {

@@ -9,6 +9,7 @@
 #include "stretto/core/stream.h"
 #include "stretto/core/tensor.h"
 #include "stretto/ops/kernels.h"
+#include "stretto/ops/optimizer_table.h"
 
 namespace stretto::ops {
 
@@ -58,9 +59,9 @@ void LossBackward(Context c, Tensor logits, Tensor state, Tensor targets, Tensor
 void LossFused(Context c, Tensor logits, Tensor losses, Tensor total, Tensor targets,
                Tensor weights, bool acc);
 
-void SumSquares(Context c, Tensor total, Tensor x, bool acc);
+void AddSumSquares(Context c, Tensor total, const OptimizerTable& table);
 void PrepareStep(Context c, Tensor scalars, double max_norm, double max_loss);
-void AdamW(Context c, const AdamWArgs& args);
+void AdamW(Context c, const OptimizerTable& table, const AdamWArgs& args);
 
 void Zero(Context c, Tensor x);
 void Copy(Context c, Tensor y, Tensor x);

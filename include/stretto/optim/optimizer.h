@@ -9,6 +9,7 @@
 #include "stretto/core/arena.h"
 #include "stretto/core/budget.h"
 #include "stretto/core/state.h"
+#include "stretto/ops/optimizer_table.h"
 #include "stretto/parallel/data_parallel.h"
 
 namespace stretto {
@@ -16,10 +17,19 @@ namespace stretto {
 struct AdamWOptions {
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8;
   double weight_decay = 0.1;  // for parameters that decay (ParameterSpec::weight_decay)
+  // Moments in bf16, rounded stochastically, instead of f32; not for f64 parameters.
+  bool bf16_moments = false;
+  // An f32 copy of bf16 parameters, which is what is updated. Without it the parameters are, and
+  // rounded stochastically. No matter for parameters of another type.
+  bool masters = true;
+  // The state lies in page-locked host memory, which the device's kernels read and write where it
+  // is. No matter on the CPU.
+  bool offload = false;
+  uint64_t seed = 0;  // of stochastic rounding
 };
 
-// AdamW (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019) on this rank's shards,
-// with f32 master weights for bf16 parameters. State lives in one arena.
+// AdamW (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019) on this rank's shards.
+// State lives in one arena; all shards are updated by one launch.
 class AdamW {
  public:
   static absl::StatusOr<std::unique_ptr<AdamW>> Create(const Graph& graph,
@@ -36,26 +46,29 @@ class AdamW {
   // without optimizer state.
   void ResetMasters() const;
 
-  // Adds "optim.exp_avg.<name>", "optim.exp_avg_sq.<name>" and, for bf16, "optim.master.<name>".
+  // Adds "optim.exp_avg.<name>", "optim.exp_avg_sq.<name>" and, with masters,
+  // "optim.master.<name>".
   absl::Status Register(StateRegistry* registry) const;
-  int64_t bytes() const { return arena_.bytes(); }
-  // Bytes of state for shards of `rows` rows in total; pure, for planners.
-  static int64_t StateBytes(const Graph& graph, int ranks, int index);
+  int64_t bytes() const { return state_.bytes(); }
+
+  // What Create takes on a rank, for planners.
+  struct Bytes {
+    int64_t state = 0;  // on the device, or with `offload` in host memory
+    int64_t table = 0;  // on the device
+  };
+  static Bytes BytesOf(const Graph& graph, int ranks, int index, const AdamWOptions& options);
 
  private:
-  struct Item {
-    ParameterShard shard;
-    Tensor m, v, master;
-    bool decay = false;
-  };
   AdamW(const Graph& graph, ops::Context ops, const AdamWOptions& options)
       : graph_(graph), ops_(ops), options_(options) {}
 
   const Graph& graph_;
   ops::Context ops_;
   AdamWOptions options_;
-  Arena arena_;
-  std::vector<Item> items_;
+  Arena state_;
+  std::vector<ParameterShard> shards_;
+  std::vector<OptimizerItem> items_;  // of the shards, in their order
+  OptimizerTable table_;
 };
 
 }  // namespace stretto

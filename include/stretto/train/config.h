@@ -45,6 +45,9 @@ struct TrainConfig {
     double beta2 = 0.95;
     double eps = 1e-8;
     double weight_decay = 0.1;
+    std::string moments = "f32";
+    bool masters = true;
+    bool offload = false;
     double clip_norm = 1.0;
     std::string schedule = "cosine";
     int64_t warmup = 0;

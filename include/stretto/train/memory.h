@@ -9,6 +9,7 @@
 
 #include "stretto/core/status.h"
 #include "stretto/model/model.h"
+#include "stretto/optim/optimizer.h"
 #include "stretto/train/config.h"
 
 namespace stretto {
@@ -24,8 +25,12 @@ struct RunPlan {
   ActionList train_actions, evaluation_actions;
   FrameLayout train_frame, evaluation_frame;
   int64_t micro_batch_tokens = 0;  // capacity of a frame
-  std::vector<NamedBytes> arenas;  // parameters, gradients, constants, optimizer state, activations
-  int64_t arena_bytes = 0;         // their sum
+  // On the run's device: parameters, gradients, constants, optimizer state, activations.
+  std::vector<NamedBytes> arenas;
+  int64_t arena_bytes = 0;  // their sum
+  // In page-locked host memory beside a GPU: what was offloaded. Empty on the CPU.
+  std::vector<NamedBytes> host_arenas;
+  int64_t host_arena_bytes = 0;  // their sum
   // What the process needs besides: constants measured as at-most values, not planned.
   std::vector<NamedBytes> overheads;
   int64_t overhead_bytes = 0;  // their sum
@@ -42,6 +47,9 @@ struct RunPlan {
 // `config` must be resolved for `ranks` ranks; runtime.device says for which kind of device, "auto"
 // counting as the CPU. `index` is the rank's place in the data-parallel group.
 absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index);
+
+// The optimizer that a configuration asks for.
+AdamWOptions OptimizerOptions(const TrainConfig& config);
 
 // Scratch memory that a stream of the trainer has for kernels and libraries; 0 on the CPU.
 int64_t DeviceWorkspaceBytes(DeviceKind device);

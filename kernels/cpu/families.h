@@ -7,6 +7,7 @@
 namespace stretto::cpu {
 
 const LinearKernels* Linear();
+const Float8Kernels* Float8Products();
 const NormKernels* Norm();
 const ActivationKernels* Activation();
 const RotaryKernels* Rotary();

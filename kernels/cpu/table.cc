@@ -15,6 +15,7 @@ KernelTable MakeTable() {
   table.device = DeviceKind::kCpu;
   table.supports = &Supports;
   table.linear = cpu::Linear();
+  table.float8 = cpu::Float8Products();
   table.norm = cpu::Norm();
   table.activation = cpu::Activation();
   table.rotary = cpu::Rotary();

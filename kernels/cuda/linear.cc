@@ -166,6 +166,12 @@ class CudaLinear final : public LinearKernels {
       if (acc) Elementwise()->Add(s, target(rehearsal), vector);
     });
   }
+
+  void BackwardBias(Stream& s, Tensor db, Tensor dy, bool acc) const override {
+    if (db.elements() == 0) return;
+    std::byte* const scratch = Workspace(s, ColumnSumsScratch(dy), "LinearBackwardBias");
+    if (scratch != nullptr) ColumnSums(s, db, dy, acc, scratch);
+  }
 };
 
 }  // namespace

@@ -88,6 +88,11 @@ int64_t ModelOf(int device) {
   return std::bit_cast<int64_t>(hash);
 }
 
+int64_t BytesOf(cudaDataType_t type) {
+  if (type == CUDA_R_8F_E4M3 || type == CUDA_R_8F_E5M2) return 1;
+  return type == CUDA_R_16BF ? 2 : 4;
+}
+
 int64_t AlignmentOf(uint64_t value) {
   return value == 0 ? kAlignment
                     : std::min(kAlignment, int64_t{1} << std::min(std::countr_zero(value), 62));
@@ -179,8 +184,11 @@ struct Descriptors {
       Set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, static_cast<void*>(p.aux.data));
       Set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.aux.ld);
     }
+    if (p.factor_a != nullptr) Set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, p.factor_a);
+    if (p.factor_b != nullptr) Set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, p.factor_b);
+    if (p.fast_accumulation) Set(CUBLASLT_MATMUL_DESC_FAST_ACCUM, int8_t{1});
     Layout(&a, p.type, p.trans_a ? p.k : p.m, p.trans_a ? p.m : p.k, p.a.ld);
-    Layout(&b, p.type, p.trans_b ? p.n : p.k, p.trans_b ? p.k : p.n, p.b.ld);
+    Layout(&b, p.TypeOfB(), p.trans_b ? p.n : p.k, p.trans_b ? p.k : p.n, p.b.ld);
     Layout(&d, p.output_type, p.m, p.n, p.d.ld);
   }
 
@@ -281,6 +289,8 @@ ProductKey Matmul::KeyOf(const Product& p) const {
   key.n = p.n;
   key.k = p.k;
   key.type = p.type;
+  key.type_b = p.TypeOfB();
+  key.fast_accumulation = p.fast_accumulation;
   key.output_type = p.output_type;
   key.trans_a = p.trans_a;
   key.trans_b = p.trans_b;
@@ -358,7 +368,7 @@ int Matmul::Ask(const Product& p, Descriptors& descriptors, int wanted,
   };
   // Of every column, so odd strides count as much as odd addresses.
   const auto alignment = [](const Matrix& matrix, cudaDataType_t type) {
-    const int64_t stride = matrix.ld * (type == CUDA_R_16BF ? 2 : 4);
+    const int64_t stride = matrix.ld * BytesOf(type);
     return static_cast<uint32_t>(
         std::min(AlignmentOf(matrix.data), AlignmentOf(static_cast<uint64_t>(stride))));
   };
@@ -367,7 +377,7 @@ int Matmul::Ask(const Product& p, Descriptors& descriptors, int wanted,
   set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
       uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE | CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE});
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment(p.a, p.type));
-  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(p.b, p.type));
+  set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment(p.b, p.TypeOfB()));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment(p.d, p.output_type));
   set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment(p.d, p.output_type));
   int count = 0;

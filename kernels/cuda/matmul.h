@@ -34,11 +34,18 @@ struct Product {
   Matrix a, b, d;
   bool trans_a = false, trans_b = false;
   int64_t m = 0, n = 0, k = 0;
-  cudaDataType_t type = CUDA_R_32F, output_type = CUDA_R_32F;
+  cudaDataType_t type = CUDA_R_32F, output_type = CUDA_R_32F;  // of a and b, of d
   bool acc = false;
   cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
   void* bias = nullptr;
   Matrix aux;
+  // FP8 operands only. Each is multiplied by its factor, an f32 on the device.
+  std::optional<cudaDataType_t> type_b;  // where b's type is not a's
+  const float* factor_a = nullptr;
+  const float* factor_b = nullptr;
+  bool fast_accumulation = false;  // sums in the tensor cores' own precision
+
+  cudaDataType_t TypeOfB() const { return type_b.value_or(type); }
 };
 
 // The largest power of two, up to 256, that the address is a multiple of.

@@ -23,6 +23,7 @@ const KernelTable* CudaKernels() {
       .device = DeviceKind::kCuda,
       .supports = &SupportsModelType,
       .linear = cuda::Linear(),
+      .float8 = cuda::Float8Products(),
       .norm = cuda::Norm(),
       .activation = cuda::Activation(),
       .rotary = cuda::Rotary(),

@@ -22,7 +22,8 @@ using Fields = std::array<int64_t, kFields>;
 // "matmul", the key, 0 or 1 for `separate`, the algorithm as 128 hexadecimal digits.
 constexpr char kWord[] = "matmul";
 constexpr std::size_t kWords = 1 + kFields + 2;
-constexpr std::size_t kDigits = 16;  // of one word of the algorithm
+constexpr std::size_t kNewFields = 2;  // at the key's end, see ProductKey
+constexpr std::size_t kDigits = 16;    // of one word of the algorithm
 
 // Far more products than a model has; generation with ever longer inputs could go on for ever.
 constexpr std::size_t kCapacity = std::size_t{1} << 14;
@@ -51,13 +52,17 @@ Table& Shared() {
 std::atomic<bool> tuning{false};
 
 bool Parse(const std::string& line, ProductKey* key, ProductPlan* plan) {
-  const std::vector<std::string> words = absl::StrSplit(line, ' ', absl::SkipEmpty());
-  if (words.size() != kWords || words[0] != kWord) return false;
+  std::vector<std::string> words = absl::StrSplit(line, ' ', absl::SkipEmpty());
+  if (words.empty() || words[0] != kWord) return false;
+  const bool old = words.size() == kWords - kNewFields;
+  if (old) words.insert(words.end() - 2, kNewFields, "0");
+  if (words.size() != kWords) return false;
   Fields fields;
   for (std::size_t i = 0; i < kFields; ++i) {
     if (!absl::SimpleAtoi(words[1 + i], &fields[i])) return false;
   }
   *key = std::bit_cast<ProductKey>(fields);
+  if (old) key->type_b = key->type;
   const std::string& separate = words[1 + kFields];
   const std::string& algorithm = words[2 + kFields];
   if (separate != "0" && separate != "1") return false;

@@ -36,13 +36,16 @@ struct ProductKey {
   int64_t version = 0;  // of cuBLASLt
   int64_t gpu = 0;      // a hash of the GPU's model
   int64_t m = 0, n = 0, k = 0;
-  int64_t type = 0, output_type = 0;  // cudaDataType_t
+  int64_t type = 0, output_type = 0;  // cudaDataType_t; of a and b unless type_b differs, of d
   int64_t trans_a = 0, trans_b = 0;
   int64_t ld_a = 0, ld_b = 0, ld_d = 0, ld_aux = 0;
   int64_t alignments = 0;  // of the pointers
   int64_t acc = 0;
   int64_t epilogue = 0;
   int64_t workspace = 0;  // bytes that an algorithm may use
+  // From here on missing in tables of earlier versions, which had one type for a and b.
+  int64_t type_b = 0;
+  int64_t fast_accumulation = 0;
 
   bool operator==(const ProductKey&) const = default;
 };

@@ -56,6 +56,15 @@ void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, 
   if (check.ok()) c.kernels->linear->BackwardWeight(*c.stream, dw, db, dy, x, acc);
 }
 
+void LinearBackwardBias(Context c, Tensor db, Tensor dy, bool acc) {
+  Check check(c, "LinearBackwardBias", {{"db", db}, {"dy", dy}});
+  check.Supported(dy.dtype)
+      .That(IsMatrix(dy), "dy must be [tokens, out]")
+      .That(Is(db, AccumulateType(dy.dtype), {dy.dims[1]}),
+            "db must be [out] of the gradient type");
+  if (check.ok()) c.kernels->linear->BackwardBias(*c.stream, db, dy, acc);
+}
+
 namespace {
 
 // Columns that a norm's weight covers.

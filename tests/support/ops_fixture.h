@@ -14,6 +14,7 @@
 
 #include "stretto/core/arena.h"
 #include "stretto/core/copy.h"
+#include "stretto/core/float8.h"
 #include "stretto/ops/ops.h"
 
 namespace stretto::test {
@@ -106,6 +107,12 @@ class Buffer {
     if (view_.dtype == DType::kBF16) {
       reinterpret_cast<BFloat16*>(bytes_.data())[i] = BFloat16(static_cast<float>(x));
     }
+    if (view_.dtype == DType::kE4M3) {
+      reinterpret_cast<E4M3*>(bytes_.data())[i] = E4M3(static_cast<float>(x));
+    }
+    if (view_.dtype == DType::kE5M2) {
+      reinterpret_cast<E5M2*>(bytes_.data())[i] = E5M2(static_cast<float>(x));
+    }
   }
   double Get(int64_t i) const {
     switch (view_.dtype) {
@@ -115,6 +122,10 @@ class Buffer {
         return reinterpret_cast<const float*>(bytes_.data())[i];
       case DType::kBF16:
         return static_cast<float>(reinterpret_cast<const BFloat16*>(bytes_.data())[i]);
+      case DType::kE4M3:
+        return static_cast<float>(reinterpret_cast<const E4M3*>(bytes_.data())[i]);
+      case DType::kE5M2:
+        return static_cast<float>(reinterpret_cast<const E5M2*>(bytes_.data())[i]);
       default:
         return reinterpret_cast<const int32_t*>(bytes_.data())[i];
     }
@@ -226,6 +237,16 @@ class Runner {
   Buffer Make(std::vector<int64_t> dims, int64_t padding = 0) const {
     const Here here(setting_.device);
     return Buffer(dtype(), std::move(dims), padding);
+  }
+  // Of a type that is not the setting's.
+  Buffer Of(DType type, std::vector<int64_t> dims, int64_t padding = 0) const {
+    const Here here(setting_.device);
+    return Buffer(type, std::move(dims), padding);
+  }
+  Buffer Of(DType type, std::vector<int64_t> dims, const Values& values,
+            int64_t padding = 0) const {
+    const Here here(setting_.device);
+    return Buffer(type, std::move(dims), values, padding);
   }
   Buffer Wide(std::vector<int64_t> dims, int64_t padding = 0) const {
     const Here here(setting_.device);

@@ -40,6 +40,48 @@ class LinearKernels {
   // operands, f64 for f64.
   virtual void BackwardWeight(Stream& s, Tensor dw, Tensor db, Tensor dy, Tensor x,
                               bool acc) const = 0;
+  // The second half of BackwardWeight alone: db (acc)= column sums of dy.
+  virtual void BackwardBias(Stream& s, Tensor db, Tensor dy, bool acc) const = 0;
+};
+
+// Products of FP8 operands (core/float8.h). An operand stands for its codes divided by its scale;
+// scales are f32 [1] and live on the device. A product takes both operands with the summed
+// dimension contiguous, the one form that Hopper's tensor cores read FP8 in; so Quantize makes the
+// transpose too. Widths are multiples of kAlignment, which those tensor cores want; a transpose's
+// rows are padded to one with zeros.
+class Float8Kernels {
+ public:
+  static constexpr int64_t kAlignment = 16;
+  static constexpr int64_t Padded(int64_t n) {
+    return (n + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+  virtual ~Float8Kernels() = default;
+  // amax[0] = max(amax[0], largest |x|), f32 and not negative. A NaN in x makes it NaN.
+  virtual void AbsMax(Stream& s, Tensor amax, Tensor x) const = 0;
+  // q = x * scale, rounded and saturated; qt the same transposed. Either may be absent. `amax` as
+  // in AbsMax, in the same pass, or absent.
+  virtual void Quantize(Stream& s, Tensor q,  // FP8 [rows, columns]
+                        Tensor qt,            // FP8 [columns, Padded(rows)]
+                        Tensor x,             // bf16 [rows, columns]
+                        Tensor scale, Tensor amax) const = 0;
+  // d (acc)= a b^T / (scale of a * scale of b) + bias, summed in f32. `fast`: on a GPU the tensor
+  // core's own, shorter sums; good enough for a forward pass. Not both E5M2.
+  virtual void Product(Stream& s, Tensor d,                 // bf16 or f32 [m, n]
+                       Tensor a,                            // FP8 [m, k]
+                       Tensor b,                            // FP8 [n, k]
+                       Tensor inverse_a, Tensor inverse_b,  // f32 [1]: 1 / scale
+                       Tensor bias,                         // bf16 [n], for d in bf16 and no acc; or absent
+                       bool acc, bool fast) const = 0;
+  // Delayed scaling of `count` operands at once: for each the oldest element of `history` makes
+  // place for `amax`, amax becomes 0, scale becomes the largest power of two that brings the
+  // history's maximum up to `limit` at most, and inverse 1 / scale. An amax that is not finite is
+  // passed over, and where all is 0 the scale stays. `history` absent: from amax alone, which is
+  // kept (just-in-time scaling).
+  virtual void UpdateScales(Stream& s, Tensor scale, Tensor inverse,  // f32 [count]
+                            Tensor history,                           // f32 [count, steps]
+                            Tensor amax, Tensor limit                 // f32 [count]
+  ) const = 0;
 };
 
 // LayerNorm and RMSNorm over rows, with the residual addition in front fused in. An operand x of
@@ -222,6 +264,7 @@ struct KernelTable {
   DeviceKind device = DeviceKind::kCpu;
   bool (*supports)(DType) = nullptr;  // model types
   const LinearKernels* linear = nullptr;
+  const Float8Kernels* float8 = nullptr;
   const NormKernels* norm = nullptr;
   const ActivationKernels* activation = nullptr;
   const RotaryKernels* rotary = nullptr;

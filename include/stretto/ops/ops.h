@@ -26,6 +26,15 @@ void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc);
 // dpre must not be pre.
 void LinearBackwardInputGelu(Context c, Tensor dpre, Tensor dy, Tensor w, Tensor pre);
 void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, bool acc);
+void LinearBackwardBias(Context c, Tensor db, Tensor dy, bool acc);
+
+// FP8. The rows of x, q, qt, a and b start at multiples of 16 bytes.
+void Float8AbsMax(Context c, Tensor amax, Tensor x);
+void Float8Quantize(Context c, Tensor q, Tensor qt, Tensor x, Tensor scale, Tensor amax);
+void Float8Product(Context c, Tensor d, Tensor a, Tensor b, Tensor inverse_a, Tensor inverse_b,
+                   Tensor bias, bool acc, bool fast);
+void Float8UpdateScales(Context c, Tensor scale, Tensor inverse, Tensor history, Tensor amax,
+                        Tensor limit);
 
 void Norm(Context c, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Tensor residual,
           Tensor weight, Tensor bias, double eps);

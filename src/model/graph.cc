@@ -81,7 +81,7 @@ bool Droppable(const Graph& graph, const SlotInfo& slot, Recompute recompute) {
     case Recompute::kNone:
       return false;
     case Recompute::kNormsAndActivations:
-      return slot.cheap && slot.kind == SlotKind::kActivation;
+      return slot.cheap && slot.kind != SlotKind::kScratch;
     case Recompute::kBlock:
       return !slot.boundary && slot.kind != SlotKind::kScratch;
   }
@@ -326,8 +326,9 @@ absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& acti
     } else {
       if (!b.empty()) f.Add(b.first), f.Add(b.last);
       if (f.empty()) continue;
-      // A layer that runs again writes all its outputs, also those nobody reads any more.
-      if (s.producer >= 0) f.Add(times.r[s.producer]);
+      // A layer that runs again writes all its outputs, also those nobody reads any more, but for
+      // those it said it would not.
+      if (s.producer >= 0 && !s.recomputed_if_dropped) f.Add(times.r[s.producer]);
       forward[i] = backward[i] = planner.Add({s.name, bytes_of(s), f.first, f.last});
     }
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/model/float8.h"
 
 namespace stretto {
 
@@ -125,6 +126,12 @@ bool Builder::IsGeluOf(SlotId slot, SlotId pre) const {
   return slot.valid() && pre.valid() && graph_.slots[slot.value].gelu_of == pre.value;
 }
 
+bool Builder::KeptByProducer(SlotId slot) const {
+  return slot.valid() &&
+         (graph_.slots[slot.value].own_uses & (kInBackwardInput | kInBackwardWeight)) != 0;
+}
+bool Builder::IsCheap(SlotId slot) const { return slot.valid() && graph_.slots[slot.value].cheap; }
+
 void Builder::Reads(SlotId slot, unsigned uses, bool writes_grad) {
   if (!InDeclare("the reader of a slot")) return;
   if (!slot.valid()) {
@@ -165,13 +172,15 @@ SlotId Builder::Output(const std::string& name, int64_t width, const OutputOptio
   s.cheap = options.cheap;
   s.boundary = options.boundary;
   s.recompute_source = options.recompute_source;
+  s.recomputed_if_dropped = options.recomputed_if_dropped;
   s.gelu_of = options.gelu_of.value;
   s.grad_changed_by_producer = options.grad_changed_by_producer;
   graph_.slots.push_back(std::move(s));
   return {static_cast<int>(graph_.slots.size()) - 1};
 }
 
-SlotId Builder::Saved(const std::string& name, int64_t width, DType dtype, unsigned uses) {
+SlotId Builder::Saved(const std::string& name, int64_t width, DType dtype, unsigned uses,
+                      const SavedOptions& options) {
   if (!InDeclare("slot " + name)) return {};
   SlotInfo s;
   s.name = prefix_ + "." + name;
@@ -180,16 +189,17 @@ SlotId Builder::Saved(const std::string& name, int64_t width, DType dtype, unsig
   s.dtype = dtype;
   s.producer = current_;
   s.own_uses = uses;
+  s.fixed_bytes = options.fixed_bytes;
+  s.cheap = options.cheap;
+  s.recomputed_if_dropped = options.recomputed_if_dropped;
   graph_.slots.push_back(std::move(s));
   return {static_cast<int>(graph_.slots.size()) - 1};
 }
 
 SlotId Builder::Scratch(const std::string& name, int64_t width, DType dtype, unsigned uses,
                         int64_t fixed_bytes) {
-  const SlotId id = Saved(name, width, dtype, uses);
-  if (!id.valid()) return id;
-  graph_.slots[id.value].kind = SlotKind::kScratch;
-  graph_.slots[id.value].fixed_bytes = fixed_bytes;
+  const SlotId id = Saved(name, width, dtype, uses, {.fixed_bytes = fixed_bytes});
+  if (id.valid()) graph_.slots[id.value].kind = SlotKind::kScratch;
   return id;
 }
 
@@ -238,6 +248,16 @@ ConstantId Builder::Constant(ConstantInfo info) {
   }
   graph_.constants.push_back(std::move(info));
   return {static_cast<int>(graph_.constants.size()) - 1};
+}
+
+Float8OperandId Builder::Float8Operand(const std::string& name, DType format) {
+  graph_.float8_operands.push_back({prefix_ + "." + name, format});
+  return {static_cast<int>(graph_.float8_operands.size()) - 1};
+}
+
+Float8WeightId Builder::Float8Weight(ParamId param, Float8OperandId operand) {
+  graph_.float8_weights.push_back({param, operand});
+  return {static_cast<int>(graph_.float8_weights.size()) - 1};
 }
 
 void Builder::KeepToEnd(SlotId slot) {
@@ -289,9 +309,16 @@ void Run::SetStorage(std::vector<Tensor> parameters, std::vector<Tensor> gradien
   touched_.gradients.assign(parameters_.size(), 0);
 }
 
+void Run::SetFloat8(Float8State* state) {
+  float8_ = state;
+  touched_.codes.assign(state == nullptr ? 0 : static_cast<size_t>(state->weights()), 0);
+}
+
 void Run::BeginStep() {
   touched_.gradients.assign(touched_.gradients.size(), 0);
   touched_.loss = false;
+  touched_.codes.assign(touched_.codes.size(), 0);
+  touched_.just_in_time = float8_ != nullptr && float8_->just_in_time();
 }
 
 }  // namespace stretto

@@ -33,6 +33,12 @@ struct ConstantId {
   int value = -1;
   bool valid() const { return value >= 0; }
 };
+struct Float8OperandId {
+  int value = -1;
+};
+struct Float8WeightId {
+  int value = -1;
+};
 
 // Which halves of a layer's work touch a slot.
 enum Use : unsigned {
@@ -52,7 +58,7 @@ struct SlotInfo {
   std::string name;
   SlotKind kind = SlotKind::kActivation;
   int64_t width = 0;        // elements per token
-  int64_t fixed_bytes = 0;  // further bytes that do not depend on the tokens (scratch)
+  int64_t fixed_bytes = 0;  // further bytes that do not depend on the tokens
   DType dtype = DType::kF32;
   int producer = -1;                      // layer; -1 for kInput
   unsigned own_uses = 0;                  // how the producer itself uses the value after writing it
@@ -61,6 +67,7 @@ struct SlotInfo {
   bool boundary = false;                  // kept under Recompute::kBlock
   bool modified_by_reader = false;        // its only reader changes it in place (RoPE on q and k)
   bool recompute_source = false;          // while this is kept its layer recomputes from it alone
+  bool recomputed_if_dropped = false;     // otherwise its layer's Recompute leaves it alone
   bool grad_changed_by_producer = false;  // the producer's B adds to the gradient in place
   bool keep_to_end = false;               // readable after the last forward action
   int gelu_of =
@@ -106,6 +113,17 @@ struct ConstantInfo {
   std::function<double(int64_t row, int64_t column)> value;
 };
 
+// A tensor that a layer multiplies in FP8, with a scale of its own: see model/float8.h.
+struct Float8OperandInfo {
+  std::string name;
+  DType format = DType::kE4M3;
+};
+// A matrix of which FP8 copies are kept.
+struct Float8WeightInfo {
+  ParamId param;
+  Float8OperandId operand;
+};
+
 enum class ActionKind : uint8_t {
   kForward,         // F
   kRecompute,       // R: forward again, for what backward needs and was dropped
@@ -134,6 +152,8 @@ struct Graph {
   std::vector<SlotInfo> slots;
   std::vector<ParameterInfo> parameters;
   std::vector<ConstantInfo> constants;
+  std::vector<Float8OperandInfo> float8_operands;
+  std::vector<Float8WeightInfo> float8_weights;
 
   Graph();
   ~Graph();

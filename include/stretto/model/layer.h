@@ -18,6 +18,7 @@
 namespace stretto {
 
 class Builder;
+class Float8State;  // model/float8.h
 class Frame;
 class Run;
 
@@ -132,6 +133,9 @@ class Builder {
   const KernelTable* kernels() const { return kernels_; }  // null: not known
   int64_t Width(SlotId slot) const;
   bool IsGeluOf(SlotId slot, SlotId pre) const;
+  // Whether the layer that writes `slot` reads it again in backward, so that it is there anyway.
+  bool KeptByProducer(SlotId slot) const;
+  bool IsCheap(SlotId slot) const;  // see SlotInfo
   // The layer reads `slot` in the given halves and, unless told otherwise, writes its gradient.
   void Reads(SlotId slot, unsigned uses, bool writes_grad = true);
   struct OutputOptions {
@@ -140,12 +144,22 @@ class Builder {
     bool cheap = false;                                         // see SlotInfo
     bool boundary = false;
     bool recompute_source = false;
+    bool recomputed_if_dropped = false;
     bool grad_changed_by_producer = false;
     SlotId gelu_of;  // see SlotInfo
   };
   SlotId Output(const std::string& name, int64_t width, const OutputOptions& options);
   // Written in forward, read in `uses`; no gradient.
-  SlotId Saved(const std::string& name, int64_t width, DType dtype, unsigned uses);
+  struct SavedOptions {
+    int64_t fixed_bytes = 0;  // on top of the tokens', behind them (Frame::Fixed)
+    bool cheap = false;       // see SlotInfo, as the next
+    bool recomputed_if_dropped = false;
+  };
+  SlotId Saved(const std::string& name, int64_t width, DType dtype, unsigned uses) {
+    return Saved(name, width, dtype, uses, SavedOptions());
+  }
+  SlotId Saved(const std::string& name, int64_t width, DType dtype, unsigned uses,
+               const SavedOptions& options);
   // Undefined content at the first of `uses`, kept from there to the last. `fixed_bytes` come on
   // top of the tokens' (Frame::Fixed); with them `width` may be 0.
   SlotId Scratch(const std::string& name, int64_t width, DType dtype, unsigned uses,
@@ -166,6 +180,10 @@ class Builder {
   // better on more rows than there are: see PaddedRows.
   void PadRows(ParamId param, int64_t rows);
   ConstantId Constant(ConstantInfo info);  // the same name returns the same constant
+  // A tensor that the running layer's products take in FP8 (E4M3 or E5M2), and FP8 copies of a
+  // matrix among them.
+  Float8OperandId Float8Operand(const std::string& name, DType format);
+  Float8WeightId Float8Weight(ParamId param, Float8OperandId operand);
   // Keeps a slot readable after forward (the final hidden state, for sampling).
   void KeepToEnd(SlotId slot);
   // Records an error; the first one is returned by Finish.
@@ -270,15 +288,26 @@ class Run {
     return t;
   }
 
+  // Scales and FP8 weights; null where the driver has none.
+  Float8State* float8() const { return float8_; }
+  // True for the first to ask since BeginStep, who then makes the weight's FP8 codes.
+  bool TakeStaleCodes(Float8WeightId id) {
+    uint8_t& made = touched_.codes[static_cast<size_t>(id.value)];
+    return std::exchange(made, uint8_t{1}) == 0;
+  }
+
   // --- For whoever drives the step ---
+  void SetFloat8(Float8State* state);
   void SetStorage(std::vector<Tensor> parameters, std::vector<Tensor> gradients,
                   std::vector<Tensor> constants, Tensor loss_total);
-  // Nothing has been accumulated yet.
+  // Nothing has been accumulated yet, and parameters may have changed.
   void BeginStep();
-  // What has been written since BeginStep and is added to from now on.
+  // What has been written since BeginStep and is added to, or used, from now on.
   struct Touched {
     std::vector<uint8_t> gradients;  // by parameter
     bool loss = false;
+    std::vector<uint8_t> codes;  // by FP8 weight
+    bool just_in_time = false;   // FP8 scales (Float8State)
     bool operator==(const Touched&) const = default;
   };
   const Touched& touched() const { return touched_; }
@@ -290,6 +319,7 @@ class Run {
   std::vector<Tensor> parameters_, gradients_, constants_;
   Touched touched_;
   Tensor loss_total_;
+  Float8State* float8_ = nullptr;
 };
 
 }  // namespace stretto

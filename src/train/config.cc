@@ -82,6 +82,10 @@ void TrainConfig::Runtime::Visit(ConfigVisitor& v) {
   v.Choice(
       "dtype", &dtype, {"f64", "f32", "bf16"},
       "type of parameters and activations in forward and backward; f64 exists on the CPU only");
+  v.Choice(
+      "fp8", &fp8, {"none", "e4m3", "hybrid"},
+      "linear layers of transformer blocks multiply in FP8, for dtype bf16: e4m3: all operands "
+      "E4M3; hybrid: gradients E5M2");
   v.Field("threads", &threads,
           "CPU threads of this process; 0: the cores of the machine shared out among its ranks",
           {.min = 0});
@@ -245,6 +249,10 @@ absl::Status TrainConfig::Resolve(int ranks) {
 
   if (runtime.dtype == "f64" && runtime.device == "cuda") {
     fail("runtime.dtype f64 exists on the CPU only; set runtime.device to cpu or choose bf16.");
+  }
+  if (runtime.fp8 != "none" && runtime.dtype != "bf16") {
+    fail("runtime.fp8 is ", runtime.fp8, " but runtime.dtype is ", runtime.dtype,
+         "; FP8 layers need a model in bf16.");
   }
   if (runtime.timeout_seconds <= 0 || runtime.timeout_seconds > kMaxTimeoutSeconds) {
     fail("runtime.timeout_seconds is ", runtime.timeout_seconds,

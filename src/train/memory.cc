@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "stretto/model/float8.h"
 #include "stretto/parallel/data_parallel.h"
 
 namespace stretto {
@@ -87,6 +88,9 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
   const absl::StatusOr<const KernelTable*> kernels = KernelsFor(Device{device, 0});
   ModelOptions options = {.dtype = *dtype, .loss_chunk = config.runtime.loss_chunk};
   if (kernels.ok() && (*kernels)->supports(*dtype)) options.kernels = *kernels;
+  if (const std::optional<DType> gradients = Float8GradientType(config.runtime.fp8)) {
+    options.strategies = Float8Strategies(*gradients);
+  }
   STRETTO_ASSIGN_OR_RETURN(plan.model, BuildModel(config.model, options));
   const Graph& graph = plan.model.graph;
   plan.train_actions = TrainingActions(graph, recompute);
@@ -112,6 +116,8 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
   plan.arenas.push_back({"optimizer table", update.table});
   plan.arenas.push_back(
       {"activations", std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes())});
+  const int64_t float8_bytes = Float8State::Bytes(graph);
+  if (float8_bytes > 0) plan.arenas.push_back({"fp8 weights", float8_bytes});
   if (device != DeviceKind::kCpu) {
     plan.arenas.push_back({"tokens", TokenFeeder::DeviceBytes(device, plan.micro_batch_tokens)});
     plan.arenas.push_back({"workspace", DeviceWorkspaceBytes(device)});
@@ -131,7 +137,10 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
     plan.gradient_bytes_sent = SentParts(graph, ranks, AccumulateType(graph.dtype));
     plan.parameter_bytes_sent = SentParts(graph, ranks, graph.dtype);
     // Small all-reduces send everything to everybody.
-    plan.scalar_bytes_sent = StepScalars::kReduced * SizeOf(DType::kF64) * (ranks - 1);
+    const auto operands = static_cast<int64_t>(graph.float8_operands.size());
+    plan.scalar_bytes_sent =
+        (StepScalars::kReduced * SizeOf(DType::kF64) + operands * SizeOf(DType::kF32)) *
+        (ranks - 1);
   }
   return plan;
 }

@@ -64,6 +64,7 @@ absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t t
     std::vector<float> values(static_cast<size_t>(vocabulary));
     std::vector<int32_t> order;
     PackedBatch batch;
+    t.evaluation_run->BeginStep();
     for (int64_t i = 0; i < tokens; ++i) {
       const int64_t length = std::min<int64_t>(context, static_cast<int64_t>(ids.size()));
       batch.Clear();

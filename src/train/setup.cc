@@ -119,6 +119,14 @@ absl::Status Trainer::Impl::SetUpRuntime() {
                      "; choose another "
                      "runtime.dtype or runtime.device"));
   }
+  if (config.runtime.fp8 != "none" && device.kind == DeviceKind::kCuda) {
+    STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
+    if (10 * info.major + info.minor < 89) {
+      return absl::UnimplementedError(
+          absl::StrCat(info.name, " has compute capability ", info.major, ".", info.minor,
+                       ", and products in FP8 need 8.9; set runtime.fp8=none"));
+    }
+  }
   if (config.runtime.threads == 0) {
     const int cores = std::max(1u, std::thread::hardware_concurrency());
     config.runtime.threads = std::max(1, cores / std::max(1, world.info().local_size));
@@ -155,6 +163,14 @@ absl::Status Trainer::Impl::SetUpModel() {
                                 .threads = static_cast<int>(config.runtime.threads)}));
   STRETTO_ASSIGN_OR_RETURN(optimizer,
                            AdamW::Create(graph, *dp, ops(), budget, OptimizerOptions(config)));
+  if (!graph.float8_operands.empty()) {
+    STRETTO_ASSIGN_OR_RETURN(float8, Float8State::Create(graph, stream->device(), budget));
+  } else if (config.runtime.fp8 != "none" && world.rank() == 0) {
+    LogWarning(
+        absl::StrCat("runtime.fp8 is ", config.runtime.fp8,
+                     ", but no linear layer has widths that are multiples of 16: all stay in ",
+                     config.runtime.dtype));
+  }
   const int64_t frame_bytes = std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes());
   STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream->device()), "activations", frame_bytes));
   STRETTO_ASSIGN_OR_RETURN(frame_arena,
@@ -175,8 +191,13 @@ absl::Status Trainer::Impl::SetUpModel() {
   evaluation_run.emplace(ops());
   dp->Attach(&*run, scalars.Rows(StepScalars::kLossSum, 2));
   dp->Attach(&*evaluation_run, evaluation_total);
+  run->SetFloat8(float8.get());
+  evaluation_run->SetFloat8(float8.get());
   STRETTO_RETURN_IF_ERROR(dp->Register(&registry));
   STRETTO_RETURN_IF_ERROR(optimizer->Register(&registry));
+  if (float8 != nullptr) {
+    STRETTO_RETURN_IF_ERROR(float8->Register(&registry, /*owner=*/dp_group.index == 0));
+  }
   // What others take without asking draws on the same budget: libraries, messages, the loader's two
   // steps of tokens, and the copy that a checkpoint is written from.
   const Device device = stream->device();
@@ -312,6 +333,14 @@ absl::Status Trainer::Impl::Restore() {
   };
   STRETTO_RETURN_IF_ERROR(world.Agree("loading the checkpoint", load()));
   checkpoints->Distrust(newest->passed_over);
+  if (float8 != nullptr) {
+    if (dp_group.size() > 1) {
+      STRETTO_RETURN_IF_ERROR(comm->Wait(
+          comm->Broadcast(dp_group, float8->Registered(), /*root_index=*/0, "fp8 scales")));
+    }
+    STRETTO_RETURN_IF_ERROR(float8->Restored());
+    float8->SetJustInTime(state.applied == 0);
+  }
   STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
   STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
   if (world.rank() == 0) LogInfo(absl::StrCat("continuing from ", newest->path));
@@ -351,6 +380,10 @@ absl::Status Trainer::Impl::MeasurePeak() {
 
 absl::Status Trainer::Impl::WarmUp() {
   if (kernels->set_measuring == nullptr) return absl::OkStatus();
+  std::vector<std::byte> scales;
+  if (float8 != nullptr) {
+    STRETTO_ASSIGN_OR_RETURN(scales, float8->Remember());
+  }
   // Rank 0 measures, then everybody has its choices. Those of a checkpoint come first: a run that
   // was interrupted goes on with the same bits.
   if (!state.choices.empty()) {
@@ -392,6 +425,7 @@ absl::Status Trainer::Impl::WarmUp() {
     measured = kernels->import_choices(all[0]);
     if (measured.ok()) measured = run_through();
   }
+  if (float8 != nullptr && measured.ok()) measured = float8->Recall(scales);
   // From here on nothing is measured, so nothing stands in the way of capturing.
   if (config.runtime.graphs && stream->CanCapture()) replays.emplace(*stream);
   return measured;

@@ -41,6 +41,17 @@ absl::Status Trainer::Impl::SumOverRanks(Tensor data, const char* label) {
                     comm->AllReduce(dp_group, data, ReduceOp::kSum, label, stream->Record()));
 }
 
+absl::Status Trainer::Impl::EndFloat8Step() {
+  if (float8 == nullptr) return absl::OkStatus();
+  if (dp_group.size() > 1) {
+    STRETTO_RETURN_IF_ERROR(
+        comm->Wait(*stream, comm->AllReduce(dp_group, float8->Magnitudes(), ReduceOp::kMax,
+                                            "fp8 magnitudes", stream->Record())));
+  }
+  float8->EndStep(ops());
+  return absl::OkStatus();
+}
+
 absl::StatusOr<StepStats> Trainer::Impl::Step() {
   const auto start = std::chrono::steady_clock::now();
   if (!clock_started) last_step_end = start;
@@ -72,6 +83,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   ops::PrepareStep(ops(), scalars, config.optimizer.clip_norm, config.spikes.max_loss);
   const double lr = learning_rate->At(state.step);
   optimizer->Step(scalars, lr, state.applied + 1);
+  STRETTO_RETURN_IF_ERROR(EndFloat8Step());
   CopyBytes(*stream, host_scalars, scalars.data, scalars.bytes());
   if (config.parallel.overlap) timer->End();
   // The update is known to be good before parameters leave: a failed stream must not spread.
@@ -92,6 +104,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   } else {
     ++state.applied;
     consecutive_skips = 0;
+    if (float8 != nullptr) float8->SetJustInTime(false);
   }
   stop_agreed = stop_agreed || v[StepScalars::kStop] > 0;
   const auto end = std::chrono::steady_clock::now();
@@ -297,6 +310,10 @@ std::string Trainer::Describe() const {
   absl::StrAppendFormat(&out, "%d samples of %d tokens, %d a step; %d micro-batch tokens planned",
                         t.train_data->samples(), t.config.data.sequence_length,
                         t.config.batch.global, t.plan.micro_batch_tokens);
+  if (t.float8 != nullptr) {
+    absl::StrAppendFormat(&out, "; %d linear layers in FP8 (%s)", t.float8->weights(),
+                          t.config.runtime.fp8.c_str());
+  }
   if (t.peak_tflops > 0) {
     absl::StrAppendFormat(&out, "; MFU against %.3f TFLOP/s a rank (%s)", t.peak_tflops,
                           t.config.runtime.peak_tflops > 0 ? "configured" : "measured product");

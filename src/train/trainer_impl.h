@@ -15,6 +15,7 @@
 #include "stretto/data/dataset.h"
 #include "stretto/data/loader.h"
 #include "stretto/data/tokenizer.h"
+#include "stretto/model/float8.h"
 #include "stretto/observe/signals.h"
 #include "stretto/optim/optimizer.h"
 #include "stretto/parallel/data_parallel.h"
@@ -63,6 +64,7 @@ struct Trainer::Impl {
   Group dp_group;
   std::unique_ptr<DataParallel> dp;
   std::unique_ptr<AdamW> optimizer;
+  std::unique_ptr<Float8State> float8;  // null without layers in FP8
   std::optional<LearningRate> learning_rate;
   Arena frame_arena, scalar_arena, host_arena;
   Tensor scalars;           // f64 [StepScalars::kCount]
@@ -110,6 +112,8 @@ struct Trainer::Impl {
   absl::StatusOr<StepStats> Step();
   absl::StatusOr<double> Evaluate();
   absl::StatusOr<RunResult> Run(Trainer& trainer);
+  // Ends a step for the scales of FP8 operands, which all ranks then have alike.
+  absl::Status EndFloat8Step();
   // In place, over the data-parallel ranks.
   absl::Status SumOverRanks(Tensor data, const char* label);
   absl::Status RunBatch(const PackedBatch& batch, const ActionList& actions,

@@ -192,5 +192,21 @@ TEST_F(CudaCore, HostCodeInAQueueFailsTheStream) {
   EXPECT_FALSE(ran);
 }
 
+// A table of products as checkpoints hold it from before the second operand had a type of its own.
+TEST(CudaChoices, TablesOfEarlierVersionsAreRead) {
+  const absl::StatusOr<const KernelTable*> kernels = KernelsFor(Device::Cuda(0));
+  ASSERT_TRUE(kernels.ok()) << kernels.status().message();
+  const std::string algorithm(128, 'a');
+  // No such version: never used. The type is 14.
+  const std::string fields = "matmul 7 7 64 32 16 14 0 1 0 16 16 64 0 256 0 1 4096";
+  ASSERT_TRUE((*kernels)->import_choices(fields + " 0 " + algorithm + "\n").ok());
+  EXPECT_NE((*kernels)->export_choices().find(fields + " 14 0 0 " + algorithm), std::string::npos)
+      << (*kernels)->export_choices();
+  // Its own lines come back as they are, and others are refused.
+  ASSERT_TRUE((*kernels)->import_choices((*kernels)->export_choices()).ok());
+  EXPECT_FALSE((*kernels)->import_choices(fields + " 3 0 " + algorithm + "\n").ok());
+  EXPECT_FALSE((*kernels)->import_choices("matmul\n").ok());
+}
+
 }  // namespace
 }  // namespace stretto

@@ -80,6 +80,52 @@ TEST_F(CudaTrainer, LearnsInBf16AsTheCpuDoesInF32) {
   EXPECT_LT(gpu.steps.back().loss, 0.6 * gpu.steps.front().loss);
 }
 
+TrainConfig Float8Run(const ScratchDirectory& directory) {
+  TrainConfig config = OnGpu(TinyRun(directory, "gpt2"));
+  config.model.hidden = 64;
+  config.model.head_dim = 32;
+  config.model.ffn = 128;
+  config.batch.global = 32;
+  config.batch.micro = 16;
+  config.optimizer.lr = 1e-3;
+  config.runtime.dtype = "bf16";
+  return config;
+}
+
+TEST_F(CudaTrainer, LearnsInFp8AsInBf16) {
+  const ScratchDirectory directory;
+  TrainConfig config = Float8Run(directory);
+  config.steps = 200;
+  const RunRecord bf16 = Train(config);
+  ASSERT_TRUE(bf16.status.ok()) << bf16.status.message();
+  for (const char* fp8 : {"e4m3", "hybrid"}) {
+    config.runtime.fp8 = fp8;
+    const RunRecord record = Train(config);
+    ASSERT_TRUE(record.status.ok()) << record.status.message();
+    for (size_t i = 9; i < record.steps.size(); i += 10) {
+      EXPECT_NEAR(record.steps[i].loss / bf16.steps[i].loss, 1, 0.03) << fp8 << " step " << i + 1;
+    }
+    EXPECT_NEAR(record.eval_loss / bf16.eval_loss, 1, 0.02) << fp8;
+  }
+}
+
+TEST_F(CudaTrainer, GivesTheSameBitsInFp8AfterARestart) {
+  const ScratchDirectory directory;
+  TrainConfig config = Float8Run(directory);
+  config.runtime.fp8 = "hybrid";
+  config.steps = 8;
+  config.optimizer.schedule = "constant";
+  const std::vector<double> whole = Losses(Train(config));
+  ASSERT_EQ(whole.size(), 8u);
+  TrainConfig first = config, second = config;
+  first.steps = 5;
+  const RunRecord before = Train(first, [](Trainer& trainer) { return trainer.Save(); });
+  ASSERT_TRUE(before.status.ok()) << before.status.message();
+  second.checkpoint.resume = "must";
+  const std::vector<double> rest = Losses(Train(second));
+  EXPECT_EQ(rest, std::vector<double>(whole.begin() + 5, whole.end()));
+}
+
 TEST_F(CudaTrainer, GivesTheSameBitsAgainAndAfterARestart) {
   const ScratchDirectory directory;
   TrainConfig config = OnGpu(TinyRun(directory, "qwen3"));

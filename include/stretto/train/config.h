@@ -66,6 +66,7 @@ struct TrainConfig {
   struct Runtime {
     std::string device = "auto";
     std::string dtype = "f32";
+    std::string fp8 = "none";
     int64_t threads = 0;
     std::string stream = "inline";
     std::string recompute = "none";

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "tests/support/rank_main.h"
 
@@ -74,11 +75,18 @@ void* mmap(void* address, size_t length, int protection, int flags, int fd, off_
 namespace stretto {
 namespace {
 
-absl::Status Steps(World& world, const std::string& dtype, const std::string& recompute) {
+absl::Status Steps(World& world, const std::string& dtype, const std::string& fp8,
+                   const std::string& recompute) {
   testing::ScratchDirectory scratch;
   STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, "llama"));
   config.steps = 12;
   config.runtime.dtype = dtype;
+  config.runtime.fp8 = fp8;
+  if (fp8 != "none") {  // widths that FP8 layers take
+    config.model.hidden = 32;
+    config.model.head_dim = 16;
+    config.model.ffn = 48;
+  }
   config.runtime.recompute = recompute;
   STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
   while (trainer->step() < config.steps) {
@@ -91,11 +99,11 @@ absl::Status Steps(World& world, const std::string& dtype, const std::string& re
     if (!stats.ok()) return stats.status();
   }
   std::printf(
-      "rank %d, %s, recompute %s: %ld allocations by the step, %ld by MPI, %ld by other "
+      "rank %d, %s, fp8 %s, recompute %s: %ld allocations by the step, %ld by MPI, %ld by other "
       "threads, steps 4 to %ld\n",
-      world.rank(), dtype.c_str(), recompute.c_str(), static_cast<long>(driver_allocations.load()),
-      static_cast<long>(mpi_allocations.load()), static_cast<long>(other_allocations.load()),
-      static_cast<long>(config.steps));
+      world.rank(), dtype.c_str(), fp8.c_str(), recompute.c_str(),
+      static_cast<long>(driver_allocations.load()), static_cast<long>(mpi_allocations.load()),
+      static_cast<long>(other_allocations.load()), static_cast<long>(config.steps));
   if (driver_allocations != 0) {
     return absl::InternalError(
         absl::StrCat("steps allocated ", driver_allocations.load(), " times"));
@@ -121,9 +129,11 @@ absl::Status CounterWorks() {
 
 absl::Status RunAll(World& world) {
   STRETTO_RETURN_IF_ERROR(CounterWorks());
-  for (const char* dtype : {"f32", "bf16"}) {
+  const std::pair<const char*, const char*> types[] = {
+      {"f32", "none"}, {"bf16", "none"}, {"bf16", "hybrid"}};
+  for (const auto& [dtype, fp8] : types) {
     for (const char* recompute : {"none", "block"}) {
-      STRETTO_RETURN_IF_ERROR(world.Agree("steps", Steps(world, dtype, recompute)));
+      STRETTO_RETURN_IF_ERROR(world.Agree("steps", Steps(world, dtype, fp8, recompute)));
     }
   }
   return absl::OkStatus();

@@ -20,6 +20,7 @@
 #include "benchmarks/bench.h"
 #include "stretto/core/arena.h"
 #include "stretto/core/copy.h"
+#include "stretto/core/float8.h"
 #include "stretto/ops/ops.h"
 #include "stretto/train/memory.h"
 #include "tools/arguments.h"
@@ -119,6 +120,68 @@ void AddProducts(const Shapes& s, std::vector<Case>* cases) {
                     [](ops::Context c, const Tensors& t) {
                       ops::LinearBackwardInputGelu(c, t[0], t[1], t[2], t[3]);
                     }});
+}
+
+// The same layers' products in FP8, and what makes their operands. Only for bf16, and only widths
+// that FP8 layers take.
+void AddFloat8(const Shapes& s, std::vector<Case>* cases) {
+  constexpr int64_t kUnit = Float8Kernels::kAlignment;
+  if (s.dtype != DType::kBF16) return;
+  const int64_t padded = Float8Kernels::Padded(s.tokens);
+  const Operand one = {DType::kF32, {1}, [](int64_t) { return 1.0; }};
+  const auto add = [&](const std::string& name, int64_t in, int64_t out) {
+    if (in % kUnit != 0 || out % kUnit != 0) return;
+    const std::string label = absl::StrFormat("fp8 %s %dx%d", name, in, out);
+    const double flops = 2.0 * static_cast<double>(s.tokens * in * out);
+    const Operand x = {s.dtype, {s.tokens, in}}, y = {s.dtype, {s.tokens, out}};
+    const Operand w8 = {DType::kE4M3, {out, in}}, w8t = {DType::kE4M3, {in, out}};
+    const Operand x8 = {DType::kE4M3, {s.tokens, in}}, x8t = {DType::kE4M3, {in, padded}};
+    const Operand dy8 = {DType::kE5M2, {s.tokens, out}}, dy8t = {DType::kE5M2, {out, padded}};
+    cases->push_back({label + " forward",
+                      0,
+                      flops,
+                      {y, x8, w8, one, {s.dtype, {out}}},
+                      [](ops::Context c, const Tensors& t) {
+                        ops::Float8Product(c, t[0], t[1], t[2], t[3], t[3], t[4], false, true);
+                      }});
+    cases->push_back({label + " backward input",
+                      0,
+                      flops,
+                      {x, dy8, w8t, one},
+                      [](ops::Context c, const Tensors& t) {
+                        ops::Float8Product(c, t[0], t[1], t[2], t[3], t[3], {}, false, false);
+                      }});
+    cases->push_back({label + " backward weight",
+                      0,
+                      flops,
+                      {{s.wide(), {out, in}}, dy8t, x8t, one},
+                      [](ops::Context c, const Tensors& t) {
+                        ops::Float8Product(c, t[0], t[1], t[2], t[3], t[3], {}, true, false);
+                      }});
+  };
+  add("qkv", s.hidden, s.qkv());
+  add("out", s.hidden, s.hidden);
+  add("up", s.hidden, s.ffn);
+  add("down", s.ffn, s.hidden);
+  if (s.hidden % kUnit != 0) return;
+  const auto elements = static_cast<double>(s.tokens * s.hidden);
+  cases->push_back({"fp8 quantize and transpose",
+                    4 * elements,
+                    0,
+                    {{DType::kE4M3, {s.tokens, s.hidden}},
+                     {DType::kE4M3, {s.hidden, padded}},
+                     {s.dtype, {s.tokens, s.hidden}},
+                     one,
+                     one},
+                    [](ops::Context c, const Tensors& t) {
+                      ops::Float8Quantize(c, t[0], t[1], t[2], t[3], t[4]);
+                    }});
+  cases->push_back(
+      {"fp8 quantize",
+       3 * elements,
+       0,
+       {{DType::kE4M3, {s.tokens, s.hidden}}, {s.dtype, {s.tokens, s.hidden}}, one},
+       [](ops::Context c, const Tensors& t) { ops::Float8Quantize(c, t[0], {}, t[1], t[2], {}); }});
 }
 
 void AddAttention(const Shapes& s, std::vector<Case>* cases) {
@@ -416,6 +479,8 @@ class Bench {
       if (t.dtype == DType::kF32) values.as<float>()[i] = static_cast<float>(x);
       if (t.dtype == DType::kF64) values.as<double>()[i] = x;
       if (t.dtype == DType::kBF16) values.as<BFloat16>()[i] = BFloat16(static_cast<float>(x));
+      if (t.dtype == DType::kE4M3) values.as<E4M3>()[i] = E4M3(static_cast<float>(100 * x));
+      if (t.dtype == DType::kE5M2) values.as<E5M2>()[i] = E5M2(static_cast<float>(100 * x));
       if (t.dtype == DType::kI32) values.as<int32_t>()[i] = static_cast<int32_t>(x);
     }
     CopyBytes(*stream_, t.data, host.data(), n * size);
@@ -492,6 +557,7 @@ absl::Status Run(const Options& o, Device device) {
   STRETTO_RETURN_IF_ERROR(measure(ProductCase(device, o.shapes.dtype)));
   std::vector<Case> cases;
   AddProducts(o.shapes, &cases);
+  if (bench.kernels().float8 != nullptr) AddFloat8(o.shapes, &cases);
   AddAttention(o.shapes, &cases);
   AddRows(o.shapes, &cases);
   AddLoss(o.shapes, &cases);

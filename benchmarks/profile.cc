@@ -12,6 +12,7 @@
 #include "benchmarks/bench.h"
 #include "stretto/comm/communicator.h"
 #include "stretto/core/copy.h"
+#include "stretto/model/float8.h"
 #include "stretto/optim/optimizer.h"
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/train/memory.h"
@@ -55,6 +56,8 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
   STRETTO_ASSIGN_OR_RETURN(const auto dp, DataParallel::Create(comm, comm.all(), graph, *stream,
                                                                *kernels, 1, budget, {}));
   Run run({stream.get(), kernels});
+  STRETTO_ASSIGN_OR_RETURN(const auto float8, Float8State::Create(graph, device, budget));
+  run.SetFloat8(float8.get());
   STRETTO_ASSIGN_OR_RETURN(const auto adam,
                            AdamW::Create(graph, *dp, run.ops(), budget, OptimizerOptions(config)));
   STRETTO_ASSIGN_OR_RETURN(const Arena memory,
@@ -87,6 +90,8 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
   if (kernels->set_measuring != nullptr) kernels->set_measuring(true);
   for (int i = 0; i < 2; ++i) step();
   if (kernels->set_measuring != nullptr) kernels->set_measuring(false);
+  float8->EndStep(run.ops());
+  float8->SetJustInTime(false);
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
 
   constexpr int kRounds = 7;

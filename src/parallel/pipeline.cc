@@ -129,6 +129,44 @@ BoundaryBuffers BuffersOf(const Program& program, int rank) {
   return {.sends = most(sends), .receives = most(receives), .kept = most(kept)};
 }
 
+RankProgram::RankProgram(Program program, int rank) : program_(std::move(program)), rank_(rank) {
+  messages_ = MessagesOf(program_, rank_);
+  ends_.resize(actions().size());
+  for (size_t m = 0; m < messages_.size(); ++m) {
+    labels_.push_back(Label(messages_[m]));
+    Ends& ends = ends_[static_cast<size_t>(messages_[m].action)];
+    (messages_[m].receive ? ends.takes : ends.makes) = static_cast<int>(m);
+  }
+  std::map<Key, int> makers;
+  for (size_t i = 0; i < actions().size(); ++i) {
+    const ProgramAction& a = actions()[i];
+    const Boundary made = MadeBy(program_, a), taken = TakenBy(program_, a);
+    if (made.there && !Travels(program_, made)) {
+      ends_[i].keeps = true;
+      makers[{made.forward, made.from, a.item}] = static_cast<int>(i);
+    }
+    if (taken.there && !Travels(program_, taken)) {
+      const auto maker = makers.find({taken.forward, taken.from, a.item});
+      if (maker != makers.end()) ends_[i].takes_kept = maker->second;
+    }
+  }
+}
+
+namespace {
+
+int64_t BufferBytes(int64_t token_capacity, int64_t width, DType dtype) {
+  constexpr int64_t kAlignment = 256;
+  return (token_capacity * width * SizeOf(dtype) + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+int64_t PipelineExecutor::Bytes(const BoundaryBuffers& buffers, int64_t token_capacity,
+                                int64_t width, DType dtype) {
+  return BufferBytes(token_capacity, width, dtype) *
+         (buffers.sends + buffers.receives + buffers.kept);
+}
+
 absl::StatusOr<std::unique_ptr<PipelineExecutor>> PipelineExecutor::Create(
     Communicator& comm, const Group& group, Stream& stream, const Program& program,
     int64_t token_capacity, int64_t width, DType dtype, Budget& budget) {
@@ -140,15 +178,12 @@ absl::StatusOr<std::unique_ptr<PipelineExecutor>> PipelineExecutor::Create(
   auto executor = std::unique_ptr<PipelineExecutor>(new PipelineExecutor(comm, group, stream));
   executor->token_capacity_ = token_capacity;
   const BoundaryBuffers needed = BuffersOf(program, group.index);
-  constexpr int64_t kAlignment = 256;
-  const int64_t bytes =
-      (token_capacity * width * SizeOf(dtype) + kAlignment - 1) / kAlignment * kAlignment;
-  const int64_t total = bytes * (needed.sends + needed.receives + needed.kept);
+  const int64_t total = Bytes(needed, token_capacity, width, dtype);
   STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream.device()), "boundaries", total));
   STRETTO_ASSIGN_OR_RETURN(executor->arena_, Arena::Create(stream.device(), "boundaries", total));
   std::byte* next = executor->arena_.data();
   const auto fill = [&](Pool& pool, int count) {
-    for (int i = 0; i < count; ++i, next += bytes) {
+    for (int i = 0; i < count; ++i, next += BufferBytes(token_capacity, width, dtype)) {
       pool.buffers.push_back(
           {.memory = Tensor::Of(next, dtype, {token_capacity, width}, stream.device())});
     }
@@ -182,68 +217,65 @@ absl::StatusOr<PipelineExecutor::Buffer*> PipelineExecutor::Take(Pool& pool) {
                    "the executor for this program"));
 }
 
-absl::Status PipelineExecutor::Run(const Program& program, StageWorker& worker) {
-  const int rank = group_.index;
-  if (program.ranks() != group_.size()) {
-    return absl::FailedPreconditionError(absl::StrCat("the program is for ", program.ranks(),
-                                                      " ranks, the executor for ", group_.size()));
+// Sends and receives of two ranks follow each other in one order on both, and on all ranks
+// together.
+absl::Status PipelineExecutor::ReceiveUntil(const RankProgram& program, int64_t order,
+                                            const StageWorker& worker) {
+  const std::vector<BoundaryMessage>& messages = program.messages_;
+  for (; submitted_ < messages.size() && messages[submitted_].order < order; ++submitted_) {
+    const BoundaryMessage& m = messages[submitted_];
+    if (!m.receive) return absl::OkStatus();  // its own action submits it
+    STRETTO_ASSIGN_OR_RETURN(Buffer* const buffer, Take(receives_));
+    arriving_[submitted_] = buffer;
+    tickets_[submitted_] = comm_.Receive(group_, View(*buffer, worker.Tokens(m.item)), m.peer,
+                                         program.labels_[submitted_], buffer->free);
   }
-  const std::vector<BoundaryMessage> messages = MessagesOf(program, rank);
-  std::map<Key, std::pair<Buffer*, Ticket>> arriving;
-  std::map<Key, Buffer*> kept;
-  size_t submitted = 0;  // messages of which this rank's end has been submitted
-  // Submits the receives in front of `order`: sends and receives of two ranks then follow each
-  // other in one order on both, and on all ranks together.
-  const auto receive_until = [&](int64_t order) -> absl::Status {
-    for (; submitted < messages.size() && messages[submitted].order <= order; ++submitted) {
-      const BoundaryMessage& m = messages[submitted];
-      if (!m.receive) return absl::OkStatus();  // its own action submits it
-      STRETTO_ASSIGN_OR_RETURN(Buffer* const buffer, Take(receives_));
-      const Ticket ticket = comm_.Receive(group_, View(*buffer, worker.Tokens(m.item)), m.peer,
-                                          Label(m), buffer->free);
-      arriving[{m.forward, m.stage, m.item}] = {buffer, ticket};
-    }
-    return absl::OkStatus();
-  };
+  return absl::OkStatus();
+}
 
-  for (const ProgramAction& a : program.of_rank[static_cast<size_t>(rank)]) {
+absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& worker) {
+  const int rank = group_.index;
+  if (program.program().ranks() != group_.size() || program.rank() != rank) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the program is for ", program.program().ranks(), " ranks as rank ", program.rank(),
+        " runs it, the executor for ", group_.size(), " as rank ", rank, " does"));
+  }
+  submitted_ = 0;
+  arriving_.assign(program.messages_.size(), nullptr);
+  tickets_.assign(program.messages_.size(), 0);
+  kept_by_.assign(program.actions().size(), nullptr);
+  for (size_t i = 0; i < program.actions().size(); ++i) {
+    const ProgramAction& a = program.actions()[i];
+    const RankProgram::Ends& ends = program.ends_[i];
     const int64_t tokens = worker.Tokens(a.item);
     if (tokens > token_capacity_) {
       return absl::FailedPreconditionError(
           absl::StrCat("item ", a.item, " has ", tokens, " tokens on rank ", rank,
                        ", the executor was created for ", token_capacity_));
     }
-    const Boundary made = MadeBy(program, a), taken = TakenBy(program, a);
-    STRETTO_RETURN_IF_ERROR(receive_until(a.order - 1));
+    STRETTO_RETURN_IF_ERROR(ReceiveUntil(program, a.order, worker));
     Tensor in, out;
     Buffer* in_buffer = nullptr;
     Buffer* out_buffer = nullptr;
+    const Boundary taken = TakenBy(program.program(), a);
     if (taken.there) {
-      const Key key = {taken.forward, taken.from, a.item};
-      if (Travels(program, taken)) {
-        const auto found = arriving.find(key);
-        if (found == arriving.end()) {
-          return absl::InternalError(
-              absl::StrCat("rank ", rank, " is to run item ", a.item, " on stage ", a.stage,
-                           " before the program lets its input arrive; check the program"));
-        }
-        in_buffer = found->second.first;
-        const Ticket ticket = found->second.second;
-        arriving.erase(found);
-        STRETTO_RETURN_IF_ERROR(comm_.Wait(stream_, ticket));
-      } else {
-        in_buffer = kept[key];
-        kept.erase(key);
-        if (in_buffer == nullptr) {
-          return absl::InternalError(absl::StrCat("rank ", rank, " is to run item ", a.item,
-                                                  " on stage ", a.stage,
-                                                  " before the stage in front of it"));
-        }
+      if (ends.takes >= 0) {
+        in_buffer = arriving_[static_cast<size_t>(ends.takes)];
+      } else if (ends.takes_kept >= 0) {
+        in_buffer = kept_by_[static_cast<size_t>(ends.takes_kept)];
+      }
+      if (in_buffer == nullptr) {
+        return absl::InternalError(absl::StrCat("rank ", rank, " is to run item ", a.item,
+                                                " on stage ", a.stage,
+                                                " before what it needs; check the program"));
+      }
+      if (ends.takes >= 0) {
+        STRETTO_RETURN_IF_ERROR(comm_.Wait(stream_, tickets_[static_cast<size_t>(ends.takes)]));
       }
       in = View(*in_buffer, tokens);
     }
-    if (made.there) {
-      STRETTO_ASSIGN_OR_RETURN(out_buffer, Take(Travels(program, made) ? sends_ : kept_));
+    if (ends.makes >= 0 || ends.keeps) {
+      STRETTO_ASSIGN_OR_RETURN(out_buffer, Take(ends.keeps ? kept_ : sends_));
       out = View(*out_buffer, tokens);
     }
     STRETTO_RETURN_IF_ERROR(worker.Run(a, in, out));
@@ -251,12 +283,14 @@ absl::Status PipelineExecutor::Run(const Program& program, StageWorker& worker) 
       in_buffer->free = stream_.Record();
       in_buffer->taken = false;
     }
-    if (made.there && Travels(program, made)) {
-      const BoundaryMessage& m = messages[submitted++];
-      out_buffer->ticket = comm_.Send(group_, out, m.peer, Label(m), stream_.Record());
+    if (ends.makes >= 0) {
+      const auto m = static_cast<size_t>(ends.makes);
+      out_buffer->ticket =
+          comm_.Send(group_, out, program.messages_[m].peer, program.labels_[m], stream_.Record());
       out_buffer->taken = false;
-    } else if (made.there) {
-      kept[{made.forward, made.from, a.item}] = out_buffer;
+      submitted_ = m + 1;
+    } else if (ends.keeps) {
+      kept_by_[i] = out_buffer;
     }
     comm_.Progress();
   }

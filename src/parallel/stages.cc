@@ -41,8 +41,8 @@ struct ModelStages::Slot {
 };
 
 struct ModelStages::Stage {
+  StageMemory memory;
   StageParts parts;
-  Arena arena;
   std::vector<Slot> slots;
   size_t forward_end = 0, weights_begin = 0;  // in the action list
   int backwards_left = 0;                     // in this program
@@ -51,15 +51,33 @@ struct ModelStages::Stage {
 ModelStages::ModelStages(Stream& stream) : stream_(stream) {}
 ModelStages::~ModelStages() = default;
 
-absl::StatusOr<std::unique_ptr<ModelStages>> ModelStages::Create(Stream& stream,
-                                                                 std::vector<StageParts> stages,
-                                                                 const std::vector<int>& frames,
-                                                                 Budget& budget) {
+absl::StatusOr<std::unique_ptr<ModelStages>> ModelStages::Create(
+    Stream& stream, const std::vector<StageMemory>& stages, int64_t token_capacity,
+    Budget& budget) {
   auto worker = std::unique_ptr<ModelStages>(new ModelStages(stream));
-  for (size_t i = 0; i < stages.size(); ++i) {
+  for (const StageMemory& memory : stages) {
     Stage& stage = worker->stages_.emplace_back();
-    stage.parts = stages[i];
+    stage.memory = memory;
+    for (int k = 0; k < memory.frames; ++k) {
+      Slot& slot = stage.slots.emplace_back();
+      slot.memory = memory.memory + k * memory.frame_bytes;
+      STRETTO_ASSIGN_OR_RETURN(slot.feeder, TokenFeeder::Create(stream, token_capacity, budget));
+    }
+  }
+  return worker;
+}
+
+absl::Status ModelStages::Use(const std::vector<StageParts>& parts) {
+  for (size_t i = 0; i < stages_.size(); ++i) {
+    Stage& stage = stages_[i];
+    stage.parts = parts[i];
+    if (stage.parts.layout->bytes() > stage.memory.frame_bytes) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "a frame of stage ", stage.memory.stage, " needs ", stage.parts.layout->bytes(),
+          " bytes, there are ", stage.memory.frame_bytes));
+    }
     const std::vector<Action>& actions = stage.parts.actions->actions;
+    stage.forward_end = 0;
     while (stage.forward_end < actions.size() &&
            actions[stage.forward_end].kind == ActionKind::kForward) {
       ++stage.forward_end;
@@ -70,29 +88,16 @@ absl::StatusOr<std::unique_ptr<ModelStages>> ModelStages::Create(Stream& stream,
            actions[stage.weights_begin - 1].kind == ActionKind::kBackwardWeight) {
       --stage.weights_begin;
     }
-    const int64_t bytes = stage.parts.layout->bytes();
-    const int count = std::max(1, frames[i]);
-    STRETTO_RETURN_IF_ERROR(
-        budget.Reserve(MemoryOf(stream.device()), "activations", count * bytes));
-    STRETTO_ASSIGN_OR_RETURN(stage.arena,
-                             Arena::Create(stream.device(), "activations", count * bytes));
-    for (int k = 0; k < count; ++k) {
-      Slot& slot = stage.slots.emplace_back();
-      slot.memory = stage.arena.data() + k * bytes;
-      STRETTO_ASSIGN_OR_RETURN(
-          slot.feeder, TokenFeeder::Create(stream, stage.parts.layout->token_capacity, budget));
-    }
   }
-  return worker;
+  return absl::OkStatus();
 }
 
-void ModelStages::SetBatches(const Program& program, int rank,
-                             const std::vector<PackedBatch>& batches) {
+void ModelStages::SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches) {
   batches_ = &batches;
   for (Stage& stage : stages_) {
     stage.backwards_left = 0;
-    for (const ProgramAction& a : program.of_rank[static_cast<size_t>(rank)]) {
-      if (a.stage == stage.parts.stage &&
+    for (const ProgramAction& a : program.actions()) {
+      if (a.stage == stage.memory.stage &&
           (a.work == StageWork::kBackward || a.work == StageWork::kBackwardWeight)) {
         ++stage.backwards_left;
       }
@@ -104,18 +109,12 @@ int64_t ModelStages::Tokens(int item) const {
   return (*batches_)[static_cast<size_t>(item)].tokens();
 }
 
-int64_t ModelStages::bytes() const {
-  int64_t bytes = 0;
-  for (const Stage& stage : stages_) bytes += stage.arena.bytes();
-  return bytes;
-}
-
 absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {
   for (Slot& slot : stage.slots) {
     if (slot.item == item) return &slot;
   }
   return absl::FailedPreconditionError(
-      absl::StrCat("stage ", stage.parts.stage, " has ", stage.slots.size(),
+      absl::StrCat("stage ", stage.memory.stage, " has ", stage.slots.size(),
                    " frames for micro-batches in flight, ",
                    item < 0 ? "all of them in use; the program needs more"
                             : absl::StrCat("none with item ", item, "; check the program")));
@@ -123,7 +122,7 @@ absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {
 
 absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out) {
   const auto found = std::find_if(stages_.begin(), stages_.end(),
-                                  [&](const Stage& s) { return s.parts.stage == action.stage; });
+                                  [&](const Stage& s) { return s.memory.stage == action.stage; });
   if (found == stages_.end()) {
     return absl::FailedPreconditionError(
         absl::StrCat("stage ", action.stage, " does not lie on this rank; check the program"));

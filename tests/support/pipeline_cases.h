@@ -106,7 +106,8 @@ inline absl::Status RunProgram(Communicator& comm, const Group& group, const Pro
                            PipelineExecutor::Create(comm, group, *stream, program, capacity,
                                                     kBoundaryWidth, DType::kF32, budget));
   CheckingWorker worker(comm, group, program);
-  for (int step = 0; step < 2; ++step) STRETTO_RETURN_IF_ERROR(executor->Run(program, worker));
+  const RankProgram mine(program, group.index);
+  for (int step = 0; step < 2; ++step) STRETTO_RETURN_IF_ERROR(executor->Run(mine, worker));
   STRETTO_RETURN_IF_ERROR(executor->Finish());
   const auto expected = 2 * program.of_rank[static_cast<size_t>(group.index)].size();
   if (worker.actions() != static_cast<int>(expected)) {

@@ -74,8 +74,8 @@ class ReplayCache {
   explicit ReplayCache(Stream& stream);
   ~ReplayCache();
 
-  // Enqueues actions [first, end) of `list`, by `enqueue` or by what that did before. `enqueue` must
-  // do nothing but enqueue work on the stream.
+  // Enqueues actions [first, end) of `list`, by `enqueue` or by what that did before. `enqueue`
+  // must do nothing but enqueue work on the stream.
   void Run(const ActionList& list, size_t first, size_t end, stretto::Run& run, const Frame& frame,
            const std::function<void()>& enqueue);
   // Pieces captured and launched so far.

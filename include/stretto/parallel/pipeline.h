@@ -39,6 +39,32 @@ struct BoundaryBuffers {
 };
 BoundaryBuffers BuffersOf(const Program& program, int rank);
 
+// A program as one rank runs it: what its actions take from others and make for them. Made once,
+// run in as many steps as one likes without taking memory.
+class RankProgram {
+ public:
+  RankProgram(Program program, int rank);
+  const Program& program() const { return program_; }
+  int rank() const { return rank_; }
+  const std::vector<ProgramAction>& actions() const {
+    return program_.of_rank[static_cast<size_t>(rank_)];
+  }
+
+ private:
+  friend class PipelineExecutor;
+  // Of an action. Indices, -1: none.
+  struct Ends {
+    int takes = -1, makes = -1;  // messages
+    int takes_kept = -1;         // the action of this rank that made its input
+    bool keeps = false;          // what it makes stays on this rank
+  };
+  Program program_;
+  int rank_;
+  std::vector<BoundaryMessage> messages_;
+  std::vector<std::string> labels_;  // of the messages
+  std::vector<Ends> ends_;           // by action
+};
+
 // What a rank does in an action. All that it does it enqueues on the stream.
 class StageWorker {
  public:
@@ -60,12 +86,15 @@ class PipelineExecutor {
       Communicator& comm, const Group& group, Stream& stream, const Program& program,
       int64_t token_capacity, int64_t width, DType dtype, Budget& budget);
   ~PipelineExecutor();
+  // Bytes that Create takes on a rank.
+  static int64_t Bytes(const BoundaryBuffers& buffers, int64_t token_capacity, int64_t width,
+                       DType dtype);
 
   // Runs the program's actions of this rank. All ranks of the group call it with the same program.
   // FAILED_PRECONDITION when it needs more buffers or rows than it was created for. Work may still
   // be under way on the stream and messages in flight when it returns; the next Run and Finish wait
   // for them.
-  absl::Status Run(const Program& program, StageWorker& worker);
+  absl::Status Run(const RankProgram& program, StageWorker& worker);
   // Waits for the messages in flight.
   absl::Status Finish();
 
@@ -85,6 +114,8 @@ class PipelineExecutor {
   PipelineExecutor(Communicator& comm, const Group& group, Stream& stream)
       : comm_(comm), group_(group), stream_(stream) {}
   absl::StatusOr<Buffer*> Take(Pool& pool);
+  // Submits the receives in front of `order`.
+  absl::Status ReceiveUntil(const RankProgram& program, int64_t order, const StageWorker& worker);
   Tensor View(const Buffer& buffer, int64_t tokens) const;
 
   Communicator& comm_;
@@ -93,6 +124,11 @@ class PipelineExecutor {
   Arena arena_;
   int64_t token_capacity_ = 0;
   Pool sends_, receives_, kept_;
+  // Of the run under way.
+  size_t submitted_ = 0;           // messages of which this rank's end has been submitted
+  std::vector<Buffer*> arriving_;  // by message
+  std::vector<Ticket> tickets_;
+  std::vector<Buffer*> kept_by_;  // by the action that made it
 };
 
 }  // namespace stretto

@@ -24,9 +24,17 @@ namespace stretto {
 absl::StatusOr<std::vector<int64_t>> CutBlocks(int64_t blocks, int stages, double block,
                                                double first, double last);
 
+// Room for the micro-batches in flight on one stage: `frames` frames (FramesInFlight) of
+// `frame_bytes` bytes each, one behind the other, on the stream's device.
+struct StageMemory {
+  int stage = 0;  // in the program
+  std::byte* memory = nullptr;
+  int64_t frame_bytes = 0;
+  int frames = 1;
+};
+
 // What one stage runs with. The objects outlive the worker.
 struct StageParts {
-  int stage = 0;                        // in the program
   const Graph* graph = nullptr;         // of this part of the model
   const ActionList* actions = nullptr;  // forward first, then backward; weight halves last where
                                         // the program runs them apart (TrainingActions)
@@ -38,24 +46,23 @@ struct StageParts {
 // Keeps the activations of the micro-batches in flight, each in a frame of its own.
 class ModelStages : public StageWorker {
  public:
-  // `frames[i]` frames for stages[i]: the most micro-batches in flight there (FramesInFlight).
-  // Reserves them from `budget`.
   static absl::StatusOr<std::unique_ptr<ModelStages>> Create(Stream& stream,
-                                                             std::vector<StageParts> stages,
-                                                             const std::vector<int>& frames,
+                                                             const std::vector<StageMemory>& stages,
+                                                             int64_t token_capacity,
                                                              Budget& budget);
   ~ModelStages() override;
 
+  // What the stages run from now on, in their order; between programs only. INVALID_ARGUMENT when a
+  // frame does not fit its memory.
+  absl::Status Use(const std::vector<StageParts>& parts);
   // What the items of the next program are: batches[i] is this rank's share of item i. They stay as
   // they are until the work is done.
-  void SetBatches(const Program& program, int rank, const std::vector<PackedBatch>& batches);
+  void SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches);
   // Optional, for the stream that the worker was made with.
   void SetReplays(ReplayCache* replays) { replays_ = replays; }
 
   int64_t Tokens(int item) const override;
   absl::Status Run(const ProgramAction& action, Tensor in, Tensor out) override;
-
-  int64_t bytes() const;
 
  private:
   struct Slot;

@@ -115,7 +115,7 @@ TEST(PipelineExecutor, NamesWhatDoesNotFit) {
                              PipelineExecutor::Create(comm, comm.all(), *stream, created, capacity,
                                                       3, DType::kF32, budget));
                          testing::CheckingWorker worker(comm, comm.all(), given);
-                         return executor->Run(given, worker);
+                         return executor->Run(RankProgram(given, 0), worker);
                        }).message());
   };
   const std::vector<PlanItem> items(2, {.tokens = 5, .lengths = {5}, .pipelines = {0}});

@@ -111,12 +111,13 @@ Outcome Step(const ModelConfig& config, const Layout& layout, Recompute recomput
       Model model;
       ActionList actions;
       FrameLayout frame;
+      Arena memory;
       std::unique_ptr<DataParallel> parameters;
       std::unique_ptr<Run> run;
     };
     std::vector<std::unique_ptr<Stage>> stages;
     std::vector<StageParts> parts;
-    std::vector<int> frames;
+    std::vector<StageMemory> memory;
     ModelPart part;
     for (int s = 0; s < program.stages; ++s) {
       part.end_block = part.first_block + blocks[static_cast<size_t>(s)];
@@ -134,20 +135,25 @@ Outcome Step(const ModelConfig& config, const Layout& layout, Recompute recomput
         stage->run = std::make_unique<Run>(ops::Context{stream.get(), kernels});
         stage->parameters->Attach(stage->run.get(), total);
         stage->parameters->BeginStep(*stage->run);
-        parts.push_back({s, &stage->model.graph, &stage->actions, &stage->frame, stage->run.get(),
+        parts.push_back({&stage->model.graph, &stage->actions, &stage->frame, stage->run.get(),
                          stage->parameters.get()});
-        frames.push_back(in_flight[static_cast<size_t>(s)]);
+        const int frames = std::max(1, in_flight[static_cast<size_t>(s)]);
+        STRETTO_ASSIGN_OR_RETURN(
+            stage->memory, Arena::Create(Device::Cpu(), "frames", frames * stage->frame.bytes()));
+        memory.push_back({s, stage->memory.data(), stage->frame.bytes(), frames});
         stages.push_back(std::move(stage));
       }
       part.first_block = part.end_block;
     }
     STRETTO_ASSIGN_OR_RETURN(const auto worker,
-                             ModelStages::Create(*stream, parts, frames, budget));
+                             ModelStages::Create(*stream, memory, capacity, budget));
+    STRETTO_RETURN_IF_ERROR(worker->Use(parts));
     STRETTO_ASSIGN_OR_RETURN(const auto executor,
                              PipelineExecutor::Create(comm, pp, *stream, program, capacity,
                                                       config.hidden, DType::kF64, budget));
-    worker->SetBatches(program, pp.index, mine);
-    STRETTO_RETURN_IF_ERROR(executor->Run(program, *worker));
+    const RankProgram rank_program(program, pp.index);
+    worker->SetBatches(rank_program, mine);
+    STRETTO_RETURN_IF_ERROR(executor->Run(rank_program, *worker));
     for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) {
       STRETTO_RETURN_IF_ERROR((*stage)->parameters->FinishGradients(*(*stage)->run));
     }

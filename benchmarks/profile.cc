@@ -43,7 +43,7 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
                           ? static_cast<int>(config.runtime.threads)
                           : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   STRETTO_ASSIGN_OR_RETURN(RunPlan plan, PlanRun(config, 1, 0));
-  const Graph& graph = plan.model.graph;
+  const Graph& graph = plan.stages.front().model.graph;
   STRETTO_ASSIGN_OR_RETURN(
       const auto stream,
       Stream::Create(
@@ -61,7 +61,7 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
   STRETTO_ASSIGN_OR_RETURN(const auto adam,
                            AdamW::Create(graph, *dp, run.ops(), budget, OptimizerOptions(config)));
   STRETTO_ASSIGN_OR_RETURN(const Arena memory,
-                           Arena::Create(device, "frame", plan.train_frame.bytes()));
+                           Arena::Create(device, "frame", plan.stages.front().train_frame.bytes()));
   STRETTO_ASSIGN_OR_RETURN(const Arena scalar_memory, Arena::Create(device, "scalars", 1024));
   const Tensor scalars =
       Tensor::Of(scalar_memory.data(), DType::kF64, {StepScalars::kCount}, device);
@@ -83,9 +83,9 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
   }
   batch.max_length = length;
 
-  Frame frame(&graph, &plan.train_actions, &plan.train_frame, memory.data(), device);
+  Frame frame(&graph, &plan.stages.front().train_actions, &plan.stages.front().train_frame, memory.data(), device);
   STRETTO_ASSIGN_OR_RETURN(frame.tokens, feeder->Feed(batch));
-  const auto step = [&] { Execute(graph, plan.train_actions, run, frame); };
+  const auto step = [&] { Execute(graph, plan.stages.front().train_actions, run, frame); };
   run.BeginStep();
   if (kernels->set_measuring != nullptr) kernels->set_measuring(true);
   for (int i = 0; i < 2; ++i) step();
@@ -101,7 +101,7 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
   for (int round = 0; round < kRounds; ++round) {
     std::map<std::string, double> sums;
     double total = 0;
-    for (const Action& action : plan.train_actions.actions) {
+    for (const Action& action : plan.stages.front().train_actions.actions) {
       frame.Begin(action);
       const Layer& layer = *graph.layers[static_cast<size_t>(action.layer)];
       const double start = Now();
@@ -138,7 +138,7 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
   show("norm and update", update * 1e3);
 
   const int64_t bytes =
-      std::min<int64_t>(plan.train_frame.bytes() / 2, int64_t{2} << 30) / 256 * 256;
+      std::min<int64_t>(plan.stages.front().train_frame.bytes() / 2, int64_t{2} << 30) / 256 * 256;
   const auto half = [&](int i) {
     return Tensor::Of(memory.data() + i * bytes, DType::kBF16, {bytes / 2}, device);
   };

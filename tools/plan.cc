@@ -45,9 +45,21 @@ absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
   return wrong;
 }
 
+// The plan of the rank that needs the most memory: of each stage the first rank has the largest
+// share of rows.
+absl::StatusOr<RunPlan> LargestPlan(const TrainConfig& config, int ranks) {
+  STRETTO_ASSIGN_OR_RETURN(RunPlan largest, PlanRun(config, ranks, 0));
+  for (int64_t place = 1; place < config.parallel.pp; ++place) {
+    STRETTO_ASSIGN_OR_RETURN(RunPlan plan,
+                             PlanRun(config, ranks, static_cast<int>(place * config.parallel.dp)));
+    if (plan.arena_bytes > largest.arena_bytes) largest = std::move(plan);
+  }
+  return largest;
+}
+
 absl::StatusOr<RunPlan> PlanOf(TrainConfig config, int ranks) {
   STRETTO_RETURN_IF_ERROR(config.Resolve(ranks));
-  return PlanRun(config, ranks, 0);  // the first rank has the largest share of rows
+  return LargestPlan(config, ranks);
 }
 
 // One change of the configuration that saves memory, and how to ask for it.
@@ -152,7 +164,7 @@ std::string Text(const Summary& s) {
       s.config.batch.global, s.config.data.sequence_length, s.plan.micro_batch_tokens,
       s.config.runtime.recompute, s.plan.MemoryTable());
   absl::StrAppend(&out, "activations of a training micro-batch, largest buffers first:\n",
-                  s.plan.train_frame.plan.Report(kBuffersShown), "\n");
+                  s.plan.stages.front().train_frame.plan.Report(kBuffersShown), "\n");
   const double tokens = static_cast<double>(s.config.batch.global * s.config.data.sequence_length);
   const auto flops = [&](const char* name, double value, const char* meaning) {
     absl::StrAppendFormat(&out, "  %-8s %.4g a step, %.4g a token  (%s)\n", name, value,
@@ -208,8 +220,8 @@ std::string Json(const Summary& s) {
     }
     return f;
   };
-  j["training_frame"] = frame(s.plan.train_frame);
-  j["evaluation_frame"] = frame(s.plan.evaluation_frame);
+  j["training_frame"] = frame(s.plan.stages.front().train_frame);
+  j["evaluation_frame"] = frame(s.plan.stages.front().evaluation_frame);
   j["flops_per_step"] = {{"palm", s.flops.palm}, {"causal", s.flops.causal}};
   j["bytes_sent_per_step"] = {{"gradients", s.plan.gradient_bytes_sent},
                               {"parameters", s.plan.parameter_bytes_sent},
@@ -255,7 +267,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
     s.device_memory = s.config.runtime.host_memory_bytes;
   }
   STRETTO_RETURN_IF_ERROR(s.config.Resolve(s.ranks));
-  STRETTO_ASSIGN_OR_RETURN(s.plan, PlanRun(s.config, s.ranks, 0));
+  STRETTO_ASSIGN_OR_RETURN(s.plan, LargestPlan(s.config, s.ranks));
   const int64_t length = s.config.data.sequence_length, samples = s.config.batch.global;
   s.flops = TrainingFlops(s.config.model, {samples * length, samples * length * length});
   s.parameters = ParameterCount(s.config.model);

@@ -25,7 +25,9 @@ int64_t ShardBytes(DType model, int64_t elements, const AdamWOptions& options) {
 AdamW::Bytes AdamW::BytesOf(const Graph& graph, int ranks, int index, const AdamWOptions& options) {
   Bytes bytes;
   std::vector<int64_t> elements;
-  for (const ParameterInfo& p : graph.parameters) {
+  for (size_t i = 0; i < graph.parameters.size(); ++i) {
+    if (static_cast<int>(i) == options.without.value) continue;
+    const ParameterInfo& p = graph.parameters[i];
     elements.push_back(CutRows(p.rows(), ranks, index).count * p.columns());
     bytes.state += ShardBytes(graph.dtype, elements.back(), options);
   }
@@ -52,7 +54,9 @@ absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const Graph& graph,
       adamw->state_, options.offload ? Arena::CreateHost(device, "optimizer state", bytes.state)
                                      : Arena::Create(device, "optimizer state", bytes.state));
   std::byte* next = adamw->state_.data();
-  adamw->shards_ = parameters.shards();
+  for (const ParameterShard& shard : parameters.shards()) {
+    if (shard.param.value != options.without.value) adamw->shards_.push_back(shard);
+  }
   for (const ParameterShard& shard : adamw->shards_) {
     const ParameterInfo& info = graph.parameters[shard.param.value];
     // Of the gradient's shape, and of the device's kernels wherever it lies.

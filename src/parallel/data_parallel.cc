@@ -297,8 +297,9 @@ int DataParallel::Enter(StepPhase phase) {
   return options_.timer == nullptr ? -1 : options_.timer->Begin(static_cast<int>(phase));
 }
 
-absl::Status DataParallel::Register(StateRegistry* registry) const {
+absl::Status DataParallel::Register(StateRegistry* registry, ParamId without) const {
   for (const ParameterShard& shard : shards_) {
+    if (shard.param.value == without.value) continue;
     const ParameterSpec& spec = graph_.parameters[shard.param.value].spec;
     STRETTO_RETURN_IF_ERROR(registry->Add({.name = spec.name,
                                            .dtype = shard.value.dtype,

@@ -105,6 +105,8 @@ void ModelStages::SetBatches(const RankProgram& program, const std::vector<Packe
   }
 }
 
+TokenFeeder& ModelStages::feeder() { return *stages_.front().slots.front().feeder; }
+
 int64_t ModelStages::Tokens(int item) const {
   return (*batches_)[static_cast<size_t>(item)].tokens();
 }

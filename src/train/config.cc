@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "stretto/core/log.h"
+#include "stretto/plan/schedule.h"
 
 namespace stretto {
 namespace {
@@ -70,7 +71,13 @@ void TrainConfig::Optimizer::Visit(ConfigVisitor& v) {
 }
 
 void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
-  v.Field("dp", &dp, "data-parallel ranks; 0: all ranks", {.min = 0});
+  v.Field("dp", &dp, "data-parallel ranks; 0: all ranks, divided by pp", {.min = 0});
+  v.Field("pp", &pp, "ranks of a pipeline, each with a part of the model's blocks", {.min = 1});
+  v.Choice("schedule", &schedule, {"gpipe", "1f1b", "interleaved", "zb-h1", "v-shaped"},
+           "order of forward and backward in a pipeline; docs/parallelism.md has pictures");
+  v.Field("chunks", &chunks,
+          "stages on each rank of a pipeline; 0: as the schedule wants, 2 for interleaved",
+          {.min = 0, .max = 1 << 16});
   v.Field("overlap", &overlap, "reduce gradients while the backward pass still runs");
   v.Field("bucket_bytes", &bucket_bytes, "gradient bytes that are reduced together, about",
           {.min = 1});
@@ -193,10 +200,14 @@ absl::Status TrainConfig::Resolve(int ranks) {
 
   if (absl::Status s = model.Resolve(); !s.ok()) errors.emplace_back(s.message());
 
-  if (parallel.dp == 0) parallel.dp = ranks;
-  if (parallel.dp != ranks) {
-    fail("parallel.dp is ", parallel.dp, " but ", ranks, ranks == 1 ? " rank runs" : " ranks run",
-         "; set it to 0 to use all ranks.");
+  if (parallel.dp == 0 && ranks % parallel.pp == 0) parallel.dp = ranks / parallel.pp;
+  if (parallel.dp == 0) {
+    fail("parallel.pp is ", parallel.pp, " but ", ranks, ranks == 1 ? " rank runs" : " ranks run",
+         "; their number must be a multiple of it.");
+  } else if (parallel.dp > ranks || parallel.pp > ranks || parallel.dp * parallel.pp != ranks) {
+    fail("parallel.dp is ", parallel.dp,
+         parallel.pp == 1 ? "" : absl::StrCat(" and parallel.pp ", parallel.pp), " but ", ranks,
+         ranks == 1 ? " rank runs" : " ranks run", "; set parallel.dp to 0 to use all ranks.");
   } else if (batch.global < parallel.dp) {
     fail("batch.global is ", batch.global, ", so some of the ", parallel.dp,
          " data-parallel ranks would have nothing to do; raise it or start fewer ranks.");
@@ -247,6 +258,37 @@ absl::Status TrainConfig::Resolve(int ranks) {
                             steps, " steps; the learning rate never reaches its peak."));
   }
 
+  if (const auto kind = ParseScheduleKind(parallel.schedule); kind.ok()) {
+    const bool fixed = *kind != ScheduleKind::kInterleaved;
+    const int64_t wanted = *kind == ScheduleKind::kVShaped ? 2 : fixed ? 1 : 0;
+    if (parallel.chunks == 0) parallel.chunks = fixed ? wanted : 2;
+    if (parallel.pp == 1) {
+      parallel.chunks = 1;  // without a pipeline there is one stage
+    } else if (fixed && parallel.chunks != wanted) {
+      fail("parallel.chunks is ", parallel.chunks, " but the ", parallel.schedule, " schedule has ",
+           wanted, " on each rank; set it to 0.");
+    }
+    if (parallel.pp * parallel.chunks > model.layers) {
+      fail("parallel.pp (", parallel.pp, ") times parallel.chunks (", parallel.chunks,
+           ") is more than model.layers (", model.layers,
+           "): each stage needs a block; lower one of them.");
+    }
+  }
+  if (parallel.pp > 1) {
+    if (runtime.fp8 != "none") {
+      fail("runtime.fp8 is ", runtime.fp8, " and parallel.pp ", parallel.pp,
+           "; layers in FP8 run without a pipeline only: set one of them back.");
+    }
+    if (runtime.device == "cuda") {
+      fail("parallel.pp is ", parallel.pp,
+           ", and pipelines run on CPUs only; set runtime.device=cpu or parallel.pp=1.");
+    }
+    if (sample.tokens > 0) {
+      fail("sample.tokens is ", sample.tokens, " and parallel.pp ", parallel.pp,
+           "; text is sampled from a whole model only: set sample.tokens=0, and sample later from "
+           "the checkpoint with parallel.pp=1.");
+    }
+  }
   if (runtime.dtype == "f64" && runtime.device == "cuda") {
     fail("runtime.dtype f64 exists on the CPU only; set runtime.device to cpu or choose bf16.");
   }

@@ -6,6 +6,9 @@
 #include "absl/strings/str_format.h"
 #include "stretto/model/float8.h"
 #include "stretto/parallel/data_parallel.h"
+#include "stretto/parallel/pipeline.h"
+#include "stretto/parallel/stages.h"
+#include "stretto/train/flops.h"
 
 namespace stretto {
 
@@ -75,7 +78,57 @@ int64_t DeviceWorkspaceBytes(DeviceKind device) {
   return device == DeviceKind::kCpu ? 0 : int64_t{2} << 30;
 }
 
-absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index) {
+absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank) {
+  return Mesh::Create(
+      ranks, rank,
+      {{"pp", static_cast<int>(config.parallel.pp)}, {"dp", static_cast<int>(config.parallel.dp)}});
+}
+
+absl::StatusOr<Program> StepProgram(const TrainConfig& config, int micro_batches) {
+  const TrainConfig::Parallel& p = config.parallel;
+  STRETTO_ASSIGN_OR_RETURN(ScheduleKind kind, ParseScheduleKind(p.schedule));
+  if (p.pp == 1) kind = ScheduleKind::kOneF1B;
+  const PlanItem item = {.tokens = config.batch.micro * config.data.sequence_length,
+                         .pipelines = {0}};
+  return MakeProgram(kind, 1, static_cast<int>(p.pp), static_cast<int>(p.chunks),
+                     std::vector<PlanItem>(static_cast<size_t>(micro_batches), item));
+}
+
+absl::StatusOr<Program> EvaluationProgram(const TrainConfig& config) {
+  STRETTO_ASSIGN_OR_RETURN(Program program, StepProgram(config, 1));
+  for (std::vector<ProgramAction>& actions : program.of_rank) {
+    std::erase_if(actions, [](const ProgramAction& a) { return a.work != StageWork::kForward; });
+    for (ProgramAction& a : actions) a.with_next = false;
+  }
+  return program;
+}
+
+namespace {
+
+// What the parts of a model cost in FLOPs a token, for the cut into stages.
+struct PartCosts {
+  double block = 1, head = 0;
+};
+PartCosts CostsOf(const TrainConfig& config) {
+  const int64_t length = config.data.sequence_length;
+  ModelConfig one = config.model, two = config.model;
+  one.layers = 1;
+  two.layers = 2;
+  const TokenWork work = {length, length * length};
+  const double with_one = TrainingFlops(one, work).causal;
+  const double block = TrainingFlops(two, work).causal - with_one;
+  return {block, with_one - block};
+}
+
+// The most micro-batches of a rank in a step.
+int MicroBatches(const TrainConfig& config) {
+  const int64_t samples = (config.batch.global + config.parallel.dp - 1) / config.parallel.dp;
+  return static_cast<int>((samples + config.batch.micro - 1) / config.batch.micro);
+}
+
+}  // namespace
+
+absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) {
   const DeviceKind device = config.runtime.device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
   RunPlan plan;
   const std::optional<DType> dtype = ParseDType(config.runtime.dtype);
@@ -84,6 +137,24 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
                                                    "' is not known; use f64, f32 or bf16"));
   }
   STRETTO_ASSIGN_OR_RETURN(const Recompute recompute, ParseRecompute(config.runtime.recompute));
+  STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, ranks, rank));
+  const int dp = mesh.Size("dp"), dp_index = mesh.Coord("dp"), place = mesh.Coord("pp");
+  plan.micro_batch_tokens = config.batch.micro * config.data.sequence_length;
+  STRETTO_ASSIGN_OR_RETURN(plan.step, StepProgram(config, MicroBatches(config)));
+  STRETTO_ASSIGN_OR_RETURN(
+      const Schedule schedule,
+      MakeSchedule(plan.step.kind, plan.step.pipeline_ranks,
+                   plan.step.stages / plan.step.pipeline_ranks, MicroBatches(config)));
+  const std::vector<int> in_flight = FramesInFlight(schedule);
+  // Weight halves come last where the schedule runs any of them apart.
+  bool halves = false;
+  for (const ProgramAction& a : plan.step.of_rank[static_cast<size_t>(place)]) {
+    halves |= a.work == StageWork::kBackwardWeight;
+  }
+  const PartCosts costs = CostsOf(config);
+  STRETTO_ASSIGN_OR_RETURN(
+      plan.blocks, CutBlocks(config.model.layers, plan.step.stages, costs.block, 0, costs.head));
+
   // A build without the backend can still plan for it, without the scratch it asks layers to keep.
   const absl::StatusOr<const KernelTable*> kernels = KernelsFor(Device{device, 0});
   ModelOptions options = {.dtype = *dtype, .loss_chunk = config.runtime.loss_chunk};
@@ -91,35 +162,83 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
   if (const std::optional<DType> gradients = Float8GradientType(config.runtime.fp8)) {
     options.strategies = Float8Strategies(*gradients);
   }
-  STRETTO_ASSIGN_OR_RETURN(plan.model, BuildModel(config.model, options));
-  const Graph& graph = plan.model.graph;
-  plan.train_actions = TrainingActions(graph, recompute);
-  plan.evaluation_actions = EvaluationActions(graph);
-  plan.micro_batch_tokens = config.batch.micro * config.data.sequence_length;
-  STRETTO_ASSIGN_OR_RETURN(plan.train_frame,
-                           PlanFrame(graph, plan.train_actions, plan.micro_batch_tokens));
-  STRETTO_ASSIGN_OR_RETURN(plan.evaluation_frame,
-                           PlanFrame(graph, plan.evaluation_actions, plan.micro_batch_tokens));
+  ModelPart part;
+  for (int s = 0; s < plan.step.stages; ++s) {
+    part.end_block = part.first_block + plan.blocks[static_cast<size_t>(s)];
+    if (plan.step.place_of_stage[static_cast<size_t>(s)] == place) {
+      StagePlan& stage = plan.stages.emplace_back();
+      stage.stage = s;
+      options.part = part;
+      STRETTO_ASSIGN_OR_RETURN(stage.model, BuildModel(config.model, options));
+      if (s > 0) stage.copy = stage.model.tied;
+      stage.train_actions = TrainingActions(stage.model.graph, recompute, halves);
+      stage.evaluation_actions = EvaluationActions(stage.model.graph);
+      STRETTO_ASSIGN_OR_RETURN(stage.train_frame, PlanFrame(stage.model.graph, stage.train_actions,
+                                                            plan.micro_batch_tokens));
+      STRETTO_ASSIGN_OR_RETURN(
+          stage.evaluation_frame,
+          PlanFrame(stage.model.graph, stage.evaluation_actions, plan.micro_batch_tokens));
+      stage.frames = std::max(1, in_flight[static_cast<size_t>(s)]);
+    }
+    part.first_block = part.end_block;
+  }
 
-  const StorageBytes storage = DataParallelStorage(graph, ranks);
-  int64_t constants = 0;
-  for (const ConstantInfo& c : graph.constants) constants += c.rows * c.columns * SizeOf(c.dtype);
+  StorageBytes storage;
+  int64_t constants = 0, activations = 0, tokens = 0, float8_bytes = 0, tied_bytes = 0;
+  int64_t float8_operands = 0;
+  AdamW::Bytes update;
+  for (const StagePlan& stage : plan.stages) {
+    const Graph& graph = stage.model.graph;
+    const StorageBytes of_stage = DataParallelStorage(graph, dp);
+    storage.parameters += of_stage.parameters;
+    storage.gradients += of_stage.gradients;
+    for (const ConstantInfo& c : graph.constants) constants += c.rows * c.columns * SizeOf(c.dtype);
+    AdamWOptions optimizer = OptimizerOptions(config);
+    optimizer.without = stage.copy;
+    const AdamW::Bytes of_update = AdamW::BytesOf(graph, dp, dp_index, optimizer);
+    update.state += of_update.state;
+    update.table += of_update.table;
+    activations += stage.frames * stage.frame_bytes();
+    tokens += stage.frames * TokenFeeder::DeviceBytes(device, plan.micro_batch_tokens);
+    float8_bytes += Float8State::Bytes(graph);
+    float8_operands += static_cast<int64_t>(graph.float8_operands.size());
+    if (plan.step.stages > 1 && stage.model.tied.valid()) {
+      const ParameterInfo& table = graph.parameters[static_cast<size_t>(stage.model.tied.value)];
+      const int64_t elements = CutRows(table.rows(), dp, dp_index).count * table.columns();
+      const bool travels = plan.step.place_of_stage.front() != plan.step.place_of_stage.back();
+      if (stage.stage == 0) {
+        if (travels) tied_bytes = elements * SizeOf(AccumulateType(graph.dtype));
+        if (travels) plan.tied_bytes_sent += elements * SizeOf(graph.dtype);
+      } else if (travels) {
+        plan.tied_bytes_sent += elements * SizeOf(AccumulateType(graph.dtype));
+      }
+    }
+  }
   plan.arenas = {
       {"parameters", storage.parameters},
       {"gradients", storage.gradients},
       {"constants", constants},
   };
-  const AdamWOptions optimizer = OptimizerOptions(config);
-  const AdamW::Bytes update = AdamW::BytesOf(graph, ranks, index, optimizer);
-  const bool offload = optimizer.offload && device != DeviceKind::kCpu;
+  const bool offload = config.optimizer.offload && device != DeviceKind::kCpu;
   (offload ? plan.host_arenas : plan.arenas).push_back({"optimizer state", update.state});
   plan.arenas.push_back({"optimizer table", update.table});
-  plan.arenas.push_back(
-      {"activations", std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes())});
-  const int64_t float8_bytes = Float8State::Bytes(graph);
+  plan.arenas.push_back({"activations", activations});
+  if (plan.step.stages > 1) {
+    plan.arenas.push_back(
+        {"boundaries", PipelineExecutor::Bytes(BuffersOf(plan.step, place), plan.micro_batch_tokens,
+                                               config.model.hidden, *dtype)});
+    if (tied_bytes > 0) plan.arenas.push_back({"tied gradients", tied_bytes});
+    int64_t sends = 0;  // of one micro-batch
+    for (const BoundaryMessage& m : MessagesOf(plan.step, place)) {
+      sends += m.receive || m.item != 0 ? 0 : 1;
+    }
+    const int64_t samples = (config.batch.global + dp - 1) / dp;
+    plan.boundary_bytes_sent =
+        sends * samples * config.data.sequence_length * config.model.hidden * SizeOf(*dtype);
+  }
   if (float8_bytes > 0) plan.arenas.push_back({"fp8 weights", float8_bytes});
   if (device != DeviceKind::kCpu) {
-    plan.arenas.push_back({"tokens", TokenFeeder::DeviceBytes(device, plan.micro_batch_tokens)});
+    plan.arenas.push_back({"tokens", tokens});
     plan.arenas.push_back({"workspace", DeviceWorkspaceBytes(device)});
   }
   for (const NamedBytes& a : plan.arenas) plan.arena_bytes += a.bytes;
@@ -133,15 +252,16 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index)
   if (device != DeviceKind::kCpu) plan.overheads = {{"context and libraries", 1024 * kMiB}};
   if (ranks > 1) plan.overheads.push_back({"messages", 32 * kMiB});
   for (const NamedBytes& o : plan.overheads) plan.overhead_bytes += o.bytes;
-  if (ranks > 1) {
-    plan.gradient_bytes_sent = SentParts(graph, ranks, AccumulateType(graph.dtype));
-    plan.parameter_bytes_sent = SentParts(graph, ranks, graph.dtype);
-    // Small all-reduces send everything to everybody.
-    const auto operands = static_cast<int64_t>(graph.float8_operands.size());
-    plan.scalar_bytes_sent =
-        (StepScalars::kReduced * SizeOf(DType::kF64) + operands * SizeOf(DType::kF32)) *
-        (ranks - 1);
+  if (dp > 1) {
+    for (const StagePlan& stage : plan.stages) {
+      const Graph& graph = stage.model.graph;
+      plan.gradient_bytes_sent += SentParts(graph, dp, AccumulateType(graph.dtype));
+      plan.parameter_bytes_sent += SentParts(graph, dp, graph.dtype);
+    }
   }
+  // Small all-reduces send everything to everybody.
+  plan.scalar_bytes_sent = StepScalars::kReduced * SizeOf(DType::kF64) * (ranks - 1) +
+                           float8_operands * SizeOf(DType::kF32) * (dp - 1);
   return plan;
 }
 

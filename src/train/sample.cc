@@ -40,7 +40,14 @@ int32_t Draw(const std::vector<float>& logits, double temperature, int64_t top_k
 absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t tokens,
                                             double temperature, int64_t top_k) {
   Impl& t = *impl_;
-  STRETTO_RETURN_IF_ERROR(t.dp->WaitParameters());
+  if (t.plan.step.stages > 1) {
+    return absl::UnimplementedError(
+        "text is sampled from a whole model only; start again from the checkpoint with "
+        "parallel.pp=1");
+  }
+  STRETTO_RETURN_IF_ERROR(t.WaitParameters());
+  const StagePlan& whole = t.plan.stages.front();
+  Trainer::Impl::Stage& stage = t.stages.front();
   std::string text;
   const auto generate = [&]() -> absl::Status {
     std::vector<int32_t> ids;
@@ -52,7 +59,7 @@ absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t t
                   static_cast<uint64_t>(t.state.step));
     // Ids above the tokenizer's (padding of the vocabulary) are never drawn.
     const int64_t vocabulary = t.tokenizer->vocabulary();
-    const Tensor head = t.dp->Parameter(t.plan.model.head);
+    const Tensor head = stage.dp->Parameter(whole.model.head);
     const int64_t width = head.dims[1];
     STRETTO_ASSIGN_OR_RETURN(
         const Arena logits_arena,
@@ -64,7 +71,7 @@ absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t t
     std::vector<float> values(static_cast<size_t>(vocabulary));
     std::vector<int32_t> order;
     PackedBatch batch;
-    t.evaluation_run->BeginStep();
+    stage.evaluation_run->BeginStep();
     for (int64_t i = 0; i < tokens; ++i) {
       const int64_t length = std::min<int64_t>(context, static_cast<int64_t>(ids.size()));
       batch.Clear();
@@ -76,14 +83,14 @@ absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t t
       }
       batch.cu_seqlens.push_back(static_cast<int32_t>(length));
       batch.max_length = length;
-      Frame frame(&t.plan.model.graph, &t.plan.evaluation_actions, &t.plan.evaluation_frame,
-                  t.frame_arena.data(), device);
-      STRETTO_ASSIGN_OR_RETURN(frame.tokens, t.feeder->Feed(batch));
+      Frame frame(&whole.model.graph, &whole.evaluation_actions, &whole.evaluation_frame,
+                  stage.frames.data(), device);
+      STRETTO_ASSIGN_OR_RETURN(frame.tokens, t.worker->feeder().Feed(batch));
       // Everything but the head, which is only needed for the last token.
-      ActionList body = t.plan.evaluation_actions;
+      ActionList body = whole.evaluation_actions;
       body.actions.pop_back();
-      Execute(t.plan.model.graph, body, *t.evaluation_run, frame);
-      const Tensor hidden = frame.Value(t.plan.model.final_hidden).Rows(length - 1, 1);
+      Execute(whole.model.graph, body, *stage.evaluation_run, frame);
+      const Tensor hidden = frame.Value(whole.model.final_hidden).Rows(length - 1, 1);
       ops::Linear(t.ops(), logits, Tensor::Of(hidden.data, hidden.dtype, {1, width}, device), head,
                   {});
       ops::Copy(t.ops(), wide, logits);

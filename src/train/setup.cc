@@ -64,8 +64,9 @@ absl::Status SameConfigEverywhere(World& world, const TrainConfig& config) {
 
 // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
 // floating point, as nothing bounds batch.global.
-double BatchBytes(const TrainConfig& config, int ranks) {
-  return std::min(0x1p61, 40.0 * static_cast<double>(config.batch.global) / ranks *
+double BatchBytes(const TrainConfig& config) {
+  return std::min(0x1p61, 40.0 * static_cast<double>(config.batch.global) /
+                              static_cast<double>(config.parallel.dp) *
                               static_cast<double>(config.data.sequence_length));
 }
 
@@ -91,7 +92,7 @@ absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const W
       device.kind == DeviceKind::kCpu ? plan.arena_bytes : plan.host_arena_bytes;
   const int64_t available = AvailableMemory();
   const int ranks = std::max(1, world.info().local_size);
-  const double needed = static_cast<double>(host_bytes) + BatchBytes(config, world.size());
+  const double needed = static_cast<double>(host_bytes) + BatchBytes(config);
   if (available < 0 || needed <= static_cast<double>(available) / ranks) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat(
       "each rank needs ", HumanBytes(static_cast<int64_t>(std::min(needed, 0x1p62))),
@@ -111,6 +112,7 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   STRETTO_ASSIGN_OR_RETURN(const Device device,
                            SameDeviceEverywhere(world, *chosen, config.runtime.device));
   config.runtime.device = device.kind == DeviceKind::kCpu ? "cpu" : "cuda";
+  STRETTO_RETURN_IF_ERROR(config.Resolve(world.size()));  // some settings depend on the device
   STRETTO_ASSIGN_OR_RETURN(kernels, KernelsFor(device));
   const std::optional<DType> dtype = ParseDType(config.runtime.dtype);
   if (!dtype || !kernels->supports(*dtype)) {
@@ -139,30 +141,44 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   timer = std::make_unique<PhaseTimer>(*stream, static_cast<int>(StepPhase::kCount));
   comm = std::make_unique<Communicator>(world);
   STRETTO_RETURN_IF_ERROR(comm->UseDevice(device));
-  STRETTO_ASSIGN_OR_RETURN(const Mesh mesh,
-                           Mesh::Create(world.size(), world.rank(), {{"dp", world.size()}}));
+  STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, world.size(), world.rank()));
   STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh.Along({"dp"})));
+  STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh.Along({"pp"})));
   STRETTO_ASSIGN_OR_RETURN(learning_rate, LearningRate::Create(config.optimizer, config.steps));
   return absl::OkStatus();
 }
 
 absl::Status Trainer::Impl::SetUpModel() {
-  absl::StatusOr<RunPlan> planned = PlanRun(config, dp_group.size(), dp_group.index);
+  absl::StatusOr<RunPlan> planned = PlanRun(config, world.size(), world.rank());
   // Agreed on here, since a rank that goes on takes memory that another one counts as free.
   STRETTO_RETURN_IF_ERROR(world.Agree(
       "planning the memory",
       planned.ok() ? CheckMemory(*planned, config, world, stream->device()) : planned.status()));
   plan = *std::move(planned);
-  const Graph& graph = plan.model.graph;
-  STRETTO_ASSIGN_OR_RETURN(
-      dp, DataParallel::Create(*comm, dp_group, graph, *stream, *kernels,
-                               static_cast<uint64_t>(config.seed), budget,
-                               {.overlap = config.parallel.overlap,
-                                .bucket_bytes = config.parallel.bucket_bytes,
-                                .timer = timer.get(),
-                                .threads = static_cast<int>(config.runtime.threads)}));
-  STRETTO_ASSIGN_OR_RETURN(optimizer,
-                           AdamW::Create(graph, *dp, ops(), budget, OptimizerOptions(config)));
+  const Graph& graph = first_graph();
+  const DType dtype = graph.dtype;
+  std::vector<StageMemory> memory;
+  for (StagePlan& planned : plan.stages) {
+    Stage& stage = stages.emplace_back();
+    const Graph& part = planned.model.graph;
+    STRETTO_ASSIGN_OR_RETURN(
+        stage.dp, DataParallel::Create(*comm, dp_group, part, *stream, *kernels,
+                                       static_cast<uint64_t>(config.seed), budget,
+                                       {.overlap = config.parallel.overlap,
+                                        .bucket_bytes = config.parallel.bucket_bytes,
+                                        .timer = timer.get(),
+                                        .threads = static_cast<int>(config.runtime.threads)}));
+    AdamWOptions options = OptimizerOptions(config);
+    options.without = planned.copy;
+    STRETTO_ASSIGN_OR_RETURN(stage.optimizer,
+                             AdamW::Create(part, *stage.dp, ops(), budget, options));
+    const int64_t bytes = planned.frames * planned.frame_bytes();
+    STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream->device()), "activations", bytes));
+    STRETTO_ASSIGN_OR_RETURN(stage.frames, Arena::Create(stream->device(), "activations", bytes));
+    memory.push_back({planned.stage, stage.frames.data(), planned.frame_bytes(), planned.frames});
+  }
+  parts.resize(stages.size());
+  evaluation_batch.resize(1);
   if (!graph.float8_operands.empty()) {
     STRETTO_ASSIGN_OR_RETURN(float8, Float8State::Create(graph, stream->device(), budget));
   } else if (config.runtime.fp8 != "none" && world.rank() == 0) {
@@ -171,10 +187,6 @@ absl::Status Trainer::Impl::SetUpModel() {
                      ", but no linear layer has widths that are multiples of 16: all stay in ",
                      config.runtime.dtype));
   }
-  const int64_t frame_bytes = std::max(plan.train_frame.bytes(), plan.evaluation_frame.bytes());
-  STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream->device()), "activations", frame_bytes));
-  STRETTO_ASSIGN_OR_RETURN(frame_arena,
-                           Arena::Create(stream->device(), "activations", frame_bytes));
   STRETTO_ASSIGN_OR_RETURN(
       scalar_arena,
       Arena::Create(stream->device(), "scalars", (StepScalars::kCount + 2) * SizeOf(DType::kF64)));
@@ -186,15 +198,34 @@ absl::Status Trainer::Impl::SetUpModel() {
                                     (StepScalars::kCount + kHostInputs) * SizeOf(DType::kF64)));
   host_scalars = reinterpret_cast<double*>(host_arena.data());
   host_inputs = host_scalars + StepScalars::kCount;
-  STRETTO_ASSIGN_OR_RETURN(feeder, TokenFeeder::Create(*stream, plan.micro_batch_tokens, budget));
-  run.emplace(ops());
-  evaluation_run.emplace(ops());
-  dp->Attach(&*run, scalars.Rows(StepScalars::kLossSum, 2));
-  dp->Attach(&*evaluation_run, evaluation_total);
-  run->SetFloat8(float8.get());
-  evaluation_run->SetFloat8(float8.get());
-  STRETTO_RETURN_IF_ERROR(dp->Register(&registry));
-  STRETTO_RETURN_IF_ERROR(optimizer->Register(&registry));
+  STRETTO_ASSIGN_OR_RETURN(worker,
+                           ModelStages::Create(*stream, memory, plan.micro_batch_tokens, budget));
+  STRETTO_ASSIGN_OR_RETURN(executor, PipelineExecutor::Create(*comm, pp_group, *stream, plan.step,
+                                                              plan.micro_batch_tokens,
+                                                              config.model.hidden, dtype, budget));
+  STRETTO_ASSIGN_OR_RETURN(Program forward, EvaluationProgram(config));
+  evaluation_program.emplace(std::move(forward), pp_group.index);
+  for (size_t i = 0; i < stages.size(); ++i) {
+    Stage& stage = stages[i];
+    stage.run.emplace(ops());
+    stage.evaluation_run.emplace(ops());
+    stage.dp->Attach(&*stage.run, scalars.Rows(StepScalars::kLossSum, 2));
+    stage.dp->Attach(&*stage.evaluation_run, evaluation_total);
+    stage.run->SetFloat8(float8.get());
+    stage.evaluation_run->SetFloat8(float8.get());
+    STRETTO_RETURN_IF_ERROR(stage.dp->Register(&registry, plan.stages[i].copy));
+    STRETTO_RETURN_IF_ERROR(stage.optimizer->Register(&registry));
+  }
+  if (plan.stages.front().stage == 0 && !plan.stages.back().copy.valid() && plan.step.stages > 1 &&
+      config.model.tie_embeddings) {
+    tied_gradient =
+        stages.front().dp->shards()[static_cast<size_t>(plan.stages.front().model.tied.value)].grad;
+    STRETTO_RETURN_IF_ERROR(
+        budget.Reserve(MemoryOf(stream->device()), "tied gradients", tied_gradient.bytes()));
+    STRETTO_ASSIGN_OR_RETURN(
+        tied_arena, Arena::Create(stream->device(), "tied gradients", tied_gradient.bytes()));
+    tied_gradient.data = tied_arena.data();
+  }
   if (float8 != nullptr) {
     STRETTO_RETURN_IF_ERROR(float8->Register(&registry, /*owner=*/dp_group.index == 0));
   }
@@ -208,8 +239,8 @@ absl::Status Trainer::Impl::SetUpModel() {
     STRETTO_RETURN_IF_ERROR(
         budget.Reserve(Resource::kDeviceMemory, "workspace", DeviceWorkspaceBytes(device.kind)));
   }
-  STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "batches",
-                                         static_cast<int64_t>(BatchBytes(config, world.size()))));
+  STRETTO_RETURN_IF_ERROR(
+      budget.Reserve(Resource::kHostMemory, "batches", static_cast<int64_t>(BatchBytes(config))));
   if (config.checkpoint.async || device.kind != DeviceKind::kCpu) {
     STRETTO_RETURN_IF_ERROR(
         budget.Reserve(Resource::kHostMemory, "checkpoint", registry.LocalBytes()));
@@ -304,13 +335,15 @@ absl::Status Trainer::Impl::Restore() {
         STRETTO_RETURN_IF_ERROR(SameModel(saved->config, state.config, initial->path));
       }
       StateRegistry weights;
-      STRETTO_RETURN_IF_ERROR(dp->Register(&weights));
-      return LoadCheckpoint(*initial, weights);
+      for (size_t i = 0; i < stages.size(); ++i) {
+        STRETTO_RETURN_IF_ERROR(stages[i].dp->Register(&weights, plan.stages[i].copy));
+      }
+      return LoadCheckpoint(*initial, weights, {.allow_unused = pp_group.size() > 1});
     };
     STRETTO_RETURN_IF_ERROR(world.Agree("loading the initial weights", load_weights()));
-    STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
-    STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
-    optimizer->ResetMasters();
+    STRETTO_RETURN_IF_ERROR(GatherParameters());
+    STRETTO_RETURN_IF_ERROR(WaitParameters());
+    for (const Stage& stage : stages) stage.optimizer->ResetMasters();
     if (world.rank() == 0) LogInfo(absl::StrCat("starting from the weights in ", initial->path));
     return absl::OkStatus();
   }
@@ -320,7 +353,8 @@ absl::Status Trainer::Impl::Restore() {
     STRETTO_ASSIGN_OR_RETURN(const TrainerState saved,
                              ParseTrainerState(info.trainer_state, info.path));
     STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, info.path));
-    STRETTO_RETURN_IF_ERROR(LoadCheckpoint(info, registry));
+    // The tensors of other stages are for other ranks.
+    STRETTO_RETURN_IF_ERROR(LoadCheckpoint(info, registry, {.allow_unused = pp_group.size() > 1}));
     state.step = saved.step;
     state.applied = saved.applied;
     state.skipped = saved.skipped;
@@ -341,26 +375,26 @@ absl::Status Trainer::Impl::Restore() {
     STRETTO_RETURN_IF_ERROR(float8->Restored());
     float8->SetJustInTime(state.applied == 0);
   }
-  STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
-  STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
+  STRETTO_RETURN_IF_ERROR(GatherParameters());
+  STRETTO_RETURN_IF_ERROR(WaitParameters());
   if (world.rank() == 0) LogInfo(absl::StrCat("continuing from ", newest->path));
   return absl::OkStatus();
 }
 
 absl::Status Trainer::Impl::MeasurePeak() {
+  const Arena& frames = stages.front().frames;
   peak_tflops = config.runtime.peak_tflops;
   if (peak_tflops > 0) return absl::OkStatus();
   // The best of a few square products in the model's type, in the activation arena. Long enough
   // that neither a moment's interruption nor the launch counts.
   const bool cpu = stream->device().kind == DeviceKind::kCpu;
-  const DType dtype = plan.model.graph.dtype;
+  const DType dtype = first_graph().dtype;
   int64_t n = cpu ? 768 : 8192;
   const int products = cpu ? 2 : 20;
-  while (n > 64 && 3 * n * n * SizeOf(dtype) > frame_arena.bytes()) n /= 2;
-  if (3 * n * n * SizeOf(dtype) > frame_arena.bytes()) return absl::OkStatus();
+  while (n > 64 && 3 * n * n * SizeOf(dtype) > frames.bytes()) n /= 2;
+  if (3 * n * n * SizeOf(dtype) > frames.bytes()) return absl::OkStatus();
   const auto matrix = [&](int i) {
-    return Tensor::Of(frame_arena.data() + i * n * n * SizeOf(dtype), dtype, {n, n},
-                      stream->device());
+    return Tensor::Of(frames.data() + i * n * n * SizeOf(dtype), dtype, {n, n}, stream->device());
   };
   // Numbers as a model has them: multiplying zeros draws less power, and a GPU then runs faster.
   const ParameterSpec noise = {.name = "peak", .shape = {n, n}, .std = 0.02};
@@ -389,7 +423,8 @@ absl::Status Trainer::Impl::WarmUp() {
   if (!state.choices.empty()) {
     STRETTO_RETURN_IF_ERROR(kernels->import_choices(state.choices));
   }
-  PackedBatch batch;
+  std::vector<PackedBatch> batches(1);
+  PackedBatch& batch = batches[0];
   batch.Clear();
   const int64_t length = config.data.sequence_length;
   for (int64_t t = 0; t < plan.micro_batch_tokens; ++t) {
@@ -403,14 +438,13 @@ absl::Status Trainer::Impl::WarmUp() {
   batch.max_length = length;
   const auto run_through = [&]() -> absl::Status {
     for (int i = 0; i < 2; ++i) {  // gradients are written first and added to afterwards
-      STRETTO_RETURN_IF_ERROR(RunBatch(batch, plan.train_actions, plan.train_frame, *run, nullptr));
+      STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/true, /*hooks=*/false));
     }
-    evaluation_run->BeginStep();
-    STRETTO_RETURN_IF_ERROR(
-        RunBatch(batch, plan.evaluation_actions, plan.evaluation_frame, *evaluation_run, nullptr));
+    for (Stage& stage : stages) stage.evaluation_run->BeginStep();
+    STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/false, /*hooks=*/false));
     return stream->Synchronize();
   };
-  run->BeginStep();
+  for (Stage& stage : stages) stage.run->BeginStep();
   absl::Status measured;
   if (world.rank() == 0) {
     kernels->set_measuring(true);

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/copy.h"
 #include "stretto/core/log.h"
@@ -21,24 +22,97 @@ double Seconds(std::chrono::steady_clock::time_point from,
 
 }  // namespace
 
-absl::Status Trainer::Impl::RunBatch(const PackedBatch& batch, const ActionList& actions,
-                                     const FrameLayout& layout, stretto::Run& batch_run,
-                                     ActionHooks* hooks) {
-  if (batch.tokens() > layout.token_capacity) {
-    return absl::InternalError(absl::StrCat("a micro-batch has ", batch.tokens(),
-                                            " tokens, the frame was planned for ",
-                                            layout.token_capacity));
+absl::Status Trainer::Impl::RunBatches(const std::vector<PackedBatch>& batches, bool training,
+                                       bool hooks) {
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const StagePlan& planned = plan.stages[i];
+    Stage& stage = stages[i];
+    parts[i] = {
+        .graph = &planned.model.graph,
+        .actions = training ? &planned.train_actions : &planned.evaluation_actions,
+        .layout = training ? &planned.train_frame : &planned.evaluation_frame,
+        .run = training ? &*stage.run : &*stage.evaluation_run,
+        .parameters = hooks ? stage.dp.get() : nullptr,
+    };
   }
-  Frame frame(&plan.model.graph, &actions, &layout, frame_arena.data(), stream->device());
-  STRETTO_ASSIGN_OR_RETURN(frame.tokens, feeder->Feed(batch));
-  Execute(plan.model.graph, actions, batch_run, frame, hooks, replays ? &*replays : nullptr);
-  return absl::OkStatus();
+  STRETTO_RETURN_IF_ERROR(worker->Use(parts));
+  const RankProgram* program = &*evaluation_program;
+  if (training) {
+    step_programs.resize(std::max(step_programs.size(), batches.size() + 1));
+    std::unique_ptr<RankProgram>& found = step_programs[batches.size()];
+    if (found == nullptr) {
+      STRETTO_ASSIGN_OR_RETURN(Program made, StepProgram(config, static_cast<int>(batches.size())));
+      found = std::make_unique<RankProgram>(std::move(made), pp_group.index);
+    }
+    program = found.get();
+  }
+  worker->SetReplays(hooks && replays ? &*replays : nullptr);
+  worker->SetBatches(*program, batches);
+  return executor->Run(*program, *worker);
 }
 
 absl::Status Trainer::Impl::SumOverRanks(Tensor data, const char* label) {
-  if (dp_group.size() == 1) return absl::OkStatus();
+  if (world.size() == 1) return absl::OkStatus();
   return comm->Wait(*stream,
-                    comm->AllReduce(dp_group, data, ReduceOp::kSum, label, stream->Record()));
+                    comm->AllReduce(comm->all(), data, ReduceOp::kSum, label, stream->Record()));
+}
+
+namespace {
+
+const ParameterShard* ShardOf(const DataParallel& dp, ParamId id) {
+  return id.valid() ? &dp.shards()[static_cast<size_t>(id.value)] : nullptr;
+}
+
+}  // namespace
+
+absl::Status Trainer::Impl::SumTiedGradients() {
+  if (plan.step.stages == 1 || !config.model.tie_embeddings) return absl::OkStatus();
+  const int first = plan.step.place_of_stage.front(), last = plan.step.place_of_stage.back();
+  const StagePlan &lowest = plan.stages.front(), &highest = plan.stages.back();
+  const bool has_table = lowest.stage == 0, has_copy = highest.copy.valid();
+  const auto table = [&] { return ShardOf(*stages.front().dp, lowest.model.tied)->grad; };
+  const auto copy = [&] { return ShardOf(*stages.back().dp, highest.copy)->grad; };
+  if (has_table && has_copy) {
+    if (table().rows() > 0) ops::Add(ops(), table(), copy());
+  } else if (has_copy && copy().rows() > 0) {
+    return comm->Wait(*stream,
+                      comm->Send(pp_group, copy(), first, "tied gradient", stream->Record()));
+  } else if (has_table && tied_gradient.present() && tied_gradient.rows() > 0) {
+    STRETTO_RETURN_IF_ERROR(comm->Wait(
+        *stream, comm->Receive(pp_group, tied_gradient, last, "tied gradient", stream->Record())));
+    ops::Add(ops(), table(), tied_gradient);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::SendTiedValues() {
+  if (plan.step.stages == 1 || !config.model.tie_embeddings) return absl::OkStatus();
+  const int first = plan.step.place_of_stage.front(), last = plan.step.place_of_stage.back();
+  const StagePlan &lowest = plan.stages.front(), &highest = plan.stages.back();
+  const bool has_table = lowest.stage == 0, has_copy = highest.copy.valid();
+  const auto table = [&] { return ShardOf(*stages.front().dp, lowest.model.tied)->value; };
+  const auto copy = [&] { return ShardOf(*stages.back().dp, highest.copy)->value; };
+  if (has_table && has_copy) {
+    if (table().rows() > 0) ops::Copy(ops(), copy(), table());
+  } else if (has_table && table().rows() > 0) {
+    return comm->Wait(*stream,
+                      comm->Send(pp_group, table(), last, "tied values", stream->Record()));
+  } else if (has_copy && copy().rows() > 0) {
+    return comm->Wait(*stream,
+                      comm->Receive(pp_group, copy(), first, "tied values", stream->Record()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::GatherParameters() {
+  STRETTO_RETURN_IF_ERROR(SendTiedValues());
+  for (Stage& stage : stages) STRETTO_RETURN_IF_ERROR(stage.dp->GatherParameters());
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::WaitParameters() {
+  for (Stage& stage : stages) STRETTO_RETURN_IF_ERROR(stage.dp->WaitParameters());
+  return absl::OkStatus();
 }
 
 absl::Status Trainer::Impl::EndFloat8Step() {
@@ -60,16 +134,19 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   const auto data_ready = std::chrono::steady_clock::now();
 
   timer->Restart(static_cast<int>(StepPhase::kForward));
-  dp->BeginStep(*run);
+  for (Stage& stage : stages) stage.dp->BeginStep(*stage.run);
   ops::Zero(ops(), scalars);
   TokenWork work;
-  for (size_t i = 0; i < batches->size(); ++i) {
-    const PackedBatch& batch = (*batches)[i];
-    work += WorkOf(batch.cu_seqlens);
-    STRETTO_RETURN_IF_ERROR(RunBatch(batch, plan.train_actions, plan.train_frame, *run,
-                                     &dp->hooks(i + 1 == batches->size())));
+  if (pp_group.index == 0) {  // all ranks of a pipeline work on the same tokens
+    for (const PackedBatch& batch : *batches) work += WorkOf(batch.cu_seqlens);
   }
-  STRETTO_RETURN_IF_ERROR(dp->FinishGradients(*run));
+  STRETTO_RETURN_IF_ERROR(RunBatches(*batches, /*training=*/true, /*hooks=*/true));
+  // In the order in which backward completes stages, on all ranks alike.
+  for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) {
+    STRETTO_RETURN_IF_ERROR(stage->dp->FinishGradients(*stage->run));
+  }
+  STRETTO_RETURN_IF_ERROR(executor->Finish());
+  STRETTO_RETURN_IF_ERROR(SumTiedGradients());
   timer->Begin(static_cast<int>(StepPhase::kUpdate));
   static_assert(StepScalars::kSeenTokens == StepScalars::kStop + 1 &&
                 StepScalars::kSquaredLengths == StepScalars::kStop + 2);
@@ -78,17 +155,17 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   host_inputs[2] = static_cast<double>(work.squared_lengths);
   CopyBytes(*stream, scalars.Rows(StepScalars::kStop, 1).data, host_inputs,
             kHostInputs * static_cast<int64_t>(sizeof(double)));
-  optimizer->AddSumSquares(scalars);
+  for (const Stage& stage : stages) stage.optimizer->AddSumSquares(scalars);
   STRETTO_RETURN_IF_ERROR(SumOverRanks(scalars.Rows(0, StepScalars::kReduced), "step scalars"));
   ops::PrepareStep(ops(), scalars, config.optimizer.clip_norm, config.spikes.max_loss);
   const double lr = learning_rate->At(state.step);
-  optimizer->Step(scalars, lr, state.applied + 1);
+  for (const Stage& stage : stages) stage.optimizer->Step(scalars, lr, state.applied + 1);
   STRETTO_RETURN_IF_ERROR(EndFloat8Step());
   CopyBytes(*stream, host_scalars, scalars.data, scalars.bytes());
   if (config.parallel.overlap) timer->End();
   // The update is known to be good before parameters leave: a failed stream must not spread.
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
-  STRETTO_RETURN_IF_ERROR(dp->GatherParameters());
+  STRETTO_RETURN_IF_ERROR(GatherParameters());
   if (!config.parallel.overlap) {
     timer->End();
     STRETTO_RETURN_IF_ERROR(stream->Synchronize());
@@ -120,8 +197,8 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   stats.tokens = global.tokens;
   stats.tokens_per_second = static_cast<double>(global.tokens) / seconds;
   stats.step_ms = seconds * 1e3;
-  stats.mfu_causal = ModelFlopsUtilization(flops.causal, seconds, peak_tflops, dp_group.size());
-  stats.mfu_palm = ModelFlopsUtilization(flops.palm, seconds, peak_tflops, dp_group.size());
+  stats.mfu_causal = ModelFlopsUtilization(flops.causal, seconds, peak_tflops, world.size());
+  stats.mfu_palm = ModelFlopsUtilization(flops.palm, seconds, peak_tflops, world.size());
   stats.skipped_total = state.skipped;
   stats.data_ms = Seconds(start, data_ready) * 1e3;
   const std::vector<double>& phases = timer->Seconds();
@@ -139,7 +216,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
     // All ranks see the same numbers and end here together.
     const bool stop = config.spikes.nonfinite == "stop";
     if (stop || consecutive_skips >= config.spikes.max_skipped) {
-      STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
+      STRETTO_RETURN_IF_ERROR(WaitParameters());
     }
     if (stop) {
       return absl::DataLossError(absl::StrFormat(
@@ -162,23 +239,23 @@ absl::StatusOr<double> Trainer::Impl::Evaluate() {
     return absl::FailedPreconditionError(
         "there is nothing to evaluate on; name a token file in data.validation");
   }
-  STRETTO_RETURN_IF_ERROR(dp->WaitParameters());
+  STRETTO_RETURN_IF_ERROR(WaitParameters());
   const int64_t samples = std::min(config.evaluate.samples, validation_data->samples());
-  evaluation_run->BeginStep();
+  for (Stage& stage : stages) stage.evaluation_run->BeginStep();
   ops::Zero(ops(), evaluation_total);
   for (int64_t first = 0; first < samples; first += config.batch.micro * dp_group.size()) {
     // One micro-batch for each rank at a time, samples dealt in order.
     const int64_t begin = std::min(samples, first + config.batch.micro * dp_group.index);
     const int64_t end = std::min(samples, begin + config.batch.micro);
     if (begin == end) continue;
-    evaluation_batch.Clear();
+    evaluation_batch[0].Clear();
     for (int64_t i = begin; i < end; ++i) {
-      STRETTO_RETURN_IF_ERROR(validation_data->Append(i, &evaluation_batch));
+      STRETTO_RETURN_IF_ERROR(validation_data->Append(i, &evaluation_batch[0]));
     }
-    STRETTO_RETURN_IF_ERROR(RunBatch(evaluation_batch, plan.evaluation_actions,
-                                     plan.evaluation_frame, *evaluation_run, nullptr));
+    STRETTO_RETURN_IF_ERROR(RunBatches(evaluation_batch, /*training=*/false, /*hooks=*/false));
     STRETTO_RETURN_IF_ERROR(stream->Synchronize());  // the batch is about to be overwritten
   }
+  STRETTO_RETURN_IF_ERROR(executor->Finish());
   STRETTO_RETURN_IF_ERROR(SumOverRanks(evaluation_total, "evaluation"));
   CopyBytes(*stream, host_scalars, evaluation_total.data, evaluation_total.bytes());
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
@@ -198,7 +275,7 @@ absl::StatusOr<double> Trainer::Evaluate() { return impl_->Evaluate(); }
 
 absl::Status Trainer::Save() {
   Impl& t = *impl_;
-  STRETTO_RETURN_IF_ERROR(t.dp->WaitParameters());
+  STRETTO_RETURN_IF_ERROR(t.WaitParameters());
   STRETTO_RETURN_IF_ERROR(t.stream->Synchronize());
   t.registry.SetEpoch(t.state.step);
   return t.checkpoints->Save(t.state.step, t.registry, ToJson(t.state));
@@ -206,7 +283,7 @@ absl::Status Trainer::Save() {
 
 absl::Status Trainer::Finish() {
   Impl& t = *impl_;
-  absl::Status status = t.dp->WaitParameters();
+  absl::Status status = t.WaitParameters();
   status.Update(t.stream->Synchronize());
   status.Update(t.checkpoints->Finish());
   for (auto& sink : t.sinks) status.Update(sink->Finish());
@@ -291,11 +368,11 @@ absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
 
 int64_t Trainer::step() const { return impl_->state.step; }
 const TrainConfig& Trainer::config() const { return impl_->config; }
-const Model& Trainer::model() const { return impl_->plan.model; }
+int64_t Trainer::BytesSent(const std::string& axis) const { return impl_->comm->BytesSent(axis); }
+const Model& Trainer::model() const { return impl_->plan.stages.front().model; }
 
 std::string Trainer::Describe() const {
   const Impl& t = *impl_;
-  const Graph& graph = t.plan.model.graph;
   std::string where = t.kernels->name;
   if (t.stream->device().kind == DeviceKind::kCpu) {
     where = absl::StrCat(t.config.runtime.threads, " threads each");
@@ -304,12 +381,17 @@ std::string Trainer::Describe() const {
   }
   std::string out = absl::StrFormat(
       "%s, %.2f M parameters in %s, %d %s (%s) on %s: %s\n", t.config.model.family.c_str(),
-      static_cast<double>(graph.ParameterElements()) / 1e6, Name(graph.dtype), t.world.size(),
-      t.world.size() == 1 ? "rank" : "ranks", t.world.info().source.c_str(),
+      static_cast<double>(ParameterCount(t.config.model)) / 1e6, Name(t.first_graph().dtype),
+      t.world.size(), t.world.size() == 1 ? "rank" : "ranks", t.world.info().source.c_str(),
       Name(t.stream->device()).c_str(), where);
   absl::StrAppendFormat(&out, "%d samples of %d tokens, %d a step; %d micro-batch tokens planned",
                         t.train_data->samples(), t.config.data.sequence_length,
                         t.config.batch.global, t.plan.micro_batch_tokens);
+  if (t.plan.step.stages > 1) {
+    absl::StrAppendFormat(&out, "; %d pipelines of %d ranks, %s, blocks of the stages %s",
+                          t.dp_group.size(), t.pp_group.size(), Name(t.plan.step.kind),
+                          absl::StrJoin(t.plan.blocks, "+"));
+  }
   if (t.float8 != nullptr) {
     absl::StrAppendFormat(&out, "; %d linear layers in FP8 (%s)", t.float8->weights(),
                           t.config.runtime.fp8.c_str());
@@ -324,15 +406,19 @@ std::string Trainer::Describe() const {
 
 absl::StatusOr<Tensor> Trainer::Parameter(const std::string& name) {
   Impl& t = *impl_;
-  STRETTO_RETURN_IF_ERROR(t.dp->WaitParameters());
+  STRETTO_RETURN_IF_ERROR(t.WaitParameters());
   STRETTO_RETURN_IF_ERROR(t.stream->Synchronize());
-  const Graph& graph = t.plan.model.graph;
-  for (size_t i = 0; i < graph.parameters.size(); ++i) {
-    if (graph.parameters[i].spec.name == name) {
-      return t.dp->Parameter(ParamId{static_cast<int>(i)});
+  for (size_t s = 0; s < t.stages.size(); ++s) {
+    const Graph& graph = t.plan.stages[s].model.graph;
+    for (size_t i = 0; i < graph.parameters.size(); ++i) {
+      if (graph.parameters[i].spec.name == name) {
+        return t.stages[s].dp->Parameter(ParamId{static_cast<int>(i)});
+      }
     }
   }
-  return absl::NotFoundError(absl::StrCat("the model has no parameter named ", name));
+  return absl::NotFoundError(
+      absl::StrCat("the model has no parameter named ", name,
+                   t.pp_group.size() > 1 ? " on this rank; others have other stages of it" : ""));
 }
 
 }  // namespace stretto

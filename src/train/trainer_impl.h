@@ -19,6 +19,8 @@
 #include "stretto/observe/signals.h"
 #include "stretto/optim/optimizer.h"
 #include "stretto/parallel/data_parallel.h"
+#include "stretto/parallel/pipeline.h"
+#include "stretto/parallel/stages.h"
 #include "stretto/snapshot/checkpoint.h"
 #include "stretto/train/flops.h"
 #include "stretto/train/memory.h"
@@ -61,25 +63,36 @@ struct Trainer::Impl {
   Budget budget;
   RunPlan plan;
   const KernelTable* kernels = nullptr;
-  Group dp_group;
-  std::unique_ptr<DataParallel> dp;
-  std::unique_ptr<AdamW> optimizer;
-  std::unique_ptr<Float8State> float8;  // null without layers in FP8
+  Group dp_group, pp_group;
+  // What a stage of this rank runs with; stages[i] is planned in plan.stages[i].
+  struct Stage {
+    std::unique_ptr<DataParallel> dp;
+    std::unique_ptr<AdamW> optimizer;
+    std::optional<stretto::Run> run, evaluation_run;
+    Arena frames;
+  };
+  std::vector<Stage> stages;
+  std::unique_ptr<Float8State> float8;  // null without layers in FP8; those have one stage
+  Tensor tied_gradient;                 // where another rank's part of it arrives
   std::optional<LearningRate> learning_rate;
-  Arena frame_arena, scalar_arena, host_arena;
+  Arena tied_arena, scalar_arena, host_arena;
   Tensor scalars;           // f64 [StepScalars::kCount]
   Tensor evaluation_total;  // f64 [2]
   // On the host, for copies from and to the stream's device: what this rank adds to the scalars
   // kStop, kSeenTokens and kSquaredLengths, and the scalars as they came back.
   double* host_inputs = nullptr;
   double* host_scalars = nullptr;
-  std::unique_ptr<TokenFeeder> feeder;
-  std::optional<stretto::Run> run, evaluation_run;
+  std::unique_ptr<ModelStages> worker;
+  std::unique_ptr<PipelineExecutor> executor;
+  // By the number of micro-batches, made when first needed; and of an evaluation.
+  std::vector<std::unique_ptr<RankProgram>> step_programs;
+  std::vector<StageParts> parts;  // of the run under way
+  std::optional<RankProgram> evaluation_program;
 
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<TokenDataset> train_data, validation_data;
   std::unique_ptr<Loader> loader;
-  PackedBatch evaluation_batch;
+  std::vector<PackedBatch> evaluation_batch;  // one
 
   OutputLock lock;  // rank 0
   StateRegistry registry;
@@ -114,10 +127,18 @@ struct Trainer::Impl {
   absl::StatusOr<RunResult> Run(Trainer& trainer);
   // Ends a step for the scales of FP8 operands, which all ranks then have alike.
   absl::Status EndFloat8Step();
-  // In place, over the data-parallel ranks.
+  // In place, over all ranks.
   absl::Status SumOverRanks(Tensor data, const char* label);
-  absl::Status RunBatch(const PackedBatch& batch, const ActionList& actions,
-                        const FrameLayout& layout, stretto::Run& run, ActionHooks* hooks);
+  // Forward and backward, or forward alone, of this rank's micro-batches. Without `hooks` gradients
+  // stay here and parameters must be complete.
+  absl::Status RunBatches(const std::vector<PackedBatch>& batches, bool training, bool hooks);
+  // The table that the first and the last stage share: its gradients are summed where it is
+  // updated, and the copy receives the new values.
+  absl::Status SumTiedGradients();
+  absl::Status SendTiedValues();
+  absl::Status GatherParameters();
+  absl::Status WaitParameters();
+  const Graph& first_graph() const { return plan.stages.front().model.graph; }
 };
 
 }  // namespace stretto

@@ -26,6 +26,7 @@ struct AdamWOptions {
   // is. No matter on the CPU.
   bool offload = false;
   uint64_t seed = 0;  // of stochastic rounding
+  ParamId without;    // a parameter that somebody else updates; invalid: none
 };
 
 // AdamW (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019) on this rank's shards.

@@ -101,8 +101,8 @@ class DataParallel {
   // Waits until all parameters are complete on this rank (before evaluation, export, sampling).
   absl::Status WaitParameters();
 
-  // Adds the parameters, each rank owning its shard, under their names.
-  absl::Status Register(StateRegistry* registry) const;
+  // Adds the parameters, each rank owning its shard, under their names; all but `without`.
+  absl::Status Register(StateRegistry* registry, ParamId without = {}) const;
   int64_t bytes() const;
 
  private:

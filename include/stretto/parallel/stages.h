@@ -58,6 +58,8 @@ class ModelStages : public StageWorker {
   // What the items of the next program are: batches[i] is this rank's share of item i. They stay as
   // they are until the work is done.
   void SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches);
+  // One of the feeders, for whoever runs a frame of the first stage by hand between programs.
+  TokenFeeder& feeder();
   // Optional, for the stream that the worker was made with.
   void SetReplays(ReplayCache* replays) { replays_ = replays; }
 

@@ -58,6 +58,9 @@ struct TrainConfig {
 
   struct Parallel {
     int64_t dp = 0;
+    int64_t pp = 1;
+    std::string schedule = "1f1b";
+    int64_t chunks = 0;
     bool overlap = true;
     int64_t bucket_bytes = int64_t{25} << 20;
     void Visit(ConfigVisitor& v);

@@ -3,13 +3,16 @@
 #ifndef STRETTO_TRAIN_MEMORY_H_
 #define STRETTO_TRAIN_MEMORY_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
 
+#include "stretto/comm/mesh.h"
 #include "stretto/core/status.h"
 #include "stretto/model/model.h"
 #include "stretto/optim/optimizer.h"
+#include "stretto/plan/program.h"
 #include "stretto/train/config.h"
 
 namespace stretto {
@@ -19,11 +22,27 @@ struct NamedBytes {
   int64_t bytes = 0;
 };
 
-// The plan of one rank. Frames are planned by the same functions that the trainer runs.
-struct RunPlan {
+// A stage of the model as it lies on a rank; without a pipeline it is the whole model.
+struct StagePlan {
+  int stage = 0;
   Model model;
   ActionList train_actions, evaluation_actions;
   FrameLayout train_frame, evaluation_frame;
+  int frames = 1;  // micro-batches in flight at most
+  int64_t frame_bytes() const { return std::max(train_frame.bytes(), evaluation_frame.bytes()); }
+  // The copy of a table that another stage updates (tied embeddings); invalid: there is none.
+  ParamId copy;
+};
+
+// The ranks of a run as a mesh: "pp" outermost, so that the ranks of one stage are neighbours, and
+// "dp". `config` must be resolved.
+absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank);
+
+// The plan of one rank. Frames are planned by the same functions that the trainer runs.
+struct RunPlan {
+  std::vector<StagePlan> stages;   // ascending
+  Program step;                    // of a pipeline whose ranks have the most micro-batches
+  std::vector<int64_t> blocks;     // transformer blocks of each stage of the model
   int64_t micro_batch_tokens = 0;  // capacity of a frame
   // On the run's device: parameters, gradients, constants, optimizer state, activations.
   std::vector<NamedBytes> arenas;
@@ -39,14 +58,21 @@ struct RunPlan {
   int64_t gradient_bytes_sent = 0;
   int64_t parameter_bytes_sent = 0;
   int64_t scalar_bytes_sent = 0;
+  int64_t boundary_bytes_sent = 0;  // activations and their gradients between stages, when all
+                                    // samples are full; of the rank with the most samples
+  int64_t tied_bytes_sent = 0;      // of a table that two stages share
 
   // Arenas and overheads as a table.
   std::string MemoryTable() const;
 };
 
 // `config` must be resolved for `ranks` ranks; runtime.device says for which kind of device, "auto"
-// counting as the CPU. `index` is the rank's place in the data-parallel group.
-absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int index);
+// counting as the CPU.
+absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank);
+
+// One step of a pipeline with `micro_batches` micro-batches, and forward alone of one of them.
+absl::StatusOr<Program> StepProgram(const TrainConfig& config, int micro_batches);
+absl::StatusOr<Program> EvaluationProgram(const TrainConfig& config);
 
 // The optimizer that a configuration asks for.
 AdamWOptions OptimizerOptions(const TrainConfig& config);

@@ -21,7 +21,9 @@ absl::Status Compare(World& world, const TrainConfig& config) {
   absl::Status verdict;
   if (world.rank() == 0) {
     for (const int ranks : {world.size(), 1}) {
-      const testing::RunRecord record = testing::TrainOnThreads(ranks, config);
+      TrainConfig here = config;
+      if (ranks == 1) here.parallel.pp = 1;
+      const testing::RunRecord record = testing::TrainOnThreads(ranks, here);
       verdict.Update(record.status);
       for (size_t i = 0; record.status.ok() && i < mine.size(); ++i) {
         const double expected = record.steps[i].loss, got = mine[i].loss;
@@ -43,6 +45,14 @@ absl::Status RunAll(World& world) {
     STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, family));
     config.steps = 20;
     STRETTO_RETURN_IF_ERROR(Compare(world, config));
+    // With pipelines of two ranks, under a schedule of each kind.
+    if (world.size() % 2 != 0) continue;
+    config.model.layers = 5;
+    config.parallel.pp = 2;
+    for (const char* schedule : {"zb-h1", "v-shaped"}) {
+      config.parallel.schedule = schedule;
+      STRETTO_RETURN_IF_ERROR(Compare(world, config));
+    }
   }
   // Nobody removes the files that another rank still reads.
   return world.Barrier("end");

@@ -30,7 +30,7 @@ TEST(RunPlan, OptimizerStateFollowsItsTypes) {
   const auto bytes_per_element = [&] {
     const RunPlan plan = PlanRun(config, 1, 0).value();
     return static_cast<double>(Bytes(plan.arenas, "optimizer state")) /
-           static_cast<double>(plan.model.graph.ParameterElements());
+           static_cast<double>(plan.stages.front().model.graph.ParameterElements());
   };
   EXPECT_NEAR(bytes_per_element(), 12, 0.05);
   config.optimizer.masters = false;
@@ -49,6 +49,7 @@ TEST(RunPlan, OptimizerStateFollowsItsTypes) {
 
 TEST(RunPlan, OffloadedStateCountsAgainstTheHost) {
   TrainConfig config = Small("cuda");
+  config.parallel.dp = 2;
   const RunPlan resident = PlanRun(config, 2, 1).value();
   config.optimizer.offload = true;
   const RunPlan offloaded = PlanRun(config, 2, 1).value();

@@ -281,16 +281,6 @@ void AddRows(const Shapes& s, std::vector<Case>* cases) {
   const int64_t length = s.length;
   const Operand positions = {
       DType::kI32, {s.tokens}, [length](int64_t i) { return static_cast<double>(i % length); }};
-  if (s.head_dim() % 2 == 0) {
-    const Operand table = {s.wide(), {length, s.head_dim() / 2}};
-    cases->push_back({"rope",
-                      2 * row,
-                      0,
-                      {x, positions, table, table},
-                      [heads = s.heads](ops::Context c, const Tensors& t) {
-                        ops::Rope(c, t[0].Heads(heads), t[0].Heads(heads), t[1], t[2], t[3], false);
-                      }});
-  }
   const Operand ids = {DType::kI32, {s.tokens}, [v = s.vocabulary](int64_t i) {
                          return static_cast<double>((i * 7919) % v);
                        }};
@@ -308,6 +298,75 @@ void AddRows(const Shapes& s, std::vector<Case>* cases) {
                     {{s.wide(), {s.vocabulary, s.hidden}}, x, ids},
                     [](ops::Context c, const Tensors& t) {
                       ops::EmbeddingBackward(c, t[0], t[1], t[2], true);
+                    }});
+}
+
+// What stands between the projection and attention: queries and keys, which lie side by side with
+// the values behind them.
+void AddRotary(const Shapes& s, std::vector<Case>* cases) {
+  if (s.head_dim() % 2 != 0) return;
+  const int64_t heads = s.heads + s.kv_heads;
+  const double part =
+      static_cast<double>(SizeOf(s.dtype)) * static_cast<double>(s.tokens * heads * s.head_dim());
+  const Operand qkv = {s.dtype, {s.tokens, s.qkv()}}, weight = {s.dtype, {s.head_dim()}};
+  const Operand rotated = {s.dtype, {s.tokens, heads * s.head_dim()}};
+  const Operand rstd = {s.wide(), {s.tokens, heads}, Positive};
+  const Operand partials = {s.wide(), {RotaryKernels::kPartials, 2, s.head_dim()}};
+  const Operand positions = {DType::kI32, {s.tokens}, [length = s.length](int64_t i) {
+                               return static_cast<double>(i % length);
+                             }};
+  // Of true angles: what is rotated in place again and again keeps its size.
+  const auto table = [&](double (*function)(double)) {
+    return Operand{s.wide(), {s.length, s.head_dim() / 2}, [function](int64_t i) {
+                     return function(static_cast<double>(i));
+                   }};
+  };
+  const Operand cos = table([](double a) { return std::cos(a); });
+  const Operand sin = table([](double a) { return std::sin(a); });
+  const auto of = [heads, width = heads * s.head_dim()](const Tensor& t) {
+    return t.Columns(0, width).Heads(heads);
+  };
+  const auto args = [queries = s.heads](const Tensors& t, size_t weights) {
+    RotaryArgs a;
+    a.positions = t[0];
+    a.cos = t[1];
+    a.sin = t[2];
+    if (weights == 0) return a;
+    a.q_weight = t[weights];
+    a.k_weight = t[weights + 1];
+    a.query_heads = queries;
+    a.eps = 1e-6;
+    return a;
+  };
+  cases->push_back({"rope",
+                    2 * part,
+                    0,
+                    {positions, cos, sin, qkv},
+                    [of, args](ops::Context c, const Tensors& t) {
+                      ops::Rope(c, of(t[3]), {}, of(t[3]), args(t, 0));
+                    }});
+  cases->push_back({"qk norm and rope forward",
+                    2 * part,
+                    0,
+                    {positions, cos, sin, weight, weight, rotated, rstd, qkv},
+                    [of, args](ops::Context c, const Tensors& t) {
+                      ops::Rope(c, of(t[5]), t[6], of(t[7]), args(t, 3));
+                    }});
+  cases->push_back({"qk norm and rope backward input",
+                    3 * part,
+                    0,
+                    {positions, cos, sin, weight, weight, qkv, qkv, qkv, rstd, partials},
+                    [of, args](ops::Context c, const Tensors& t) {
+                      ops::RopeBackwardInput(c, of(t[5]), of(t[6]), of(t[7]), t[8], t[9],
+                                             args(t, 3));
+                    }});
+  const Operand gradient = {s.wide(), {s.head_dim()}};
+  cases->push_back({"qk norm backward weight",
+                    static_cast<double>(partials.bytes()),
+                    0,
+                    {gradient, gradient, partials},
+                    [](ops::Context c, const Tensors& t) {
+                      ops::RopeBackwardWeight(c, t[0], t[1], t[2], true);
                     }});
 }
 
@@ -560,6 +619,7 @@ absl::Status Run(const Options& o, Device device) {
   if (bench.kernels().float8 != nullptr) AddFloat8(o.shapes, &cases);
   AddAttention(o.shapes, &cases);
   AddRows(o.shapes, &cases);
+  AddRotary(o.shapes, &cases);
   AddLoss(o.shapes, &cases);
   AddOptimizer(o.shapes, &cases);
   size_t chosen = 0;

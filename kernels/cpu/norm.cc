@@ -66,19 +66,18 @@ void BackwardRow(T* dx, const T* dy, const T* h, const A* mean, A r, const T* we
 
 // Columns [begin, end) of dweight and dbias: sums over all rows in order, in f64.
 template <class T>
-void BackwardColumns(const HeadRows& at, Tensor dweight, Tensor dbias, Tensor dy, Tensor h,
-                     Tensor mean, Tensor rstd, bool acc, int64_t begin, int64_t end) {
+void BackwardColumns(Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
+                     bool acc, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const int64_t n = end - begin;
   double* sum_w = Scratch<double>(kScratchA, 2 * n);
   double* sum_b = sum_w + n;
   std::fill_n(sum_w, 2 * n, 0.0);
-  for (int64_t row = 0; row < at.rows; ++row) {
-    const T* g = at.At<T>(dy, row) + begin;
-    const T* x = at.At<T>(h, row) + begin;
-    const A* stored_mean = at.Statistic<A>(mean, row);
-    const A mu = stored_mean != nullptr ? *stored_mean : A{0};
-    const A r = *at.Statistic<A>(rstd, row);
+  for (int64_t row = 0; row < dy.rows(); ++row) {
+    const T* g = dy.as<T>(row) + begin;
+    const T* x = h.as<T>(row) + begin;
+    const A mu = mean.present() ? *mean.as<A>(row) : A{0};
+    const A r = *rstd.as<A>(row);
     if (dbias.present()) {
       for (int64_t j = 0; j < n; ++j) sum_b[j] += Widen(g[j]);
     }
@@ -101,19 +100,22 @@ class CpuNorm final : public NormKernels {
       ForModelType(x.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         using A = Acc<T>;
-        const HeadRows at(x);
+        const auto at = [](const Tensor& t, int64_t row) {
+          return t.present() ? t.as<T>(row) : nullptr;
+        };
         const T* w = weight.as<T>();
         const T* b = bias.present() ? bias.as<T>() : nullptr;
         pool->ParallelFor(
-            at.rows, 1,
+            x.rows(), 1,
             [&](int64_t begin, int64_t end, int) {
               for (int64_t row = begin; row < end; ++row) {
-                ForwardRow<T, A>(at.At<T>(y, row), at.At<T>(h, row), at.Statistic<A>(mean, row),
-                                 at.Statistic<A>(rstd, row), at.At<T>(x, row),
-                                 at.At<T>(residual, row), w, b, at.dim, static_cast<A>(eps));
+                ForwardRow<T, A>(y.as<T>(row), at(h, row),
+                                 mean.present() ? mean.as<A>(row) : nullptr, rstd.as<A>(row),
+                                 x.as<T>(row), at(residual, row), w, b, x.dims[1],
+                                 static_cast<A>(eps));
               }
             },
-            SerialRows(at.dim));
+            SerialRows(x.dims[1]));
       });
     });
   }
@@ -128,17 +130,16 @@ class CpuNorm final : public NormKernels {
       ForModelType(dx.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
         using A = Acc<T>;
-        const HeadRows at(dx);
         pool->ParallelFor(
-            at.rows, 1,
+            dx.rows(), 1,
             [&](int64_t begin, int64_t end, int) {
               for (int64_t row = begin; row < end; ++row) {
-                BackwardRow<T, A>(at.At<T>(dx, row), at.At<T>(dy, row), at.At<T>(h, row),
-                                  at.Statistic<A>(mean, row), *at.Statistic<A>(rstd, row),
-                                  weight.as<T>(), at.dim, acc);
+                BackwardRow<T, A>(dx.as<T>(row), dy.as<T>(row), h.as<T>(row),
+                                  mean.present() ? mean.as<A>(row) : nullptr, *rstd.as<A>(row),
+                                  weight.as<T>(), dx.dims[1], acc);
               }
             },
-            SerialRows(at.dim));
+            SerialRows(dx.dims[1]));
       });
     });
   }
@@ -149,13 +150,13 @@ class CpuNorm final : public NormKernels {
     s.Enqueue([=] {
       ForModelType(dy.dtype, [&](auto type) {
         using T = typename decltype(type)::type;
-        const HeadRows at(dy);
+        const int64_t dim = dy.dims[1];
         pool->ParallelFor(
-            at.dim, 16,
+            dim, 16,
             [&](int64_t begin, int64_t end, int) {
-              BackwardColumns<T>(at, dweight, dbias, dy, h, mean, rstd, acc, begin, end);
+              BackwardColumns<T>(dweight, dbias, dy, h, mean, rstd, acc, begin, end);
             },
-            at.rows * at.dim <= kSerialElements ? at.dim : 0);
+            dy.elements() <= kSerialElements ? dim : 0);
       });
     });
   }

@@ -77,28 +77,6 @@ void AsOneRow(int64_t& rows, int64_t& columns, const Tensors&... tensors) {
   }
 }
 
-// Rows of a [rows, n] or [tokens, heads, head_dim] operand, head by head.
-struct HeadRows {
-  int64_t heads;
-  int64_t dim;
-  int64_t rows;
-
-  explicit HeadRows(const Tensor& t)
-      : heads(t.rank == 3 ? t.dims[1] : 1),
-        dim(t.rank == 3 ? t.dims[2] : t.row_elements()),
-        rows(t.rows() * heads) {}
-
-  template <class T>
-  T* At(const Tensor& t, int64_t row) const {
-    return t.present() ? t.as<T>(row / heads) + (row % heads) * dim : nullptr;
-  }
-  // The statistic of a row in [tokens] or [tokens, heads].
-  template <class T>
-  T* Statistic(const Tensor& t, int64_t row) const {
-    return t.present() ? t.as<T>(row / heads) + row % heads : nullptr;
-  }
-};
-
 }  // namespace stretto::cpu
 
 #endif  // STRETTO_KERNELS_CPU_SUPPORT_H_

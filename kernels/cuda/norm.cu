@@ -1,16 +1,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/families.h"
-#include "kernels/cuda/norm_rows.cuh"
 #include "kernels/cuda/norm_sums.h"
 
 namespace stretto::cuda {
 namespace {
-
-using norm::Elements;
-using norm::HeadRows;
-using norm::Place;
 
 // A row is worked on by kLanes neighbouring threads of a warp, or by a whole block (kLanes 0), and
 // read as packs of kWidth elements; pack i belongs to lane i % lanes. A lane keeps its first kPacks
@@ -94,7 +90,7 @@ __device__ void Forget(V (&packs)[kPacks]) {
 
 template <class T>
 struct ForwardArgs {
-  HeadRows at;
+  Extent at;
   Rows<T> y, h, x, residual;
   Rows<float> mean, rstd;
   float eps;
@@ -108,13 +104,13 @@ __global__ void __launch_bounds__(kMaxThreads<kLanes>, kMinBlocks<kPacks, kLanes
   const int own = L::Own(), lanes = L::Count();
   const int64_t row = L::Row();
   const bool active = row < a.at.rows;  // the others take part in the sums only
-  const Place place(a.at, active ? row : 0);
+  const int64_t place = active ? row : 0;
   const int packs = active ? static_cast<int>(a.at.dim / kWidth) : 0;
   const float n = static_cast<float>(a.at.dim);
   const bool sums_up = a.residual.data != nullptr, center = a.mean.data != nullptr;
 
   V held[kPacks];
-  const V* input = reinterpret_cast<const V*>(place.Row(a.x, a.at));
+  const V* input = reinterpret_cast<const V*>(a.x.At(place, 0));
   Held<kPacks>(own, lanes, packs, [&](int j, int i) { held[j] = Read(input + i); });
   if (sums_up) {
     // The norm reads the sum as it is stored, rounded: backward will see nothing else.
@@ -124,8 +120,8 @@ __global__ void __launch_bounds__(kMaxThreads<kLanes>, kMinBlocks<kPacks, kLanes
       return V::Of(sum);
     };
     V other[kPacks];
-    const V* residual = reinterpret_cast<const V*>(place.Row(a.residual, a.at));
-    V* h = reinterpret_cast<V*>(place.Row(a.h, a.at));
+    const V* residual = reinterpret_cast<const V*>(a.residual.At(place, 0));
+    V* h = reinterpret_cast<V*>(a.h.At(place, 0));
     Held<kPacks>(own, lanes, packs, [&](int j, int i) { other[j] = Read(residual + i); });
     Held<kPacks>(own, lanes, packs, [&](int j, int i) {
       held[j] = add(held[j], other[j]);
@@ -158,11 +154,11 @@ __global__ void __launch_bounds__(kMaxThreads<kLanes>, kMinBlocks<kPacks, kLanes
   const float r = 1.0f / sqrtf(L::Sum(squares) / n + a.eps);
   Forget(held);
   if (active && own == 0) {
-    if (center) *place.Statistic(a.mean) = mean;
-    *place.Statistic(a.rstd) = r;
+    if (center) *a.mean.At(place, 0) = mean;
+    *a.rstd.At(place, 0) = r;
   }
 
-  V* y = reinterpret_cast<V*>(place.Row(a.y, a.at));
+  V* y = reinterpret_cast<V*>(a.y.At(place, 0));
   each([&](int i, const V& v) {
     const V w = Read(reinterpret_cast<const V*>(weight) + i);
     V b = {};
@@ -175,7 +171,7 @@ __global__ void __launch_bounds__(kMaxThreads<kLanes>, kMinBlocks<kPacks, kLanes
 
 template <class T>
 struct BackwardArgs {
-  HeadRows at;
+  Extent at;
   Rows<T> dx, dy, h;
   Rows<float> mean, rstd;
   bool acc;
@@ -206,17 +202,17 @@ __device__ void BackwardRow(const BackwardArgs<T>& a, const T* __restrict__ weig
   using V = Elements<T, kWidth>;
   using L = Lanes<kLanes>;
   const int own = L::Own(), lanes = L::Count();
-  const Place place(a.at, active ? row : 0);
+  const int64_t place = active ? row : 0;
   const int packs = active ? static_cast<int>(a.at.dim / kWidth) : 0;
   const float n = static_cast<float>(a.at.dim);
   const bool center = a.mean.data != nullptr;
-  const float mean = center ? *place.Statistic(a.mean) : 0;
-  const float r = *place.Statistic(a.rstd);
+  const float mean = center ? *a.mean.At(place, 0) : 0;
+  const float r = *a.rstd.At(place, 0);
 
-  const V* dy = reinterpret_cast<const V*>(place.Row(a.dy, a.at));
-  const V* h = reinterpret_cast<const V*>(place.Row(a.h, a.at));
+  const V* dy = reinterpret_cast<const V*>(a.dy.At(place, 0));
+  const V* h = reinterpret_cast<const V*>(a.h.At(place, 0));
   const V* weights = reinterpret_cast<const V*>(weight);
-  V* dx = reinterpret_cast<V*>(place.Row(a.dx, a.at));
+  V* dx = reinterpret_cast<V*>(a.dx.At(place, 0));
   V held_dy[kPacks], held_h[kPacks], old[kPacks];
   const auto read_old = [&] {
     if (a.acc) Held<kPacks>(own, lanes, packs, [&](int j, int i) { old[j] = Read(dx + i); });
@@ -334,7 +330,7 @@ struct Shape {
   static constexpr int kWidth = kWidth_, kPacks = kPacks_, kLanes = kLanes_;
 };
 template <int kWidth, class F>
-void WithShape(const HeadRows& at, const F& launch) {
+void WithShape(const Extent& at, const F& launch) {
   const int64_t packs = at.dim / kWidth;
   const auto warps = [&](auto shape) {
     const int64_t rows = kWarpThreads / decltype(shape)::kLanes;  // of a block
@@ -400,7 +396,7 @@ NormChunks PartialChunks(int64_t rows, int64_t dim) {
 
 // The widest packs that all operands allow: matrices, and the vectors weight and bias.
 template <class T, class F, class... Tensors>
-void WithWidth(const HeadRows& at, const F& launch, const Tensor& weight, const Tensor& bias,
+void WithWidth(const Extent& at, const F& launch, const Tensor& weight, const Tensor& bias,
                const Tensors&... matrices) {
   const auto address =
       reinterpret_cast<uintptr_t>(weight.data) | reinterpret_cast<uintptr_t>(bias.data);
@@ -415,7 +411,7 @@ class CudaNorm final : public NormKernels {
  public:
   void Forward(Stream& s, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Tensor residual,
                Tensor weight, Tensor bias, double eps) const override {
-    const HeadRows at(x);
+    const Extent at(x);
     if (at.empty()) return;
     ForModelType(x.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
@@ -447,7 +443,7 @@ class CudaNorm final : public NormKernels {
 
   void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor h, Tensor mean, Tensor rstd,
                      Tensor weight, bool acc, Tensor partials) const override {
-    const HeadRows at(dx);
+    const Extent at(dx);
     if (at.empty()) return;
     ForModelType(dx.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
@@ -481,7 +477,7 @@ class CudaNorm final : public NormKernels {
 
   void BackwardWeight(Stream& s, Tensor dweight, Tensor dbias, Tensor dy, Tensor h, Tensor mean,
                       Tensor rstd, bool acc, Tensor partials) const override {
-    const HeadRows at(dy);
+    const Extent at(dy);
     if (at.dim == 0) return;
     if (partials.present()) {
       ForModelType(dy.dtype, [&](auto type) {

@@ -1,14 +1,11 @@
 #include <algorithm>
 
-#include "kernels/cuda/norm_rows.cuh"
+#include "kernels/cuda/elements.cuh"
 #include "kernels/cuda/norm_sums.h"
+#include "kernels/cuda/support.cuh"
 
 namespace stretto::cuda {
 namespace {
-
-using norm::Elements;
-using norm::HeadRows;
-using norm::Place;
 
 // A block adds up one tile of columns of one chunk; then a second kernel adds the chunks.
 constexpr int kSumThreads = 256;
@@ -29,7 +26,7 @@ struct Tiles {
 // partial [chunks, kinds, dim]
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kSumThreads)
-    ChunkSumsKernel(float* partial, HeadRows at, Tiles tiles, int64_t chunk_rows, int kinds,
+    ChunkSumsKernel(float* partial, Extent at, Tiles tiles, int64_t chunk_rows, int kinds,
                     Rows<T> dy, Rows<T> h, Rows<float> mean, Rows<float> rstd) {
   using V = Elements<T, kWidth>;
   __shared__ float shared[2 * kWidth * kSumThreads];
@@ -43,11 +40,10 @@ __global__ void __launch_bounds__(kSumThreads)
   if (column < at.dim) {
 #pragma unroll 4
     for (int64_t row = chunk * chunk_rows + group; row < end; row += groups) {
-      const Place place(at, row);
-      const V d = Read(reinterpret_cast<const V*>(place.Row(dy, at) + column));
-      const V v = Read(reinterpret_cast<const V*>(place.Row(h, at) + column));
-      const float mu = mean.data != nullptr ? *place.Statistic(mean) : 0;
-      const float r = *place.Statistic(rstd);
+      const V d = Read(reinterpret_cast<const V*>(dy.At(row, column)));
+      const V v = Read(reinterpret_cast<const V*>(h.At(row, column)));
+      const float mu = mean.data != nullptr ? *mean.At(row, 0) : 0;
+      const float r = *rstd.At(row, 0);
       for (int k = 0; k < kWidth; ++k) {
         const float g = d[k];
         sum_w[k] += g * ((v[k] - mu) * r);
@@ -114,14 +110,14 @@ int SumWidth(const Tensor& dy, const Tensor& h) {
   int width = 1;
   ForModelType(dy.dtype, [&](auto type) {
     constexpr int kSize = Pack<typename decltype(type)::type>::kSize;
-    if (HeadRows(dy).dim % kSize == 0 && RowsAligned(dy) && RowsAligned(h)) width = kSize;
+    if (Extent(dy).dim % kSize == 0 && RowsAligned(dy) && RowsAligned(h)) width = kSize;
   });
   return width;
 }
 
 void NormChunkSums(Stream& s, float* partial, const NormChunks& chunks, int kinds, Tensor dy,
                    Tensor h, Tensor mean, Tensor rstd) {
-  const HeadRows at(dy);
+  const Extent at(dy);
   if (at.empty()) return;
   ForModelType(dy.dtype, [&](auto type) {
     using T = typename decltype(type)::type;

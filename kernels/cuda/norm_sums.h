@@ -11,6 +11,15 @@
 
 namespace stretto::cuda {
 
+// Of a norm's operands.
+struct Extent {
+  int64_t rows;
+  int64_t dim;  // elements of a row
+
+  explicit Extent(const Tensor& t) : rows(t.rows()), dim(t.row_elements()) {}
+  bool empty() const { return rows == 0 || dim == 0; }
+};
+
 struct NormChunks {
   int64_t rows = 0;   // of a chunk; the last one may have fewer
   int64_t count = 0;  // chunks

@@ -118,6 +118,18 @@ __device__ inline V Read(const V* p) {
   memcpy(&v, words, sizeof(V));
   return v;
 }
+// The same for *p = v.
+template <class V>
+__device__ inline void Write(V* p, const V& v) {
+  constexpr int kBytes = sizeof(V) < 16 ? sizeof(V) : 16;
+  using Word = typename WordOf<kBytes>::type;
+  Word words[sizeof(V) / kBytes];
+  memcpy(words, &v, sizeof(V));
+  // A plain store, but one that the compiler cannot split.
+  for (int i = 0; i < static_cast<int>(sizeof(V) / kBytes); ++i) {
+    __stwb(reinterpret_cast<Word*>(p) + i, words[i]);
+  }
+}
 // The first n of N elements at p, widened; zero behind them. N of them are read as a Vec.
 template <class A, int N, class T>
 __device__ inline void LoadVec(A (&to)[N], const T* p, int n) {
@@ -140,14 +152,7 @@ __device__ inline void StoreVec(T* p, const A (&from)[N], int n) {
   if (n == N) {
     Vec<T, N> v;
     for (int i = 0; i < N; ++i) v.value[i] = narrow(from[i]);
-    constexpr int kBytes = sizeof(v) < 16 ? sizeof(v) : 16;
-    using Word = typename WordOf<kBytes>::type;
-    Word words[sizeof(v) / kBytes];
-    memcpy(words, &v, sizeof(v));
-    // A plain store, but one that the compiler cannot split.
-    for (int i = 0; i < static_cast<int>(sizeof(v) / kBytes); ++i) {
-      __stwb(reinterpret_cast<Word*>(p) + i, words[i]);
-    }
+    Write(reinterpret_cast<Vec<T, N>*>(p), v);
   } else {
     for (int i = 0; i < N; ++i) {
       if (i < n) p[i] = narrow(from[i]);

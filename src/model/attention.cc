@@ -16,8 +16,11 @@ absl::Status LocalAttentionLayer::Declare(Builder& b) {
         absl::StrCat(heads, " query heads cannot share ", kv_heads, " key heads evenly"));
   }
   const DType type = b.accumulate_type();
-  constexpr unsigned kBackward = kInBackwardInput | kInBackwardWeight;
-  b.Reads(qkv_, kInForward | (options_.qk_norm ? kBackward : kInBackwardInput));
+  if (options_.qk_norm && !options_.rotary) {
+    return absl::InvalidArgumentError(
+        "its norm of queries and keys is part of the rotation; set rotary as well as qk_norm");
+  }
+  b.Reads(qkv_, kInForward | kInBackwardInput);
   // Queries and keys are rotated where they lie, and their gradients written whole.
   b.ModifiesInPlace(qkv_);
   *o_out_ = o_ =
@@ -26,9 +29,9 @@ absl::Status LocalAttentionLayer::Declare(Builder& b) {
   delta_ = b.Scratch("delta", heads, type, kInBackwardInput);
   if (options_.qk_norm) {
     qk_ = b.Saved("qk", (heads + kv_heads) * d, b.dtype(), kInBackwardInput);
-    dqk_ = b.Scratch("dqk", (heads + kv_heads) * d, b.dtype(), kBackward);
-    rstd_q_ = b.Saved("rstd_q", heads, type, kBackward);
-    rstd_k_ = b.Saved("rstd_k", kv_heads, type, kBackward);
+    rstd_ = b.Saved("rstd", heads + kv_heads, type, kInBackwardInput);
+    partials_ = b.Scratch("partials", 0, type, kInBackwardInput | kInBackwardWeight,
+                          RotaryKernels::kPartials * 2 * d * SizeOf(type));
     const auto norm = [&](const char* name) {
       return b.Parameter(
           {.name = name, .shape = {d}, .init = Init::kOnes, .std = 0, .weight_decay = false});
@@ -66,6 +69,32 @@ LocalAttentionLayer::Parts LocalAttentionLayer::Split(Tensor packed) const {
   return parts;
 }
 
+Tensor LocalAttentionLayer::QueriesAndKeys(Tensor packed) const {
+  const int64_t heads = options_.heads + options_.kv_heads;
+  return packed.Columns(0, heads * options_.head_dim).Heads(heads);
+}
+
+RotaryArgs LocalAttentionLayer::Rotation(const Run& run, const Frame& frame) const {
+  RotaryArgs args;
+  args.positions = frame.tokens.positions;
+  args.cos = run.Constant(cos_);
+  args.sin = run.Constant(sin_);
+  if (!options_.qk_norm) return args;
+  args.q_weight = run.Parameter(q_norm_);
+  args.k_weight = run.Parameter(k_norm_);
+  args.query_heads = options_.heads;
+  args.eps = options_.norm_eps;
+  return args;
+}
+
+Tensor LocalAttentionLayer::Partials(const Frame& frame) const {
+  Tensor t = frame.Fixed(partials_);
+  t.rank = 3;
+  t.dims = {RotaryKernels::kPartials, 2, options_.head_dim};
+  t.row_stride = t.row_elements();
+  return t;
+}
+
 AttentionShape LocalAttentionLayer::Shape(const Frame& frame) const {
   AttentionShape shape;
   shape.cu_q = shape.cu_k = frame.tokens.cu_seqlens;
@@ -77,57 +106,41 @@ AttentionShape LocalAttentionLayer::Shape(const Frame& frame) const {
 }
 
 void LocalAttentionLayer::Forward(Run& run, Frame& frame) const {
-  const Parts in = Split(frame.Value(qkv_));
-  Parts rotated = in;
-  if (options_.qk_norm) {
-    rotated = Split(frame.Value(qk_));
-    ops::Norm(run.ops(), rotated.q, {}, {}, frame.Value(rstd_q_), in.q, {}, run.Parameter(q_norm_),
-              {}, options_.norm_eps);
-    ops::Norm(run.ops(), rotated.k, {}, {}, frame.Value(rstd_k_), in.k, {}, run.Parameter(k_norm_),
-              {}, options_.norm_eps);
-  }
+  const Tensor qkv = frame.Value(qkv_);
+  const Tensor rotated = options_.qk_norm ? frame.Value(qk_) : qkv;
   if (options_.rotary) {
-    const Tensor cos = run.Constant(cos_), sin = run.Constant(sin_);
-    ops::Rope(run.ops(), rotated.q, rotated.q, frame.tokens.positions, cos, sin, false);
-    ops::Rope(run.ops(), rotated.k, rotated.k, frame.tokens.positions, cos, sin, false);
+    ops::Rope(run.ops(), QueriesAndKeys(rotated), options_.qk_norm ? frame.Value(rstd_) : Tensor(),
+              QueriesAndKeys(qkv), Rotation(run, frame));
   }
-  ops::Attention(run.ops(), frame.Value(o_).Heads(options_.heads), frame.Value(lse_), rotated.q,
-                 rotated.k, in.v, Shape(frame));
+  const Parts parts = Split(rotated);
+  ops::Attention(run.ops(), frame.Value(o_).Heads(options_.heads), frame.Value(lse_), parts.q,
+                 parts.k, Split(qkv).v, Shape(frame));
 }
 
 void LocalAttentionLayer::BackwardInput(Run& run, Frame& frame) const {
-  const Parts in = Split(frame.Value(qkv_));
-  const Parts d_in = Split(frame.Grad(qkv_));
-  Parts rotated = in, d_rotated = d_in;
-  if (options_.qk_norm) {
-    rotated = Split(frame.Value(qk_));
-    d_rotated = Split(frame.Value(dqk_));
-  }
-  ops::AttentionBackward(run.ops(), d_rotated.q, d_rotated.k, d_in.v, frame.Value(delta_),
+  const Tensor qkv = frame.Value(qkv_), d_qkv = frame.Grad(qkv_);
+  const Parts rotated = Split(options_.qk_norm ? frame.Value(qk_) : qkv);
+  const Parts gradient = Split(d_qkv);
+  ops::AttentionBackward(run.ops(), gradient.q, gradient.k, gradient.v, frame.Value(delta_),
                          frame.Grad(o_).Heads(options_.heads),
                          frame.Value(o_).Heads(options_.heads), frame.Value(lse_), rotated.q,
-                         rotated.k, in.v, Shape(frame));
-  if (options_.rotary) {
-    const Tensor cos = run.Constant(cos_), sin = run.Constant(sin_);
-    ops::Rope(run.ops(), d_rotated.q, d_rotated.q, frame.tokens.positions, cos, sin, true);
-    ops::Rope(run.ops(), d_rotated.k, d_rotated.k, frame.tokens.positions, cos, sin, true);
-  }
+                         rotated.k, Split(qkv).v, Shape(frame));
+  if (!options_.rotary) return;
+  // The gradients of what attention read become those of the projection where they lie.
+  Tensor x, rstd, partials;
   if (options_.qk_norm) {
-    ops::NormBackwardInput(run.ops(), d_in.q, d_rotated.q, in.q, {}, frame.Value(rstd_q_),
-                           run.Parameter(q_norm_), false);
-    ops::NormBackwardInput(run.ops(), d_in.k, d_rotated.k, in.k, {}, frame.Value(rstd_k_),
-                           run.Parameter(k_norm_), false);
+    x = QueriesAndKeys(qkv);
+    rstd = frame.Value(rstd_);
+    partials = Partials(frame);
   }
+  const Tensor d = QueriesAndKeys(d_qkv);
+  ops::RopeBackwardInput(run.ops(), d, d, x, rstd, partials, Rotation(run, frame));
 }
 
 void LocalAttentionLayer::BackwardWeight(Run& run, Frame& frame) const {
   if (!options_.qk_norm) return;
-  const Parts in = Split(frame.Value(qkv_)), d_rotated = Split(frame.Value(dqk_));
   const Run::Target dq = run.Gradient(q_norm_), dk = run.Gradient(k_norm_);
-  ops::NormBackwardWeight(run.ops(), dq.tensor, {}, d_rotated.q, in.q, {}, frame.Value(rstd_q_),
-                          dq.accumulate);
-  ops::NormBackwardWeight(run.ops(), dk.tensor, {}, d_rotated.k, in.k, {}, frame.Value(rstd_k_),
-                          dk.accumulate);
+  ops::RopeBackwardWeight(run.ops(), dq.tensor, dk.tensor, Partials(frame), dq.accumulate);
 }
 
 }  // namespace stretto::internal

@@ -129,10 +129,15 @@ class LocalAttentionLayer : public Layer {
     Tensor q, k, v;
   };
   Parts Split(Tensor packed) const;
+  // Its queries and keys side by side: [tokens, heads + kv_heads, head_dim].
+  Tensor QueriesAndKeys(Tensor packed) const;
+  RotaryArgs Rotation(const Run& run, const Frame& frame) const;
+  // What BackwardInput leaves of the norms' weights for BackwardWeight.
+  Tensor Partials(const Frame& frame) const;
   AttentionShape Shape(const Frame& frame) const;
 
   SlotId qkv_, o_, lse_, delta_;
-  SlotId qk_, dqk_, rstd_q_, rstd_k_;  // QK-norm only
+  SlotId qk_, rstd_, partials_;  // QK-norm only
   AttentionOptions options_;
   SlotId* o_out_;
   ParamId q_norm_, k_norm_;

@@ -67,14 +67,7 @@ void LinearBackwardBias(Context c, Tensor db, Tensor dy, bool acc) {
 
 namespace {
 
-// Columns that a norm's weight covers.
-int64_t NormDim(const Tensor& x) { return x.rank == 3 ? x.dims[2] : x.dims[1]; }
-
-bool NormOperand(const Tensor& x) {
-  return (x.rank == 2 || x.rank == 3) && (x.present() || x.elements() == 0);
-}
-
-// [rows] for a matrix, [tokens, heads] for heads.
+// One element of the statistics' type for each row of x, or for each head of each.
 bool Statistic(const Tensor& t, const Tensor& x) {
   const DType wide = AccumulateType(x.dtype);
   return x.rank == 3 ? Is(t, wide, {x.dims[0], x.dims[1]}) : Is(t, wide, {x.dims[0]});
@@ -85,7 +78,7 @@ bool Partials(Context c, const Tensor& t, const Tensor& h, bool center) {
   if (!t.present()) return true;
   const DType wide = AccumulateType(h.dtype);
   return Is(t, wide, {t.dims[0]}) &&
-         t.bytes() >= c.kernels->norm->PartialBytes(h.dtype, NormDim(h), center);
+         t.bytes() >= c.kernels->norm->PartialBytes(h.dtype, h.dims[1], center);
 }
 constexpr char kPartialsRule[] =
     "partials must have PartialBytes() bytes of the statistics' type or be absent";
@@ -104,14 +97,14 @@ void Norm(Context c, Tensor y, Tensor h, Tensor mean, Tensor rstd, Tensor x, Ten
                {"weight", weight},
                {"bias", bias}});
   check.Supported(x.dtype)
-      .That(NormOperand(x), "x must be [rows, n] or [tokens, heads, head_dim]")
+      .That(IsMatrix(x), "x must be [rows, n]")
       .That(Like(y, x, x.dtype), "y must be like x")
       .That(!residual.present() || Like(residual, x, x.dtype), "residual must be like x or absent")
       .That(x.rows() == 0 || h.present() == residual.present(),
             "h and residual must both be present or both be absent")
       .That(!h.present() || Like(h, x, x.dtype), "h must be like x or absent")
-      .That(Is(weight, x.dtype, {NormDim(x)}), "weight must be [n] of x's type")
-      .That(IsOrAbsent(bias, x.dtype, {NormDim(x)}), "bias must be [n] of x's type or absent")
+      .That(Is(weight, x.dtype, {x.dims[1]}), "weight must be [n] of x's type")
+      .That(IsOrAbsent(bias, x.dtype, {x.dims[1]}), "bias must be [n] of x's type or absent")
       .That(x.rows() == 0 || mean.present() == bias.present(),
             "mean and bias must both be present (LayerNorm) or both be absent (RMSNorm)")
       .That(!mean.present() || Statistic(mean, x), "mean must have one element for each row")
@@ -132,9 +125,9 @@ void NormBackwardInput(Context c, Tensor dx, Tensor dy, Tensor h, Tensor mean, T
                {"weight", weight},
                {"partials", partials}});
   check.Supported(h.dtype)
-      .That(NormOperand(h), "h must be [rows, n] or [tokens, heads, head_dim]")
+      .That(IsMatrix(h), "h must be [rows, n]")
       .That(Like(dx, h, h.dtype) && Like(dy, h, h.dtype), "dx and dy must be like h")
-      .That(Is(weight, h.dtype, {NormDim(h)}), "weight must be [n] of h's type")
+      .That(Is(weight, h.dtype, {h.dims[1]}), "weight must be [n] of h's type")
       .That(!mean.present() || Statistic(mean, h), "mean must have one element for each row")
       .That(Statistic(rstd, h), "rstd must have one element of the statistics' type for each row")
       .That(Partials(c, partials, h, mean.present()), kPartialsRule);
@@ -155,10 +148,10 @@ void NormBackwardWeight(Context c, Tensor dweight, Tensor dbias, Tensor dy, Tens
                {"partials", partials}});
   const DType wide = AccumulateType(h.dtype);
   check.Supported(h.dtype)
-      .That(NormOperand(h), "h must be [rows, n] or [tokens, heads, head_dim]")
+      .That(IsMatrix(h), "h must be [rows, n]")
       .That(Like(dy, h, h.dtype), "dy must be like h")
-      .That(Is(dweight, wide, {NormDim(h)}), "dweight must be [n] of the gradient type")
-      .That(IsOrAbsent(dbias, wide, {NormDim(h)}),
+      .That(Is(dweight, wide, {h.dims[1]}), "dweight must be [n] of the gradient type")
+      .That(IsOrAbsent(dbias, wide, {h.dims[1]}),
             "dbias must be [n] of the gradient type or absent")
       .That(!mean.present() || Statistic(mean, h), "mean must have one element for each row")
       .That(Statistic(rstd, h), "rstd must have one element of the statistics' type for each row")
@@ -200,17 +193,89 @@ void SwigluBackward(Context c, Tensor dx, Tensor dy, Tensor x, bool acc) {
   if (check.ok()) c.kernels->activation->SwigluBackward(*c.stream, dx, dy, x, acc);
 }
 
-void Rope(Context c, Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin, bool inverse) {
-  Check check(c, "Rope",
-              {{"y", y}, {"x", x}, {"positions", positions}, {"cos", cos}, {"sin", sin}});
+namespace {
+
+// The rules that forward and backward share; `x` is what is rotated, y or dy.
+void CheckRotary(Check& check, const Tensor& x, const RotaryArgs& a) {
   const DType wide = AccumulateType(x.dtype);
   check.Supported(x.dtype)
       .That(x.rank == 3 && x.dims[2] % 2 == 0, "x must be [tokens, heads, even head_dim]")
-      .That(Like(y, x, x.dtype), "y must be like x")
-      .That(Is(positions, DType::kI32, {x.dims[0]}), "positions must be i32[tokens]")
-      .That(cos.rank == 2 && Is(cos, wide, {cos.dims[0], x.dims[2] / 2}) && Like(sin, cos, wide),
-            "cos and sin must be [positions, head_dim / 2] of the statistics' type");
-  if (check.ok()) c.kernels->rotary->Apply(*c.stream, y, x, positions, cos, sin, inverse);
+      .That(Is(a.positions, DType::kI32, {x.dims[0]}), "positions must be i32[tokens]")
+      .That(a.cos.rank == 2 && Is(a.cos, wide, {a.cos.dims[0], x.dims[2] / 2}) &&
+                Like(a.sin, a.cos, wide),
+            "cos and sin must be [positions, head_dim / 2] of the statistics' type")
+      .That(a.q_weight.present() == a.k_weight.present(),
+            "q_weight and k_weight must both be present (QK-norm) or both be absent");
+  if (!a.q_weight.present()) return;
+  check
+      .That(0 < a.query_heads && a.query_heads <= x.dims[1],
+            "the number of query heads must be between 1 and x's heads")
+      .That(Is(a.q_weight, x.dtype, {x.dims[2]}) && Is(a.k_weight, x.dtype, {x.dims[2]}),
+            "q_weight and k_weight must be [head_dim] of x's type");
+}
+
+}  // namespace
+
+void Rope(Context c, Tensor y, Tensor rstd, Tensor x, const RotaryArgs& args) {
+  Check check(c, "Rope",
+              {{"y", y},
+               {"rstd", rstd},
+               {"x", x},
+               {"positions", args.positions},
+               {"cos", args.cos},
+               {"sin", args.sin},
+               {"q_weight", args.q_weight},
+               {"k_weight", args.k_weight}});
+  CheckRotary(check, x, args);
+  check.That(Like(y, x, x.dtype), "y must be like x");
+  if (args.q_weight.present()) {
+    check.That(Statistic(rstd, x), "rstd must be [tokens, heads] of the statistics' type")
+        .That(!y.present() || y.data != x.data, "with a norm y must not be x");
+  }
+  if (check.ok()) c.kernels->rotary->Forward(*c.stream, y, rstd, x, args);
+}
+
+void RopeBackwardInput(Context c, Tensor dx, Tensor dy, Tensor x, Tensor rstd, Tensor partials,
+                       const RotaryArgs& args) {
+  Check check(c, "RopeBackwardInput",
+              {{"dx", dx},
+               {"dy", dy},
+               {"x", x},
+               {"rstd", rstd},
+               {"partials", partials},
+               {"positions", args.positions},
+               {"cos", args.cos},
+               {"sin", args.sin},
+               {"q_weight", args.q_weight},
+               {"k_weight", args.k_weight}});
+  CheckRotary(check, dy, args);
+  check.That(Like(dx, dy, dy.dtype), "dx must be like dy");
+  if (args.q_weight.present()) {
+    check.That(Like(x, dy, dy.dtype), "x must be like dy")
+        .That(Statistic(rstd, dy), "rstd must be [tokens, heads] of the statistics' type")
+        .That(Is(partials, AccumulateType(dy.dtype), {RotaryKernels::kPartials, 2, dy.dims[2]}) &&
+                  partials.contiguous(),
+              "partials must be contiguous [kPartials, 2, head_dim] of the statistics' type");
+  }
+  if (check.ok()) c.kernels->rotary->BackwardInput(*c.stream, dx, dy, x, rstd, partials, args);
+}
+
+void RopeBackwardWeight(Context c, Tensor dq_weight, Tensor dk_weight, Tensor partials, bool acc) {
+  Check check(c, "RopeBackwardWeight",
+              {{"dq_weight", dq_weight}, {"dk_weight", dk_weight}, {"partials", partials}});
+  check
+      .That(partials.dtype == DType::kF64 || partials.dtype == DType::kF32,
+            "partials must be f32 or f64")
+      .Supported(partials.dtype)
+      .That(Is(partials, partials.dtype, {RotaryKernels::kPartials, 2, partials.dims[2]}) &&
+                partials.contiguous(),
+            "partials must be contiguous [kPartials, 2, head_dim]")
+      .That(Is(dq_weight, partials.dtype, {partials.dims[2]}) &&
+                Is(dk_weight, partials.dtype, {partials.dims[2]}),
+            "dq_weight and dk_weight must be [head_dim] of partials' type");
+  if (check.ok()) {
+    c.kernels->rotary->BackwardWeight(*c.stream, dq_weight, dk_weight, partials, acc);
+  }
 }
 
 void Embedding(Context c, Tensor y, Tensor ids, Tensor table, Tensor positions,

@@ -84,9 +84,7 @@ class Float8Kernels {
   ) const = 0;
 };
 
-// LayerNorm and RMSNorm over rows, with the residual addition in front fused in. An operand x of
-// [tokens, heads, head_dim] with weight [head_dim] is normalised head by head (QK-norm): y, h, dx
-// and dy then have x's shape and the statistics are [tokens, heads].
+// LayerNorm and RMSNorm over the rows of a matrix, with the residual addition in front fused in.
 class NormKernels {
  public:
   virtual ~NormKernels() = default;
@@ -121,16 +119,37 @@ class ActivationKernels {
   virtual void SwigluBackward(Stream& s, Tensor dx, Tensor dy, Tensor x, bool acc) const = 0;
 };
 
-// Rotary position embedding, rotate-half order (Hugging Face), with optional per-head RMS norm of
-// queries and keys in front (QK-norm).
+// How the heads of a token are rotated, and which RMS norm comes before that.
+struct RotaryArgs {
+  Tensor positions;  // i32 [tokens]
+  Tensor cos, sin;   // tables [positions, head_dim / 2] (f32; f64 for f64); row positions[t]
+                     // rotates token t
+  Tensor q_weight, k_weight;  // [head_dim] each, of the norm; both absent: no norm
+  int64_t query_heads = 0;    // the first so many heads of a token, which q_weight is for
+  double eps = 0;
+};
+
+// What queries and keys pass on their way into attention: an optional RMS norm head by head
+// (QK-norm), then rotary position embedding in rotate-half order (Hugging Face). Queries and keys
+// of a token lie side by side and go through together: x is [tokens, heads, head_dim], queries
+// first.
 class RotaryKernels {
  public:
   virtual ~RotaryKernels() = default;
-  // y = rope(x) for `x` [tokens, heads, head_dim]; y may be x. cos and sin are tables
-  // [positions, head_dim / 2] (f32; f64 for f64); row `positions[t]` rotates token t. `inverse`
-  // rotates back, which is the backward pass.
-  virtual void Apply(Stream& s, Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin,
-                     bool inverse) const = 0;
+  // y = rope(norm(x)); without a norm y may be x. `rstd` [tokens, heads] (f32; f64 for f64; absent
+  // without a norm) is kept for backward.
+  virtual void Forward(Stream& s, Tensor y, Tensor rstd, Tensor x,
+                       const RotaryArgs& args) const = 0;
+  // Rows of `partials`: fixed, so that the sums do not depend on the device.
+  static constexpr int64_t kPartials = 264;
+  // dx = gradient with respect to x; dx may be dy. With a norm it also overwrites `partials`
+  // [kPartials, 2, head_dim] (f32; f64 for f64), whose sums over the rows are the gradients of
+  // q_weight and of k_weight. Without one, x, rstd and partials are absent.
+  virtual void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor x, Tensor rstd,
+                             Tensor partials, const RotaryArgs& args) const = 0;
+  // dq_weight (acc)= , dk_weight (acc)= , f32 / f64 as in LinearKernels.
+  virtual void BackwardWeight(Stream& s, Tensor dq_weight, Tensor dk_weight, Tensor partials,
+                              bool acc) const = 0;
 };
 
 // Which tokens see which. Sequences (documents) are packed back to back; sequence i owns the query

@@ -48,7 +48,10 @@ void GeluBackward(Context c, Tensor dx, Tensor dy, Tensor x, bool acc);
 void Swiglu(Context c, Tensor y, Tensor x);
 void SwigluBackward(Context c, Tensor dx, Tensor dy, Tensor x, bool acc);
 
-void Rope(Context c, Tensor y, Tensor x, Tensor positions, Tensor cos, Tensor sin, bool inverse);
+void Rope(Context c, Tensor y, Tensor rstd, Tensor x, const RotaryArgs& args);
+void RopeBackwardInput(Context c, Tensor dx, Tensor dy, Tensor x, Tensor rstd, Tensor partials,
+                       const RotaryArgs& args);
+void RopeBackwardWeight(Context c, Tensor dq_weight, Tensor dk_weight, Tensor partials, bool acc);
 
 void Attention(Context c, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
                const AttentionShape& shape);

@@ -61,7 +61,8 @@ TEST_F(BenchProgram, KernelsOfEveryFamilyAndType) {
     for (const char* name :
          {"copy", "linear qkv 24x48 forward", "linear up and gelu forward", "attention 2x5 forward",
           "attention 2x5 backward", "layernorm backward weight", "rmsnorm + residual forward",
-          "swiglu backward", "rope", "embedding backward", "loss fused", "adamw"}) {
+          "swiglu backward", "rope", "qk norm and rope forward", "qk norm and rope backward input",
+          "qk norm backward weight", "embedding backward", "loss fused", "adamw"}) {
       EXPECT_EQ(names.count(name), 1u) << name << " of " << dtype;
     }
     for (const auto& result : file["results"]) {

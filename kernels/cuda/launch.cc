@@ -3,12 +3,18 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/cuda/errors.h"
 
 namespace stretto::cuda {
 
+bool FailedBefore(Stream& s, cudaError_t error) {
+  // The stream words it, or what a kernel has reported about its data.
+  return ContextLost(error) && !s.Synchronize().ok();
+}
+
 void Launched(Stream& s, const char* kernel) {
   const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return;
+  if (error == cudaSuccess || FailedBefore(s, error)) return;
   s.Fail(absl::InternalError(absl::StrCat("CUDA kernel ", kernel, " on ", Name(s.device()),
                                           " could not be launched: ", cudaGetErrorName(error), " (",
                                           cudaGetErrorString(error), ")")));

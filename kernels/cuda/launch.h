@@ -13,6 +13,10 @@ namespace stretto::cuda {
 
 inline cudaStream_t Native(Stream& s) { return static_cast<cudaStream_t>(s.native()); }
 
+// Whether `error`, met by a call of now, is of work that ran earlier; the stream has then failed
+// with a message of its own.
+bool FailedBefore(Stream& s, cudaError_t error);
+
 // Fails the stream when the launch just made was refused; `kernel` is named in the message. Called
 // after every launch.
 void Launched(Stream& s, const char* kernel);

@@ -405,7 +405,9 @@ cublasStatus_t Matmul::Enqueue(const Product& p, Descriptors& descriptors, const
 }
 
 void Matmul::Fail(const Product& p, const char* why) {
+  const cudaError_t state = cudaStreamQuery(Native(stream_));
   cudaGetLastError();  // said here, not by the next kernel
+  if (FailedBefore(stream_, state)) return;
   stream_.Fail(absl::InternalError(absl::StrCat(
       op_, ": cuBLASLt ", lt_.loaded->version, " failed on the product of ", p.m, " x ", p.k,
       " and ", p.k, " x ", p.n, " elements on ", Name(stream_.device()), ": ", why)));

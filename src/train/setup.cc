@@ -20,7 +20,8 @@ absl::StatusOr<Device> ChooseDevice(const std::string& name, const World& world)
   const Device gpu = Device::Cuda(world.info().local_rank);
   const absl::Status usable = DescribeDevice(gpu).status();
   if (usable.ok()) return gpu;
-  if (name != "auto") return usable;
+  // A GPU that others have filled is there all the same.
+  if (name != "auto" || absl::IsResourceExhausted(usable)) return usable;
   if (!absl::IsUnimplemented(usable) && world.rank() == 0) {
     LogInfo(absl::StrCat("on the CPU: ", std::string(usable.message())));
   }
@@ -43,6 +44,18 @@ absl::StatusOr<Device> SameDeviceEverywhere(World& world, Device device, const s
         absl::StrCat(differ, "; give every rank a GPU of its own, or set runtime.device=cpu"));
   }
   return device;
+}
+
+// Opens the libraries behind the kernels now: in the first step the ranks would fail one by one.
+absl::Status CheckLibraries(const KernelTable& kernels, DType dtype, const World& world) {
+  if (kernels.describe_libraries == nullptr) return absl::OkStatus();
+  for (const LibraryInfo& library : kernels.describe_libraries()) {
+    if (library.problem.empty()) continue;
+    if (library.required) return absl::UnavailableError(library.problem);
+    // Those that one can do without serve bf16 alone.
+    if (dtype == DType::kBF16 && world.rank() == 0) LogWarning(library.problem);
+  }
+  return absl::OkStatus();
 }
 
 // Refuses ranks that were started with different configurations.
@@ -75,16 +88,28 @@ double BatchBytes(const TrainConfig& config) {
 absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const World& world,
                          Device device) {
   if (device.kind != DeviceKind::kCpu) {
+    const auto too_little = [&](const std::string& what) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat(what,
+                       "; what saves most: runtime.recompute=block, a smaller batch.micro, "
+                       "runtime.loss_chunk=8192, optimizer.offload=true\n",
+                       plan.MemoryTable()));
+    };
+    const int64_t budget = config.runtime.device_memory_bytes;
+    const int64_t drawn = plan.arena_bytes + plan.overhead_bytes;
+    if (budget >= 0 && drawn > budget) {
+      return too_little(absl::StrCat("the plan needs ", HumanBytes(drawn), " on ", Name(device),
+                                     ", but runtime.device_memory_bytes is ", HumanBytes(budget),
+                                     "; raise it"));
+    }
     STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
     // The stream has its workspace already.
     const int64_t needed = plan.arena_bytes - DeviceWorkspaceBytes(device.kind);
     if (needed > info.free_bytes) {
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "the plan needs ", HumanBytes(needed), " more on ", Name(device), " (", info.name,
-          "), of which ", HumanBytes(info.free_bytes), " of ", HumanBytes(info.total_bytes),
-          " are free; what saves most: runtime.recompute=block, a smaller batch.micro, "
-          "runtime.loss_chunk=8192, optimizer.offload=true\n",
-          plan.MemoryTable()));
+      return too_little(absl::StrCat("the plan needs ", HumanBytes(needed), " more on ",
+                                     Name(device), " (", info.name, "), of which ",
+                                     HumanBytes(info.free_bytes), " of ",
+                                     HumanBytes(info.total_bytes), " are free"));
     }
   }
   // Beside a GPU the host holds what was offloaded.
@@ -129,15 +154,18 @@ absl::Status Trainer::Impl::SetUpRuntime() {
                        ", and products in FP8 need 8.9; set runtime.fp8=none"));
     }
   }
+  STRETTO_RETURN_IF_ERROR(
+      world.Agree("opening the libraries", CheckLibraries(*kernels, *dtype, world)));
   if (config.runtime.threads == 0) {
     const int cores = std::max(1u, std::thread::hardware_concurrency());
     config.runtime.threads = std::max(1, cores / std::max(1, world.info().local_size));
   }
-  STRETTO_ASSIGN_OR_RETURN(
-      stream, Stream::Create(device, {.mode = config.runtime.stream == "fifo" ? StreamMode::kFifo
-                                                                              : StreamMode::kInline,
-                                      .threads = static_cast<int>(config.runtime.threads),
-                                      .workspace_bytes = DeviceWorkspaceBytes(device.kind)}));
+  absl::StatusOr<std::unique_ptr<Stream>> made = Stream::Create(
+      device, {.mode = config.runtime.stream == "fifo" ? StreamMode::kFifo : StreamMode::kInline,
+               .threads = static_cast<int>(config.runtime.threads),
+               .workspace_bytes = DeviceWorkspaceBytes(device.kind)});
+  STRETTO_RETURN_IF_ERROR(world.Agree("starting the device's stream", made.status()));
+  stream = *std::move(made);
   timer = std::make_unique<PhaseTimer>(*stream, static_cast<int>(StepPhase::kCount));
   comm = std::make_unique<Communicator>(world);
   STRETTO_RETURN_IF_ERROR(comm->UseDevice(device));

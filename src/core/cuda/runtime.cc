@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/cuda/errors.h"
 
 namespace stretto {
 namespace {
@@ -25,7 +26,26 @@ absl::Status Failed(const char* call, cudaError_t error) {
   return absl::InternalError(absl::StrCat("CUDA: ", call, " failed: ", Text(error)));
 }
 
+// Work that ran before has broken the process's hold on the GPU.
+absl::Status Lost(cudaError_t error, int index) {
+  return absl::InternalError(absl::StrCat(
+      "GPU ", index, " failed: ", Text(error),
+      "; the work before this point is lost: start again from the last checkpoint "
+      "(CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer find a faulty kernel, nvidia-smi -q and dmesg "
+      "a faulty GPU)"));
+}
+
+// An error of earlier work is not one of the call that met it.
+absl::Status Called(const char* call, cudaError_t error, int index) {
+  return ContextLost(error) ? Lost(error, index) : Failed(call, error);
+}
+
+constexpr char kMakeRoom[] =
+    "; end the other programs on it (nvidia-smi lists them), or give another one with "
+    "CUDA_VISIBLE_DEVICES";
+
 absl::Status Exhausted(cudaError_t error, int index) {
+  if (ContextLost(error)) return Lost(error, index);
   size_t available = 0, total = 0;
   cudaGetLastError();  // an allocation that failed is no error of a kernel
   std::string room;
@@ -104,16 +124,16 @@ class CudaQueue final : public DeviceQueue {
     }
     void* memory = nullptr;
     cudaError_t error = cudaHostAlloc(&memory, sizeof(DeviceFault), cudaHostAllocMapped);
-    if (error != cudaSuccess) return Exhausted(error, index);
+    if (error != cudaSuccess) return NoRoom(error, index, sizeof(DeviceFault));
     queue->fault_ = new (memory) DeviceFault;
     error = cudaMalloc(&memory, sizeof(int32_t));
     if (error == cudaSuccess) error = cudaMemset(memory, 0, sizeof(int32_t));
     if (error == cudaSuccess) error = cudaDeviceSynchronize();
-    if (error != cudaSuccess) return Exhausted(error, index);
+    if (error != cudaSuccess) return NoRoom(error, index, sizeof(int32_t));
     queue->fault_->claim = static_cast<int32_t*>(memory);
     if (options.workspace_bytes > 0) {
       error = cudaMalloc(&memory, static_cast<size_t>(options.workspace_bytes));
-      if (error != cudaSuccess) return Exhausted(error, index);
+      if (error != cudaSuccess) return NoRoom(error, index, options.workspace_bytes);
       queue->workspace_ = {static_cast<std::byte*>(memory), options.workspace_bytes};
     }
     return queue;
@@ -158,18 +178,14 @@ class CudaQueue final : public DeviceQueue {
 
   absl::Status WaitFor(const DeviceQueue& other, uint64_t point) override {
     const auto& queue = static_cast<const CudaQueue&>(other);
-    return Failed("cudaStreamWaitEvent",
-                  cudaStreamWaitEvent(stream_, queue.events_[point % kEvents], 0));
+    return Called("cudaStreamWaitEvent",
+                  cudaStreamWaitEvent(stream_, queue.events_[point % kEvents], 0), index_);
   }
 
   absl::Status Synchronize() override {
     const cudaError_t error = cudaStreamSynchronize(stream_);
     STRETTO_RETURN_IF_ERROR(Reported());
-    if (error == cudaSuccess) return absl::OkStatus();
-    return absl::InternalError(absl::StrCat(
-        "GPU ", index_, " failed: ", Text(error),
-        "; the work before this point is lost (run with CUDA_LAUNCH_BLOCKING=1, or under "
-        "compute-sanitizer, to find the kernel)"));
+    return error == cudaSuccess ? absl::OkStatus() : Lost(error, index_);
   }
 
   absl::Status Reported() const override {
@@ -184,39 +200,41 @@ class CudaQueue final : public DeviceQueue {
   }
 
   absl::Status Copy(void* to, const void* from, int64_t bytes) override {
-    return Failed("cudaMemcpyAsync", cudaMemcpyAsync(to, from, static_cast<size_t>(bytes),
-                                                     cudaMemcpyDefault, stream_));
+    return Called("cudaMemcpyAsync",
+                  cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDefault, stream_),
+                  index_);
   }
 
   // Only this queue is captured: other threads, and other queues of this one, go on as they were.
   absl::Status BeginCapture() override {
-    return Failed("cudaStreamBeginCapture",
-                  cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed));
+    return Called("cudaStreamBeginCapture",
+                  cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), index_);
   }
 
   absl::StatusOr<std::unique_ptr<DeviceGraph>> EndCapture() override {
     cudaGraph_t captured = nullptr;
     STRETTO_RETURN_IF_ERROR(
-        Failed("cudaStreamEndCapture", cudaStreamEndCapture(stream_, &captured)));
+        Called("cudaStreamEndCapture", cudaStreamEndCapture(stream_, &captured), index_));
     cudaGraphExec_t graph = nullptr;
     const cudaError_t error = cudaGraphInstantiate(&graph, captured, 0);
     cudaGraphDestroy(captured);
-    STRETTO_RETURN_IF_ERROR(Failed("cudaGraphInstantiate", error));
+    STRETTO_RETURN_IF_ERROR(Called("cudaGraphInstantiate", error, index_));
     return std::make_unique<CudaGraph>(graph);
   }
 
   absl::Status Launch(const DeviceGraph& graph) override {
-    return Failed("cudaGraphLaunch",
-                  cudaGraphLaunch(static_cast<const CudaGraph&>(graph).get(), stream_));
+    return Called("cudaGraphLaunch",
+                  cudaGraphLaunch(static_cast<const CudaGraph&>(graph).get(), stream_), index_);
   }
 
   absl::Status MarkTime(int mark) override {
     while (marks_.size() <= static_cast<size_t>(mark)) {
       cudaEvent_t event = nullptr;
-      STRETTO_RETURN_IF_ERROR(Failed("cudaEventCreate", cudaEventCreate(&event)));
+      STRETTO_RETURN_IF_ERROR(Called("cudaEventCreate", cudaEventCreate(&event), index_));
       marks_.push_back(event);
     }
-    return Failed("cudaEventRecord", cudaEventRecord(marks_[static_cast<size_t>(mark)], stream_));
+    return Called("cudaEventRecord", cudaEventRecord(marks_[static_cast<size_t>(mark)], stream_),
+                  index_);
   }
 
   double SecondsBetween(int from, int to) const override {
@@ -231,6 +249,15 @@ class CudaQueue final : public DeviceQueue {
  private:
   static constexpr int kEvents = 256;
   explicit CudaQueue(int index) : index_(index) {}
+
+  static absl::Status NoRoom(cudaError_t error, int index, int64_t bytes) {
+    if (ContextLost(error)) return Lost(error, index);
+    const absl::Status exhausted = Exhausted(error, index);
+    return absl::Status(exhausted.code(),
+                        absl::StrCat("a stream on GPU ", index, " needs ", bytes,
+                                     " bytes of scratch memory, which could not be allocated: ",
+                                     std::string(exhausted.message()), kMakeRoom));
+  }
 
   int index_;
   cudaStream_t stream_ = nullptr;
@@ -267,6 +294,7 @@ class Runtime final : public DeviceRuntime {
           "no GPU is visible to this process; check CUDA_VISIBLE_DEVICES and nvidia-smi, or use "
           "runtime.device=cpu");
     }
+    if (ContextLost(error)) return Lost(error, index);
     if (error != cudaSuccess) {
       return absl::UnavailableError(absl::StrCat("the GPUs cannot be used: ", Text(error),
                                                  "; check nvidia-smi, or use runtime.device=cpu"));
@@ -278,8 +306,8 @@ class Runtime final : public DeviceRuntime {
           "; start at most one rank for each GPU of a machine, or use runtime.device=cpu"));
     }
     cudaDeviceProp properties;
-    STRETTO_RETURN_IF_ERROR(
-        Failed("cudaGetDeviceProperties", cudaGetDeviceProperties(&properties, index)));
+    cudaError_t reached = cudaGetDeviceProperties(&properties, index);
+    STRETTO_RETURN_IF_ERROR(Called("cudaGetDeviceProperties", reached, index));
     DeviceInfo info;
     info.name = properties.name;
     char pci[32] = {};
@@ -297,9 +325,17 @@ class Runtime final : public DeviceRuntime {
           ", but the kernels of this build need ", kOldestMajor,
           ".0; configure with -DCMAKE_CUDA_ARCHITECTURES for it, or use runtime.device=cpu"));
     }
-    STRETTO_RETURN_IF_ERROR(Failed("cudaSetDevice", cudaSetDevice(index)));
+    // The first call that needs a context of this process, which takes some hundred MiB.
     size_t available = 0, total = 0;
-    STRETTO_RETURN_IF_ERROR(Failed("cudaMemGetInfo", cudaMemGetInfo(&available, &total)));
+    reached = cudaSetDevice(index);
+    if (reached == cudaSuccess) reached = cudaMemGetInfo(&available, &total);
+    if (reached == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // no error of a kernel
+      return absl::ResourceExhaustedError(
+          absl::StrCat("GPU ", index, " (", info.name,
+                       ") has no memory left for this process: ", Text(reached), kMakeRoom));
+    }
+    STRETTO_RETURN_IF_ERROR(Called("cudaMemGetInfo", reached, index));
     info.free_bytes = static_cast<int64_t>(available);
     return info;
   }
@@ -314,7 +350,7 @@ class Runtime final : public DeviceRuntime {
     if (error == cudaSuccess) error = cudaDeviceSynchronize();
     if (error != cudaSuccess) {
       cudaFree(memory);
-      return Failed("cudaMemset", error);
+      return Called("cudaMemset", error, index);
     }
     return static_cast<std::byte*>(memory);
   }
@@ -333,14 +369,14 @@ class Runtime final : public DeviceRuntime {
                                       cudaHostAllocPortable | cudaHostAllocMapped);
     if (error != cudaSuccess) {
       cudaGetLastError();  // an allocation that failed is no error of a kernel
-      return absl::ResourceExhaustedError(Text(error));
+      return ContextLost(error) ? Lost(error, index) : absl::ResourceExhaustedError(Text(error));
     }
     // By the device: faster than by one thread of the host.
     error = cudaMemset(memory, 0, static_cast<size_t>(bytes));
     if (error == cudaSuccess) error = cudaDeviceSynchronize();
     if (error != cudaSuccess) {
       cudaFreeHost(memory);
-      return Failed("cudaMemset", error);
+      return Called("cudaMemset", error, index);
     }
     return static_cast<std::byte*>(memory);
   }
@@ -355,15 +391,16 @@ class Runtime final : public DeviceRuntime {
 
   absl::Status CopyRows(int index, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,
                         int64_t row_bytes, int64_t rows) const override {
-    STRETTO_RETURN_IF_ERROR(Failed("cudaSetDevice", cudaSetDevice(index)));
+    STRETTO_RETURN_IF_ERROR(Called("cudaSetDevice", cudaSetDevice(index), index));
     if (rows == 1) {
-      return Failed("cudaMemcpy",
-                    cudaMemcpy(to, from, static_cast<size_t>(row_bytes), cudaMemcpyDefault));
+      return Called("cudaMemcpy",
+                    cudaMemcpy(to, from, static_cast<size_t>(row_bytes), cudaMemcpyDefault), index);
     }
-    return Failed(
+    return Called(
         "cudaMemcpy2D",
         cudaMemcpy2D(to, static_cast<size_t>(to_pitch), from, static_cast<size_t>(from_pitch),
-                     static_cast<size_t>(row_bytes), static_cast<size_t>(rows), cudaMemcpyDefault));
+                     static_cast<size_t>(row_bytes), static_cast<size_t>(rows), cudaMemcpyDefault),
+        index);
   }
 };
 

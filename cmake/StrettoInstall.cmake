@@ -26,9 +26,9 @@ install(FILES ${PROJECT_BINARY_DIR}/cmake/strettoConfig.cmake
 
 # pkg-config. Archives carry no list of what they need, so a static build names everything; the
 # order is the linker's, users before what they use.
-set(layers train observe snapshot optim parallel model data comm ops kernels_cpu core)
+set(layers train sim observe snapshot optim parallel model plan data comm ops kernels_cpu core)
 if(STRETTO_WITH_CUDA)
-  list(INSERT layers 9 kernels_cuda)  # behind ops
+  list(INSERT layers 11 kernels_cuda)  # behind ops
 endif()
 foreach(layer ${layers})
   string(APPEND STRETTO_PC_LIBRARIES " -lstretto_${layer}")

@@ -184,6 +184,10 @@ absl::Status World::RunThreads(int ranks, const std::function<absl::Status(World
   const auto hub = std::make_shared<ThreadsHub>(ranks);
   std::mutex mutex;
   absl::Status first;
+  const auto note = [&](const absl::Status& status) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (first.ok()) first = status;
+  };
   const auto run = [&](int rank) -> absl::Status {
     RankInfo info;
     info.rank = info.local_rank = rank;
@@ -193,7 +197,9 @@ absl::Status World::RunThreads(int ranks, const std::function<absl::Status(World
     world->phase_->in_process = true;
     STRETTO_ASSIGN_OR_RETURN(world->store_, Store::Connect(store, rank));
     world->transport_ = std::make_unique<ThreadsTransport>(hub, rank);
-    return body(*world);
+    // Noted before this rank leaves: others fail because it has left.
+    note(body(*world));
+    return absl::OkStatus();
   };
   // Nobody begins before all threads are there: some alone would wait for the others.
   std::promise<bool> all_there;
@@ -203,10 +209,7 @@ absl::Status World::RunThreads(int ranks, const std::function<absl::Status(World
   for (int rank = 0; rank < ranks && started.ok(); ++rank) {
     absl::StatusOr<std::thread> thread = StartThread(absl::StrCat("rank ", rank), [&, rank] {
       if (!begin.get()) return;
-      const absl::Status status = run(rank);
-      if (status.ok()) return;
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (first.ok()) first = status;
+      note(run(rank));
     });
     started = thread.status();
     if (thread.ok()) threads.push_back(*std::move(thread));

@@ -102,6 +102,10 @@ std::string FormatLine(const StepStats& s, int64_t total, const Painter& paint) 
     absl::StrAppend(&line, bar,
                     absl::StrFormat("comm %4.1f%%", 100 * s.comm_exposed_ms / s.step_ms));
   }
+  if (s.pipeline_wait_ms > 0 && s.step_ms > 0) {
+    absl::StrAppend(&line, bar,
+                    absl::StrFormat("pipe %4.1f%%", 100 * s.pipeline_wait_ms / s.step_ms));
+  }
   if (s.eval_loss) {
     absl::StrAppend(&line, bar, paint(kCyan, absl::StrFormat("eval %.4f", *s.eval_loss)));
   }

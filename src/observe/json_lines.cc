@@ -86,6 +86,7 @@ std::string StepStatsJson(const StepStats& s, double unix_seconds) {
   record["backward_ms"] = s.backward_ms;
   record["update_ms"] = s.update_ms;
   record["comm_exposed_ms"] = s.comm_exposed_ms;
+  record["pipeline_wait_ms"] = s.pipeline_wait_ms;
   record["time"] = unix_seconds;
   return record.dump();
 }

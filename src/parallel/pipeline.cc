@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/parallel/step_phase.h"
 
 namespace stretto {
 namespace {
@@ -200,13 +201,21 @@ Tensor PipelineExecutor::View(const Buffer& buffer, int64_t tokens) const {
   return buffer.memory.Rows(0, tokens);
 }
 
+absl::Status PipelineExecutor::Wait(Ticket ticket) {
+  const int before =
+      timer_ == nullptr ? -1 : timer_->Begin(static_cast<int>(StepPhase::kPipelineWait));
+  const absl::Status status = comm_.Wait(stream_, ticket);
+  if (before >= 0) timer_->Begin(before);
+  return status;
+}
+
 absl::StatusOr<PipelineExecutor::Buffer*> PipelineExecutor::Take(Pool& pool) {
   // The one that has been free for longest; of those that are still being sent, the oldest.
   for (size_t i = 0; i < pool.buffers.size(); ++i) {
     Buffer& buffer = pool.buffers[(pool.next + i) % pool.buffers.size()];
     if (buffer.taken) continue;
     pool.next = (pool.next + i + 1) % pool.buffers.size();
-    if (buffer.ticket != 0) STRETTO_RETURN_IF_ERROR(comm_.Wait(stream_, buffer.ticket));
+    if (buffer.ticket != 0) STRETTO_RETURN_IF_ERROR(Wait(buffer.ticket));
     buffer.ticket = 0;
     buffer.taken = true;
     return &buffer;
@@ -270,7 +279,7 @@ absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& work
                                                 " before what it needs; check the program"));
       }
       if (ends.takes >= 0) {
-        STRETTO_RETURN_IF_ERROR(comm_.Wait(stream_, tickets_[static_cast<size_t>(ends.takes)]));
+        STRETTO_RETURN_IF_ERROR(Wait(tickets_[static_cast<size_t>(ends.takes)]));
       }
       in = View(*in_buffer, tokens);
     }

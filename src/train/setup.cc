@@ -231,6 +231,7 @@ absl::Status Trainer::Impl::SetUpModel() {
   STRETTO_ASSIGN_OR_RETURN(executor, PipelineExecutor::Create(*comm, pp_group, *stream, plan.step,
                                                               plan.micro_batch_tokens,
                                                               config.model.hidden, dtype, budget));
+  executor->SetTimer(timer.get());
   STRETTO_ASSIGN_OR_RETURN(Program forward, EvaluationProgram(config));
   evaluation_program.emplace(std::move(forward), pp_group.index);
   for (size_t i = 0; i < stages.size(); ++i) {

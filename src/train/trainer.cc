@@ -207,6 +207,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   stats.backward_ms = ms(StepPhase::kBackward);
   stats.update_ms = ms(StepPhase::kUpdate);
   stats.comm_exposed_ms = ms(StepPhase::kExposed);
+  stats.pipeline_wait_ms = ms(StepPhase::kPipelineWait);
   if (stream->device().kind != DeviceKind::kCpu) {
     stats.memory_bytes = budget.Used(Resource::kDeviceMemory);
   } else if (const absl::StatusOr<ProcessMemory> memory = ReadProcessMemory(); memory.ok()) {

@@ -25,9 +25,10 @@ struct StepStats {
   // which follow each other without gaps.
   double data_ms = 0;  // waiting for the batch
   double forward_ms = 0;
-  double backward_ms = 0;  // recomputation included
-  double update_ms = 0;    // norm of the gradient, clipping, optimizer
-  double comm_exposed_ms = 0;  // waiting for communication that nothing overlapped
+  double backward_ms = 0;       // recomputation included
+  double update_ms = 0;         // norm of the gradient, clipping, optimizer
+  double comm_exposed_ms = 0;   // waiting for gradients and parameters that nothing overlapped
+  double pipeline_wait_ms = 0;  // waiting for another stage: bubbles, and messages on their way
 };
 
 }  // namespace stretto

@@ -16,17 +16,9 @@
 #include "stretto/model/graph.h"
 #include "stretto/model/layer.h"
 #include "stretto/parallel/executor.h"
+#include "stretto/parallel/step_phase.h"
 
 namespace stretto {
-
-// What a step's time is spent on, for a PhaseTimer.
-enum class StepPhase : int {
-  kForward,
-  kBackward,
-  kExposed,  // waiting for communication that nothing overlapped
-  kUpdate,   // norm, clipping, optimizer
-  kCount,
-};
 
 struct DataParallelOptions {
   // false: all gradient communication happens after backward and all gathers before forward.

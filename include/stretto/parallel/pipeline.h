@@ -11,6 +11,7 @@
 #include "stretto/comm/communicator.h"
 #include "stretto/core/arena.h"
 #include "stretto/core/budget.h"
+#include "stretto/core/phase_timer.h"
 #include "stretto/core/stream.h"
 #include "stretto/plan/program.h"
 
@@ -97,6 +98,8 @@ class PipelineExecutor {
   absl::Status Run(const RankProgram& program, StageWorker& worker);
   // Waits for the messages in flight.
   absl::Status Finish();
+  // Told of waits for other stages (StepPhase::kPipelineWait); null: nobody is. Outlives the runs.
+  void SetTimer(PhaseTimer* timer) { timer_ = timer; }
 
   int64_t bytes() const { return arena_.bytes(); }
 
@@ -118,9 +121,12 @@ class PipelineExecutor {
   absl::Status ReceiveUntil(const RankProgram& program, int64_t order, const StageWorker& worker);
   Tensor View(const Buffer& buffer, int64_t tokens) const;
 
+  absl::Status Wait(Ticket ticket);
+
   Communicator& comm_;
   Group group_;
   Stream& stream_;
+  PhaseTimer* timer_ = nullptr;
   Arena arena_;
   int64_t token_capacity_ = 0;
   Pool sends_, receives_, kept_;

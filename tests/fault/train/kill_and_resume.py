@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Kills a training run again and again, lets it go on, and compares it with one left alone.
 
-usage: kill_and_resume.py GPT_PROGRAM TOKENIZE_PROGRAM MPIRUN_SCRIPT [TRIALS] [SEED]
+usage: kill_and_resume.py GPT_PROGRAM TOKENIZE_PROGRAM MPIRUN_SCRIPT [TRIALS] [SEED] [SETTING=VALUE...]
 
 Each trial: 2 ranks; a random rank gets SIGKILL at a random moment, several times; the run is started
 again until it finishes. Its losses must equal those of an undisturbed run bit for bit. Then the same
-on 3 ranks from a checkpoint of 2: within 1e-5. SIGTERM must save and leave with code 75.
+on 3 ranks from a checkpoint of 2: within 1e-5. SIGTERM must save and leave with code 75. Settings, such
+as parallel.pp=2, are those of the 2 ranks.
 """
 import json
 import os
@@ -19,8 +20,10 @@ import tempfile
 import time
 
 GPT, TOKENIZE, MPIRUN = sys.argv[1:4]
-TRIALS = int(sys.argv[4]) if len(sys.argv) > 4 else 2
-SEED = int(sys.argv[5]) if len(sys.argv) > 5 else int(time.time())
+NUMBERS = [int(a) for a in sys.argv[4:] if "=" not in a]
+SETTINGS = [a for a in sys.argv[4:] if "=" in a]
+TRIALS = NUMBERS[0] if NUMBERS else 2
+SEED = NUMBERS[1] if len(NUMBERS) > 1 else int(time.time())
 STEPS = 40
 
 
@@ -107,14 +110,14 @@ def main():
             }, config)
         alone = Run(scratch, "alone")
         started = time.time()
-        alone.finish(2)
+        alone.finish(2, *SETTINGS)
         duration = time.time() - started
         expected = alone.losses()
         moments = []
         for trial in range(TRIALS):
             run = Run(scratch, f"trial{trial}")
             for _ in range(4):
-                process = run.start(2)
+                process = run.start(2, *SETTINGS)
                 wait_for(lambda: len(ranks_of(process)) == 2 or process.poll() is not None)
                 moment = random.uniform(0, duration)
                 time.sleep(moment)
@@ -128,7 +131,7 @@ def main():
                 if not wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in victims),
                                 seconds=10):
                     fail(f"a rank outlived the job:\n{output}")
-            run.finish(2)
+            run.finish(2, *SETTINGS)
             if run.losses() != expected:
                 fail(f"trial {trial}: losses differ from the undisturbed run")
         print(f"{TRIALS} trials, killed {len(moments)} times at "
@@ -136,7 +139,7 @@ def main():
 
         # Asked to stop: saved, exit code 75; then on another number of ranks.
         run = Run(scratch, "moved")
-        process = run.start(2)
+        process = run.start(2, *SETTINGS)
         metrics = os.path.join(run.output, "metrics.jsonl")
         wait_for(lambda: os.path.exists(metrics) and sum(1 for _ in open(metrics)) > 4)
         for pid in ranks_of(process):

@@ -181,6 +181,10 @@ std::string Text(const Summary& s) {
   sent("gradients", s.plan.gradient_bytes_sent);
   sent("parameters", s.plan.parameter_bytes_sent);
   sent("scalars", s.plan.scalar_bytes_sent);
+  if (s.plan.step.stages > 1) {
+    sent("between stages", s.plan.boundary_bytes_sent);
+    sent("tied table", s.plan.tied_bytes_sent);
+  }
   if (s.device_memory >= 0) {
     const std::string sizes = absl::StrCat(HumanBytes(s.plan.arena_bytes), " of ",
                                            HumanBytes(s.device_memory), " a rank");
@@ -225,7 +229,9 @@ std::string Json(const Summary& s) {
   j["flops_per_step"] = {{"palm", s.flops.palm}, {"causal", s.flops.causal}};
   j["bytes_sent_per_step"] = {{"gradients", s.plan.gradient_bytes_sent},
                               {"parameters", s.plan.parameter_bytes_sent},
-                              {"scalars", s.plan.scalar_bytes_sent}};
+                              {"scalars", s.plan.scalar_bytes_sent},
+                              {"between_stages", s.plan.boundary_bytes_sent},
+                              {"tied_table", s.plan.tied_bytes_sent}};
   if (s.device_memory >= 0) {
     j["device_memory"] = s.device_memory;
     j["fits"] = s.fits();

@@ -1,5 +1,6 @@
 // Draws pipeline schedules: who works on what and when, the bubble, and the activations held. The
 // times are simulated.
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -52,6 +53,11 @@ absl::Status Run(const Options& o) {
     return absl::InvalidArgumentError(
         "--ranks must be 1 to 4096, --chunks and --micro-batches 0 to 4096, --width 20 to 10000");
   }
+  constexpr int64_t kMostActions = 1 << 17;
+  if (o.ranks * std::max<int64_t>(1, o.chunks) * o.micro_batches > kMostActions) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--ranks times --chunks times --micro-batches must be at most ", kMostActions));
+  }
   int64_t chunks = o.chunks;
   if (chunks == 0) {
     chunks = kind == ScheduleKind::kVShaped || kind == ScheduleKind::kInterleaved ? 2 : 1;
@@ -63,9 +69,11 @@ absl::Status Run(const Options& o) {
   if (!o.costs.empty()) {
     STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadFile(o.costs));
     STRETTO_ASSIGN_OR_RETURN(cost, ParseCostModel(text, o.costs));
-  } else if (!(o.forward >= 0) || !(o.backward_input >= 0) || !(o.backward_weight >= 0) ||
-             !(o.link >= 0)) {
-    return absl::InvalidArgumentError("seconds must not be negative");
+  }
+  for (const double seconds : {o.forward, o.backward_input, o.backward_weight, o.link}) {
+    if (!(seconds >= 0 && seconds <= 1e9)) {
+      return absl::InvalidArgumentError("seconds must be 0 to 1e9");
+    }
   }
   const PlanItem item = {.tokens = 1, .lengths = {1}, .pipelines = {0}};
   STRETTO_ASSIGN_OR_RETURN(

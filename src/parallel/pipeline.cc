@@ -168,18 +168,18 @@ int64_t PipelineExecutor::Bytes(const BoundaryBuffers& buffers, int64_t token_ca
          (buffers.sends + buffers.receives + buffers.kept);
 }
 
+void BoundaryBuffers::Include(const BoundaryBuffers& other) {
+  sends = std::max(sends, other.sends);
+  receives = std::max(receives, other.receives);
+  kept = std::max(kept, other.kept);
+}
+
 absl::StatusOr<std::unique_ptr<PipelineExecutor>> PipelineExecutor::Create(
-    Communicator& comm, const Group& group, Stream& stream, const Program& program,
+    Communicator& comm, const Group& group, Stream& stream, const BoundaryBuffers& buffers,
     int64_t token_capacity, int64_t width, DType dtype, Budget& budget) {
-  if (group.size() != program.ranks()) {
-    return absl::InvalidArgumentError(absl::StrCat("the program is for ", program.ranks(),
-                                                   " ranks, group '", group.name, "' has ",
-                                                   group.size()));
-  }
   auto executor = std::unique_ptr<PipelineExecutor>(new PipelineExecutor(comm, group, stream));
   executor->token_capacity_ = token_capacity;
-  const BoundaryBuffers needed = BuffersOf(program, group.index);
-  const int64_t total = Bytes(needed, token_capacity, width, dtype);
+  const int64_t total = Bytes(buffers, token_capacity, width, dtype);
   STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream.device()), "boundaries", total));
   STRETTO_ASSIGN_OR_RETURN(executor->arena_, Arena::Create(stream.device(), "boundaries", total));
   std::byte* next = executor->arena_.data();
@@ -189,9 +189,9 @@ absl::StatusOr<std::unique_ptr<PipelineExecutor>> PipelineExecutor::Create(
           {.memory = Tensor::Of(next, dtype, {token_capacity, width}, stream.device())});
     }
   };
-  fill(executor->sends_, needed.sends);
-  fill(executor->receives_, needed.receives);
-  fill(executor->kept_, needed.kept);
+  fill(executor->sends_, buffers.sends);
+  fill(executor->receives_, buffers.receives);
+  fill(executor->kept_, buffers.kept);
   return executor;
 }
 
@@ -221,7 +221,7 @@ absl::StatusOr<PipelineExecutor::Buffer*> PipelineExecutor::Take(Pool& pool) {
     return &buffer;
   }
   return absl::FailedPreconditionError(
-      absl::StrCat("rank ", group_.index, " has ", pool.buffers.size(),
+      absl::StrCat("rank ", comm_.world().rank(), " has ", pool.buffers.size(),
                    " buffers for what travels between stages, and the program needs more; create "
                    "the executor for this program"));
 }
@@ -259,7 +259,7 @@ absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& work
     const int64_t tokens = worker.Tokens(a.item);
     if (tokens > token_capacity_) {
       return absl::FailedPreconditionError(
-          absl::StrCat("item ", a.item, " has ", tokens, " tokens on rank ", rank,
+          absl::StrCat("item ", a.item, " has ", tokens, " tokens on rank ", comm_.world().rank(),
                        ", the executor was created for ", token_capacity_));
     }
     STRETTO_RETURN_IF_ERROR(ReceiveUntil(program, a.order, worker));
@@ -274,8 +274,8 @@ absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& work
         in_buffer = kept_by_[static_cast<size_t>(ends.takes_kept)];
       }
       if (in_buffer == nullptr) {
-        return absl::InternalError(absl::StrCat("rank ", rank, " is to run item ", a.item,
-                                                " on stage ", a.stage,
+        return absl::InternalError(absl::StrCat("rank ", comm_.world().rank(), " is to run item ",
+                                                a.item, " on stage ", a.stage,
                                                 " before what it needs; check the program"));
       }
       if (ends.takes >= 0) {

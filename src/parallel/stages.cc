@@ -92,8 +92,11 @@ absl::Status ModelStages::Use(const std::vector<StageParts>& parts) {
   return absl::OkStatus();
 }
 
-void ModelStages::SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches) {
+void ModelStages::SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches,
+                             size_t first, bool more) {
   batches_ = &batches;
+  first_ = first;
+  more_ = more;
   for (Stage& stage : stages_) {
     stage.backwards_left = 0;
     for (const ProgramAction& a : program.actions()) {
@@ -107,9 +110,7 @@ void ModelStages::SetBatches(const RankProgram& program, const std::vector<Packe
 
 TokenFeeder& ModelStages::feeder() { return *stages_.front().slots.front().feeder; }
 
-int64_t ModelStages::Tokens(int item) const {
-  return (*batches_)[static_cast<size_t>(item)].tokens();
-}
+int64_t ModelStages::Tokens(int item) const { return BatchOf(item).tokens(); }
 
 absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {
   for (Slot& slot : stage.slots) {
@@ -134,7 +135,7 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   const bool forward = action.work == StageWork::kForward;
   STRETTO_ASSIGN_OR_RETURN(Slot* const slot, SlotOf(stage, forward ? -1 : action.item));
   if (forward) {
-    const PackedBatch& batch = (*batches_)[static_cast<size_t>(action.item)];
+    const PackedBatch& batch = BatchOf(action.item);
     if (batch.tokens() > p.layout->token_capacity) {
       return absl::InternalError(absl::StrCat("a micro-batch has ", batch.tokens(),
                                               " tokens, the frame was planned for ",
@@ -159,7 +160,7 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   if (p.parameters != nullptr) {
     // Gradients leave from the last backward on: also its input half may come in front of others'
     // weight halves.
-    hooks = &p.parameters->hooks(!forward && done && stage.backwards_left == 1);
+    hooks = &p.parameters->hooks(!forward && done && stage.backwards_left == 1 && !more_);
   }
   ExecuteSome(*p.graph, *p.actions, first, end, *p.run, frame, hooks, replays_);
   if (done) {

@@ -127,7 +127,7 @@ absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::str
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) {
     return absl::InvalidArgumentError(
-        absl::StrCat(source, " is no cost model: it must be a JSON object"));
+        absl::StrCat(source, " is no cost model: it must be a valid JSON object, with numbers that fit"));
   }
   Reader reader(source);
   CostModel cost;

@@ -275,6 +275,14 @@ absl::Status TrainConfig::Resolve(int ranks) {
     }
   }
   if (parallel.pp > 1) {
+    // A program has an entry for each of them on each stage.
+    constexpr int64_t kMost = 65536;
+    const int64_t share = batch.global / std::max<int64_t>(1, parallel.dp);
+    if (share / batch.micro > kMost) {
+      fail("batch.global (", batch.global, ") makes about ", share / batch.micro,
+           " micro-batches of batch.micro (", batch.micro, ") for each pipeline; at most ", kMost,
+           " are supported: raise batch.micro or parallel.dp, or lower batch.global.");
+    }
     if (runtime.fp8 != "none") {
       fail("runtime.fp8 is ", runtime.fp8, " and parallel.pp ", parallel.pp,
            "; layers in FP8 run without a pipeline only: set one of them back.");

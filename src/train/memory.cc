@@ -120,13 +120,19 @@ PartCosts CostsOf(const TrainConfig& config) {
   return {block, with_one - block};
 }
 
-// The most micro-batches of a rank in a step.
-int MicroBatches(const TrainConfig& config) {
-  const int64_t samples = (config.batch.global + config.parallel.dp - 1) / config.parallel.dp;
-  return static_cast<int>((samples + config.batch.micro - 1) / config.batch.micro);
-}
-
 }  // namespace
+
+std::vector<int> StepCounts(const TrainConfig& config) {
+  if (config.parallel.pp == 1) return {1};
+  const int64_t dp = config.parallel.dp, micro = config.batch.micro;
+  std::vector<int> counts;
+  for (const int64_t samples : {(config.batch.global + dp - 1) / dp, config.batch.global / dp}) {
+    // Resolve keeps it far below the limits of an int.
+    const auto count = static_cast<int>((samples + micro - 1) / micro);
+    if (counts.empty() || counts.back() != count) counts.push_back(count);
+  }
+  return counts;
+}
 
 absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) {
   const DeviceKind device = config.runtime.device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
@@ -140,11 +146,19 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, ranks, rank));
   const int dp = mesh.Size("dp"), dp_index = mesh.Coord("dp"), place = mesh.Coord("pp");
   plan.micro_batch_tokens = config.batch.micro * config.data.sequence_length;
-  STRETTO_ASSIGN_OR_RETURN(plan.step, StepProgram(config, MicroBatches(config)));
+  const std::vector<int> counts = StepCounts(config);
+  STRETTO_ASSIGN_OR_RETURN(plan.step, StepProgram(config, counts.front()));
+  STRETTO_ASSIGN_OR_RETURN(const Program evaluation, EvaluationProgram(config));
+  plan.buffers = BuffersOf(plan.step, place);
+  plan.buffers.Include(BuffersOf(evaluation, place));
+  if (counts.size() > 1) {
+    STRETTO_ASSIGN_OR_RETURN(const Program fewer, StepProgram(config, counts.back()));
+    plan.buffers.Include(BuffersOf(fewer, place));
+  }
   STRETTO_ASSIGN_OR_RETURN(
       const Schedule schedule,
       MakeSchedule(plan.step.kind, plan.step.pipeline_ranks,
-                   plan.step.stages / plan.step.pipeline_ranks, MicroBatches(config)));
+                   plan.step.stages / plan.step.pipeline_ranks, counts.front()));
   const std::vector<int> in_flight = FramesInFlight(schedule);
   // Weight halves come last where the schedule runs any of them apart.
   bool halves = false;
@@ -225,7 +239,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   plan.arenas.push_back({"activations", activations});
   if (plan.step.stages > 1) {
     plan.arenas.push_back(
-        {"boundaries", PipelineExecutor::Bytes(BuffersOf(plan.step, place), plan.micro_batch_tokens,
+        {"boundaries", PipelineExecutor::Bytes(plan.buffers, plan.micro_batch_tokens,
                                                config.model.hidden, *dtype)});
     if (tied_bytes > 0) plan.arenas.push_back({"tied gradients", tied_bytes});
     int64_t sends = 0;  // of one micro-batch
@@ -251,6 +265,13 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   // On a GPU what the driver keeps for the process and the code of kernels and libraries.
   if (device != DeviceKind::kCpu) plan.overheads = {{"context and libraries", 1024 * kMiB}};
   if (ranks > 1) plan.overheads.push_back({"messages", 32 * kMiB});
+  if (plan.step.stages > 1) {
+    // Each program: its items, and the actions of all ranks of a pipeline. Kept on the host.
+    constexpr int64_t kItem = 256, kAction = 96;
+    const int64_t each = kItem + 3 * kAction * plan.step.stages;
+    plan.overheads.push_back({"programs", static_cast<int64_t>(counts.front()) * each *
+                                              static_cast<int64_t>(counts.size() + 1)});
+  }
   for (const NamedBytes& o : plan.overheads) plan.overhead_bytes += o.bytes;
   if (dp > 1) {
     for (const StagePlan& stage : plan.stages) {

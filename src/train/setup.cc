@@ -228,10 +228,14 @@ absl::Status Trainer::Impl::SetUpModel() {
   host_inputs = host_scalars + StepScalars::kCount;
   STRETTO_ASSIGN_OR_RETURN(worker,
                            ModelStages::Create(*stream, memory, plan.micro_batch_tokens, budget));
-  STRETTO_ASSIGN_OR_RETURN(executor, PipelineExecutor::Create(*comm, pp_group, *stream, plan.step,
-                                                              plan.micro_batch_tokens,
+  STRETTO_ASSIGN_OR_RETURN(executor, PipelineExecutor::Create(*comm, pp_group, *stream,
+                                                              plan.buffers, plan.micro_batch_tokens,
                                                               config.model.hidden, dtype, budget));
   executor->SetTimer(timer.get());
+  for (const int count : StepCounts(config)) {
+    STRETTO_ASSIGN_OR_RETURN(Program made, StepProgram(config, count));
+    step_programs.push_back(std::make_unique<RankProgram>(std::move(made), pp_group.index));
+  }
   STRETTO_ASSIGN_OR_RETURN(Program forward, EvaluationProgram(config));
   evaluation_program.emplace(std::move(forward), pp_group.index);
   for (size_t i = 0; i < stages.size(); ++i) {

@@ -36,19 +36,24 @@ absl::Status Trainer::Impl::RunBatches(const std::vector<PackedBatch>& batches, 
     };
   }
   STRETTO_RETURN_IF_ERROR(worker->Use(parts));
-  const RankProgram* program = &*evaluation_program;
-  if (training) {
-    step_programs.resize(std::max(step_programs.size(), batches.size() + 1));
-    std::unique_ptr<RankProgram>& found = step_programs[batches.size()];
-    if (found == nullptr) {
-      STRETTO_ASSIGN_OR_RETURN(Program made, StepProgram(config, static_cast<int>(batches.size())));
-      found = std::make_unique<RankProgram>(std::move(made), pp_group.index);
-    }
-    program = found.get();
-  }
   worker->SetReplays(hooks && replays ? &*replays : nullptr);
-  worker->SetBatches(*program, batches);
-  return executor->Run(*program, *worker);
+  const auto run = [&](const RankProgram& program, size_t first, bool more) -> absl::Status {
+    worker->SetBatches(program, batches, first, more);
+    return executor->Run(program, *worker);
+  };
+  if (!training) return run(*evaluation_program, 0, false);
+  if (plan.step.stages > 1) {
+    for (const auto& program : step_programs) {
+      if (program->program().items.size() == batches.size()) return run(*program, 0, false);
+    }
+    return absl::InternalError(
+        absl::StrCat("no program was made for ", batches.size(), " micro-batches"));
+  }
+  // Without a pipeline one after the other.
+  for (size_t i = 0; i < batches.size(); ++i) {
+    STRETTO_RETURN_IF_ERROR(run(*step_programs.front(), i, i + 1 < batches.size()));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status Trainer::Impl::SumOverRanks(Tensor data, const char* label) {
@@ -67,6 +72,7 @@ const ParameterShard* ShardOf(const DataParallel& dp, ParamId id) {
 
 absl::Status Trainer::Impl::SumTiedGradients() {
   if (plan.step.stages == 1 || !config.model.tie_embeddings) return absl::OkStatus();
+  timer->Begin(static_cast<int>(StepPhase::kPipelineWait));
   const int first = plan.step.place_of_stage.front(), last = plan.step.place_of_stage.back();
   const StagePlan &lowest = plan.stages.front(), &highest = plan.stages.back();
   const bool has_table = lowest.stage == 0, has_copy = highest.copy.valid();

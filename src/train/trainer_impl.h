@@ -84,7 +84,8 @@ struct Trainer::Impl {
   double* host_scalars = nullptr;
   std::unique_ptr<ModelStages> worker;
   std::unique_ptr<PipelineExecutor> executor;
-  // By the number of micro-batches, made when first needed; and of an evaluation.
+  // With a pipeline for each number of micro-batches that this rank can have in a step, else for
+  // one micro-batch; and of an evaluation.
   std::vector<std::unique_ptr<RankProgram>> step_programs;
   std::vector<StageParts> parts;  // of the run under way
   std::optional<RankProgram> evaluation_program;

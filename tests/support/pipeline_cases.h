@@ -102,9 +102,10 @@ inline absl::Status RunProgram(Communicator& comm, const Group& group, const Pro
   Budget budget(-1, -1, -1);
   int64_t capacity = 0;
   for (const PlanItem& item : program.items) capacity = std::max(capacity, item.tokens);
-  STRETTO_ASSIGN_OR_RETURN(const auto executor,
-                           PipelineExecutor::Create(comm, group, *stream, program, capacity,
-                                                    kBoundaryWidth, DType::kF32, budget));
+  STRETTO_ASSIGN_OR_RETURN(
+      const auto executor,
+      PipelineExecutor::Create(comm, group, *stream, BuffersOf(program, group.index), capacity,
+                               kBoundaryWidth, DType::kF32, budget));
   CheckingWorker worker(comm, group, program);
   const RankProgram mine(program, group.index);
   for (int step = 0; step < 2; ++step) STRETTO_RETURN_IF_ERROR(executor->Run(mine, worker));

@@ -37,6 +37,8 @@ std::vector<BoundaryMessage> MessagesOf(const Program& program, int rank);
 struct BoundaryBuffers {
   int sends = 0, receives = 0;
   int kept = 0;  // between two stages that lie on this rank
+  // As many as either of two programs needs: with fewer items a program may need more.
+  void Include(const BoundaryBuffers& other);
 };
 BoundaryBuffers BuffersOf(const Program& program, int rank);
 
@@ -81,10 +83,11 @@ class StageWorker {
 
 class PipelineExecutor {
  public:
-  // For items of at most `token_capacity` rows on this rank. `ranks` of the program are the
-  // members of `group`, by index. Reserves its buffers from `budget`: as many as `program` needs.
+  // For items of at most `token_capacity` rows on this rank, and programs that need at most these
+  // buffers, which are reserved from `budget`. A program's ranks are the members of `group`, by
+  // index.
   static absl::StatusOr<std::unique_ptr<PipelineExecutor>> Create(
-      Communicator& comm, const Group& group, Stream& stream, const Program& program,
+      Communicator& comm, const Group& group, Stream& stream, const BoundaryBuffers& buffers,
       int64_t token_capacity, int64_t width, DType dtype, Budget& budget);
   ~PipelineExecutor();
   // Bytes that Create takes on a rank.

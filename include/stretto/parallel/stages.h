@@ -55,9 +55,11 @@ class ModelStages : public StageWorker {
   // What the stages run from now on, in their order; between programs only. INVALID_ARGUMENT when a
   // frame does not fit its memory.
   absl::Status Use(const std::vector<StageParts>& parts);
-  // What the items of the next program are: batches[i] is this rank's share of item i. They stay as
-  // they are until the work is done.
-  void SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches);
+  // What the items of the next program are: batches[first + i] is this rank's share of item i. They
+  // stay as they are until the work is done. With `more` the step goes on with another program, so
+  // gradients do not leave yet.
+  void SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches,
+                  size_t first = 0, bool more = false);
   // One of the feeders, for whoever runs a frame of the first stage by hand between programs.
   TokenFeeder& feeder();
   // Optional, for the stream that the worker was made with.
@@ -74,7 +76,12 @@ class ModelStages : public StageWorker {
 
   Stream& stream_;
   std::vector<Stage> stages_;
+  const PackedBatch& BatchOf(int item) const {
+    return (*batches_)[first_ + static_cast<size_t>(item)];
+  }
   const std::vector<PackedBatch>* batches_ = nullptr;
+  size_t first_ = 0;
+  bool more_ = false;
   ReplayCache* replays_ = nullptr;
 };
 

@@ -36,8 +36,9 @@ absl::StatusOr<Timeline> Simulate(const Program& program, const CostModel& cost)
 // For chrome://tracing and Perfetto: one process, one thread for each rank, times in microseconds.
 std::string ChromeTrace(const Program& program, const Timeline& timeline);
 
-// One line a rank, `columns` characters long at most: items' digits (last two in wide fields) in
-// forward, letters' case tells halves apart. For a terminal.
+// One line a rank, `columns` characters long: a letter (F forward, D backward, B and W its halves)
+// and the item's number where an action begins, dashes while it lasts, dots while the rank is idle.
+// For a terminal.
 std::string DrawText(const Program& program, const Timeline& timeline, int columns);
 
 // A picture for a page: one row a rank, boxes with item numbers, forward, backward, and the two

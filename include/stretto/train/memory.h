@@ -12,6 +12,7 @@
 #include "stretto/core/status.h"
 #include "stretto/model/model.h"
 #include "stretto/optim/optimizer.h"
+#include "stretto/parallel/pipeline.h"
 #include "stretto/plan/program.h"
 #include "stretto/train/config.h"
 
@@ -40,8 +41,10 @@ absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank);
 
 // The plan of one rank. Frames are planned by the same functions that the trainer runs.
 struct RunPlan {
-  std::vector<StagePlan> stages;   // ascending
-  Program step;                    // of a pipeline whose ranks have the most micro-batches
+  std::vector<StagePlan> stages;  // ascending
+  // Of a pipeline whose ranks have the most micro-batches; without a pipeline, of one micro-batch.
+  Program step;
+  BoundaryBuffers buffers;         // for any step, and for an evaluation
   std::vector<int64_t> blocks;     // transformer blocks of each stage of the model
   int64_t micro_batch_tokens = 0;  // capacity of a frame
   // On the run's device: parameters, gradients, constants, optimizer state, activations.
@@ -69,6 +72,11 @@ struct RunPlan {
 // `config` must be resolved for `ranks` ranks; runtime.device says for which kind of device, "auto"
 // counting as the CPU.
 absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank);
+
+// The numbers of micro-batches for which a rank may need a program: with a pipeline those of its
+// steps (data-parallel ranks differ by one sample), the most first; without, micro-batches run one
+// after the other.
+std::vector<int> StepCounts(const TrainConfig& config);
 
 // One step of a pipeline with `micro_batches` micro-batches, and forward alone of one of them.
 absl::StatusOr<Program> StepProgram(const TrainConfig& config, int micro_batches);

@@ -112,8 +112,9 @@ TEST(PipelineExecutor, NamesWhatDoesNotFit) {
                          STRETTO_ASSIGN_OR_RETURN(const auto stream, Stream::Create(Device::Cpu()));
                          STRETTO_ASSIGN_OR_RETURN(
                              const auto executor,
-                             PipelineExecutor::Create(comm, comm.all(), *stream, created, capacity,
-                                                      3, DType::kF32, budget));
+                             PipelineExecutor::Create(comm, comm.all(), *stream,
+                                                      BuffersOf(created, 0), capacity, 3,
+                                                      DType::kF32, budget));
                          testing::CheckingWorker worker(comm, comm.all(), given);
                          return executor->Run(RankProgram(given, 0), worker);
                        }).message());

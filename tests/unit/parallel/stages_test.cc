@@ -148,9 +148,10 @@ Outcome Step(const ModelConfig& config, const Layout& layout, Recompute recomput
     STRETTO_ASSIGN_OR_RETURN(const auto worker,
                              ModelStages::Create(*stream, memory, capacity, budget));
     STRETTO_RETURN_IF_ERROR(worker->Use(parts));
-    STRETTO_ASSIGN_OR_RETURN(const auto executor,
-                             PipelineExecutor::Create(comm, pp, *stream, program, capacity,
-                                                      config.hidden, DType::kF64, budget));
+    STRETTO_ASSIGN_OR_RETURN(
+        const auto executor,
+        PipelineExecutor::Create(comm, pp, *stream, BuffersOf(program, pp.index), capacity,
+                                 config.hidden, DType::kF64, budget));
     const RankProgram rank_program(program, pp.index);
     worker->SetBatches(rank_program, mine);
     STRETTO_RETURN_IF_ERROR(executor->Run(rank_program, *worker));

@@ -1,6 +1,7 @@
 #include "src/model/float8_linear.h"
 
 #include "absl/strings/str_cat.h"
+#include "src/model/layers.h"
 
 namespace stretto {
 
@@ -52,15 +53,7 @@ absl::Status Float8LinearLayer::Declare(Builder& b) {
         b.Output("gelu", out_,
                  {.grad_uses = 0, .cheap = true, .recomputed_if_dropped = true, .gelu_of = y_});
   }
-  weight_ = b.Parameter({.name = "weight",
-                         .shape = {out_, in_},
-                         .init = Init::kNormal,
-                         .std = options_.init_std,
-                         .weight_decay = true});
-  if (options_.bias) {
-    bias_ = b.Parameter(
-        {.name = "bias", .shape = {out_}, .init = Init::kZeros, .std = 0, .weight_decay = false});
-  }
+  DeclareLinearParameters(b, in_, out_, options_, &weight_, &bias_);
   x_operand_ = b.Float8Operand("x", DType::kE4M3);
   w_operand_ = b.Float8Operand("weight", DType::kE4M3);
   dy_operand_ = b.Float8Operand("dy", gradients_);

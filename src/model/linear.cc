@@ -2,6 +2,18 @@
 
 namespace stretto::internal {
 
+void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOptions& options,
+                             ParamId* weight, ParamId* bias) {
+  *weight = b.Parameter({.name = "weight",
+                         .shape = {out, in},
+                         .init = Init::kNormal,
+                         .std = options.init_std,
+                         .weight_decay = true});
+  if (!options.bias) return;
+  *bias = b.Parameter(
+      {.name = "bias", .shape = {out}, .init = Init::kZeros, .std = 0, .weight_decay = false});
+}
+
 absl::Status LinearLayer::Declare(Builder& b) {
   if (b.Width(x_) != in_) {
     return absl::InvalidArgumentError(
@@ -22,15 +34,7 @@ absl::Status LinearLayer::Declare(Builder& b) {
   if (gelu)
     *options_.gelu_output = gelu_ =
         b.Output("gelu", out_, {.grad_uses = 0, .cheap = true, .gelu_of = y_});
-  weight_ = b.Parameter({.name = "weight",
-                         .shape = {out_, in_},
-                         .init = Init::kNormal,
-                         .std = options_.init_std,
-                         .weight_decay = true});
-  if (options_.bias) {
-    bias_ = b.Parameter(
-        {.name = "bias", .shape = {out_}, .init = Init::kZeros, .std = 0, .weight_decay = false});
-  }
+  DeclareLinearParameters(b, in_, out_, options_, &weight_, &bias_);
   return absl::OkStatus();
 }
 

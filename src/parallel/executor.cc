@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <thread>
 #include <utility>
 
@@ -248,7 +249,7 @@ void ExecuteSome(const Graph& graph, const ActionList& list, size_t begin, size_
       }
     };
     if (replays != nullptr) {
-      replays->Run(list, first, end, run, frame, enqueue);
+      replays->Run(list, first, end, run, frame, std::ref(enqueue));  // a reference takes no memory
     } else {
       enqueue();
     }

@@ -158,8 +158,7 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
                     action.work == StageWork::kBackwardWeight || (forward && end == all);
   ActionHooks* hooks = nullptr;
   if (p.parameters != nullptr) {
-    // Gradients leave from the last backward on: also its input half may come in front of others'
-    // weight halves.
+    // Gradients leave with the last weight half of the step on this stage.
     hooks = &p.parameters->hooks(!forward && done && stage.backwards_left == 1 && !more_);
   }
   ExecuteSome(*p.graph, *p.actions, first, end, *p.run, frame, hooks, replays_);

@@ -126,8 +126,8 @@ std::string ToJson(const CostModel& cost) {
 absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::string& source) {
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(source, " is no cost model: it must be a valid JSON object, with numbers that fit"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        source, " is no cost model: it must be a valid JSON object, with numbers that fit"));
   }
   Reader reader(source);
   CostModel cost;

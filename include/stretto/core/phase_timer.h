@@ -33,7 +33,7 @@ class PhaseTimer {
 
   Stream& stream_;
   std::vector<double> seconds_;
-  std::vector<int> phases_;              // by mark: what begins there
+  std::vector<int> phases_;               // by mark: what begins there
   std::vector<Clock::time_point> times_;  // by mark; the CPU's
 };
 

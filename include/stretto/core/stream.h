@@ -34,8 +34,8 @@ class Event {
   uint64_t ticket_ = 0;
 };
 
-// Work that was captured on a stream once and can be launched on it again and again. Ends before its
-// stream.
+// Work that was captured on a stream once and can be launched on it again and again. Ends before
+// its stream.
 class StreamGraph {
  public:
   StreamGraph();

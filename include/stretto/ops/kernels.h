@@ -71,7 +71,7 @@ class Float8Kernels {
                        Tensor a,                            // FP8 [m, k]
                        Tensor b,                            // FP8 [n, k]
                        Tensor inverse_a, Tensor inverse_b,  // f32 [1]: 1 / scale
-                       Tensor bias,                         // bf16 [n], for d in bf16 and no acc; or absent
+                       Tensor bias,  // bf16 [n], for d in bf16 and no acc; or absent
                        bool acc, bool fast) const = 0;
   // Delayed scaling of `count` operands at once: for each the oldest element of `history` makes
   // place for `amax`, amax becomes 0, scale becomes the largest power of two that brings the

@@ -62,11 +62,11 @@ std::string Load(NcclLibrary* library) {
 
 absl::StatusOr<const NcclLibrary*> NcclLibrary::Open() {
   struct Opened {
-    NcclLibrary library = {};
-    std::string wrong = Load(&library);
+    NcclLibrary functions = {};
+    std::string wrong = Load(&functions);
   };
   static const Opened opened;
-  if (opened.wrong.empty()) return &opened.library;
+  if (opened.wrong.empty()) return &opened.functions;
   return absl::UnavailableError(
       absl::StrCat(opened.wrong, "; install NCCL ", VersionText(kOldest),
                    " or later and put its folder into LD_LIBRARY_PATH, or use runtime.device=cpu"));

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Starts a trainer where its GPU, its memory or its libraries are not as they should be.
 
-usage: bad_gpu_input.py GPT_PROGRAM TOKENIZE_PROGRAM MPIRUN_SCRIPT GPU_HOG STUBS [CASE]
+usage: bad_gpu_input.py GPT_PROGRAM TOKENIZE_PROGRAM MPIRUN_SCRIPT GPU_HOG HOLLOW [CASE]
 
 Every case ends within its time, with the exit code and the one sentence that it asks for, and leaves
 no process behind. One line for each; CASE: only those with this in their name. Exit code 77: all
@@ -16,21 +16,21 @@ import sys
 import tempfile
 import time
 
-GPT, TOKENIZE, MPIRUN, HOG, STUBS = sys.argv[1:6]
+GPT, TOKENIZE, MPIRUN, HOG, HOLLOW = sys.argv[1:6]
 ONLY = sys.argv[6] if len(sys.argv) > 6 else ""
 SECONDS = 120
 CRASH = re.compile(r"terminate called|Segmentation fault|Assertion .* failed|core dumped|Aborted")
 
 
 class Case:
-    def __init__(self, name, says, *sets, fails=True, ranks=1, gpus=1, leave=None, stub=None,
+    def __init__(self, name, says, *sets, fails=True, ranks=1, gpus=1, leave=None, hollow=None,
                  environment=None):
         self.name, self.says, self.sets, self.fails = name, says, sets, fails
         self.ranks, self.gpus, self.leave = ranks, gpus, leave
         self.environment = dict(environment or {})
-        if stub is not None:
+        if hollow is not None:
             old = os.environ.get("LD_LIBRARY_PATH")
-            self.environment["LD_LIBRARY_PATH"] = os.path.join(STUBS, stub) + (
+            self.environment["LD_LIBRARY_PATH"] = os.path.join(HOLLOW, hollow) + (
                 f":{old}" if old else "")
 
 
@@ -63,13 +63,13 @@ def cases(gpus):
              r"the plan needs .*, but runtime\.device_memory_bytes is 97\.66 KiB; raise it; " +
              saves, "runtime.device=cuda", "runtime.device_memory_bytes=100000"),
         Case("no cuDNN", r"attention runs on own kernels.*; (install|configure)",
-             "runtime.device=cuda", bf16, fails=False, stub="cudnn"),
+             "runtime.device=cuda", bf16, fails=False, hollow="cudnn"),
         Case("no cuBLASLt", r"matrix products on a GPU need cuBLASLt \d+, but .* lacks "
-             r"cublasLt\w+\); install", "runtime.device=cuda", stub="cublaslt"),
+             r"cublasLt\w+\); install", "runtime.device=cuda", hollow="cublaslt"),
         Case("no NCCL", r"libnccl\.so\.2 lacks nccl\w+; install NCCL", "runtime.device=cuda",
-             ranks=2, gpus=2, stub="nccl"),
+             ranks=2, gpus=2, hollow="nccl"),
         Case("NCCL too old", r"libnccl\.so\.2 is NCCL 2\.18\.5, but .* is needed; install NCCL",
-             "runtime.device=cuda", ranks=2, gpus=2, stub="old_nccl"),
+             "runtime.device=cuda", ranks=2, gpus=2, hollow="old_nccl"),
     ]
 
 

@@ -14,9 +14,7 @@ using std::chrono::milliseconds;
 
 class PhaseTimerTest : public ::testing::TestWithParam<StreamMode> {
  protected:
-  void SetUp() override {
-    stream_ = Stream::Create(Device::Cpu(), {.mode = GetParam()}).value();
-  }
+  void SetUp() override { stream_ = Stream::Create(Device::Cpu(), {.mode = GetParam()}).value(); }
   void Work(int ms) {
     stream_->Enqueue([ms] { std::this_thread::sleep_for(milliseconds(ms)); });
   }

@@ -143,7 +143,7 @@ class CpuFloat8 final : public Float8Kernels {
         if (largest > 0) {
           const float factor = PowerOfTwoBelow(limit.as<float>()[i] / largest);
           scale.as<float>()[i] = factor;
-          inverse.as<float>()[i] = 1 / factor;
+          *inverse.as<float>(i) = 1 / factor;
         }
       }
     });

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_hopper.h"
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/families.h"
 #include "kernels/cuda/support.cuh"
@@ -365,6 +366,7 @@ class CudaAttention final : public AttentionKernels {
   void Backward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o, Tensor o,
                 Tensor lse, Tensor q, Tensor k, Tensor v, const AttentionShape& a) const override {
     if (TooWide(s, q)) return;
+    if (HopperAttentionBackward(s, dq, dk, dv, d_o, o, lse, q, k, v, a)) return;
     ForModelType(q.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       const Shape shape = MakeShape(q, k, a);

@@ -41,6 +41,7 @@ LibraryInfo DescribeCudnn() {
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/attention_cut.h"
+#include "kernels/cuda/attention_hopper.h"
 #include "kernels/cuda/dynamic_library.h"
 #include "kernels/cuda/launch.h"
 
@@ -393,6 +394,7 @@ class CudnnAttention final : public AttentionKernels {
   void Backward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o, Tensor o,
                 Tensor lse, Tensor q, Tensor k, Tensor v,
                 const AttentionShape& shape) const override {
+    if (HopperAttentionBackward(s, dq, dk, dv, d_o, o, lse, q, k, v, shape)) return;
     const Call call = {q, k, v, o, lse, d_o, dq, dk, dv, shape};
     if (!Run(s, call)) {
       PlainAttention()->Backward(s, dq, dk, dv, delta, d_o, o, lse, q, k, v, shape);

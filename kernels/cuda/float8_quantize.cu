@@ -118,7 +118,7 @@ __device__ float PowerOfTwoBelow(float x) {
 struct Scales {
   float *scale, *inverse, *history, *amax;
   const float* limit;
-  int64_t count, steps, history_stride;
+  int64_t count, steps, history_stride, inverse_stride;
 };
 
 __global__ void UpdateScalesKernel(Scales s) {
@@ -144,7 +144,7 @@ __global__ void UpdateScalesKernel(Scales s) {
   if (largest > 0) {
     const float factor = PowerOfTwoBelow(s.limit[i] / largest);
     s.scale[i] = factor;
-    s.inverse[i] = 1 / factor;  // exact
+    s.inverse[i * s.inverse_stride] = 1 / factor;  // exact
   }
 }
 
@@ -186,7 +186,8 @@ void Float8UpdateScales(Stream& s, Tensor scale, Tensor inverse, Tensor history,
                          .limit = data(limit),
                          .count = count,
                          .steps = history.present() ? history.dims[1] : 0,
-                         .history_stride = history.row_stride};
+                         .history_stride = history.row_stride,
+                         .inverse_stride = inverse.row_stride};
   const auto blocks = static_cast<unsigned>((count + kThreads - 1) / kThreads);
   UpdateScalesKernel<<<blocks, kThreads, 0, Native(s)>>>(scales);
   Launched(s, "Float8UpdateScales");

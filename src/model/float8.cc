@@ -11,10 +11,14 @@ namespace {
 constexpr int64_t kAlignment = 256;
 int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// scale, history, inverse, limit and two arrays of magnitudes, f32.
+// Elements between the inverse scales of two operands: products want each at an address of its own
+// alignment.
+constexpr int64_t kInverseStride = Float8Kernels::kAlignment / int64_t{sizeof(float)};
+
+// inverse, then scale, history, limit and two arrays of magnitudes, f32.
 int64_t ScalingBytes(const Graph& graph) {
   const auto n = static_cast<int64_t>(graph.float8_operands.size());
-  return Aligned(n * (Float8State::kHistory + 5) * SizeOf(DType::kF32));
+  return Aligned(n * (kInverseStride + Float8State::kHistory + 4) * SizeOf(DType::kF32));
 }
 
 }  // namespace
@@ -46,10 +50,12 @@ absl::StatusOr<std::unique_ptr<Float8State>> Float8State::Create(const Graph& gr
     *t = Tensor::Of(next, DType::kF32, {n * per_operand}, device);
     next += n * per_operand;
   };
-  vector(&state->scale_);  // first, with the history behind it: see Registered
+  state->inverse_ = Tensor::Of(next, DType::kF32, {n}, device);
+  state->inverse_.row_stride = kInverseStride;
+  next += n * kInverseStride;
+  vector(&state->scale_);  // with the history behind it: see Registered
   state->history_ = Tensor::Of(next, DType::kF32, {n, kHistory}, device);
   next += n * kHistory;
-  vector(&state->inverse_);
   vector(&state->limit_);
   vector(&state->training_amax_);
   vector(&state->other_amax_);
@@ -74,9 +80,17 @@ absl::StatusOr<std::unique_ptr<Float8State>> Float8State::Create(const Graph& gr
   if (n > 0) {
     STRETTO_RETURN_IF_ERROR(send(state->limit_, limits));
     STRETTO_RETURN_IF_ERROR(send(state->scale_, ones));
-    STRETTO_RETURN_IF_ERROR(send(state->inverse_, ones));
+    STRETTO_RETURN_IF_ERROR(state->SetInverse(ones));
   }
   return state;
+}
+
+absl::Status Float8State::SetInverse(const std::vector<float>& scales) {
+  std::vector<float> spread(scales.size() * kInverseStride, 1.0f);
+  for (size_t i = 0; i < scales.size(); ++i) spread[i * kInverseStride] = 1 / scales[i];
+  const Tensor all = Tensor::Of(inverse_.data, DType::kF32, {static_cast<int64_t>(spread.size())},
+                                inverse_.device);
+  return CopyFromHost(all, spread.data());
 }
 
 void Float8State::Quantize(ops::Context c, Float8OperandId id, Tensor q, Tensor qt, Tensor x,
@@ -136,8 +150,7 @@ absl::Status Float8State::Restored() {
   std::vector<float> values(static_cast<size_t>(operands()));
   if (values.empty()) return absl::OkStatus();
   STRETTO_RETURN_IF_ERROR(CopyToHost(values.data(), scale_));
-  for (float& v : values) v = 1 / v;
-  return CopyFromHost(inverse_, values.data());
+  return SetInverse(values);
 }
 
 absl::StatusOr<std::vector<std::byte>> Float8State::Remember() const {

@@ -7,10 +7,10 @@ namespace {
 
 constexpr int64_t kUnit = Float8Kernels::kAlignment;
 
-// Whether every row starts at a multiple of 16 bytes; absent operands do.
+// Whether a tensor, or every row of it, starts at a multiple of 16 bytes; absent operands do.
+bool Aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % kUnit == 0; }
 bool RowsAligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.data) % kUnit == 0 &&
-         (t.rows() <= 1 || t.row_stride * SizeOf(t.dtype) % kUnit == 0);
+  return Aligned(t) && (t.rows() <= 1 || t.row_stride * SizeOf(t.dtype) % kUnit == 0);
 }
 constexpr char kAligned[] = "rows must start at multiples of 16 bytes";
 constexpr char kLacking[] = "the backend has no FP8 kernels";
@@ -70,7 +70,9 @@ void Float8Product(Context c, Tensor d, Tensor a, Tensor b, Tensor inverse_a, Te
       .That(!bias.present() || (d.dtype == DType::kBF16 && Is(bias, DType::kBF16, {b.dims[0]})),
             "bias must be bf16[n] with d bf16, or absent")
       .That(!bias.present() || !acc, "a product that accumulates has no bias")
-      .That(IsOne(inverse_a) && IsOne(inverse_b), "inverse_a and inverse_b must be f32[1]");
+      .That(IsOne(inverse_a) && IsOne(inverse_b), "inverse_a and inverse_b must be f32[1]")
+      .That(Aligned(inverse_a) && Aligned(inverse_b),
+            "inverse_a and inverse_b must lie at multiples of 16 bytes");
   if (check.ok()) {
     c.kernels->float8->Product(*c.stream, d, a, b, inverse_a, inverse_b, bias, acc, fast);
   }
@@ -89,6 +91,8 @@ void Float8UpdateScales(Context c, Tensor scale, Tensor inverse, Tensor history,
       .That(Is(amax, DType::kF32, {count}) && Is(scale, DType::kF32, {count}) &&
                 Is(inverse, DType::kF32, {count}) && Is(limit, DType::kF32, {count}),
             "scale, inverse, amax and limit must be f32[count]")
+      .That(scale.contiguous() && amax.contiguous() && limit.contiguous(),
+            "only inverse may have gaps")
       .That(!history.present() ||
                 (Is(history, DType::kF32, {count, history.dims[1]}) && history.dims[1] > 0),
             "history must be f32[count, steps] or absent");

@@ -77,6 +77,7 @@ struct AttentionSizes {
   std::vector<int32_t> cu_q, cu_k;
   bool causal;
   double scale;
+  bool neat = false;  // rows begin at multiples of 16 bytes, as a GPU's fast kernels want them
 };
 struct AttentionResult {
   Values o, lse;

@@ -62,7 +62,7 @@ class Float8State {
   // --- For whoever drives the step ---
   // Between steps only.
   void SetJustInTime(bool on) { just_in_time_ = on; }
-  bool just_in_time() const { return just_in_time_; }
+  bool just_in_time() const { return just_in_time_ && operands() > 0; }
   // The magnitudes of this step so far, i32 [operands] (the bits of f32 >= 0, ordered alike). With
   // several ranks their maximum goes here before EndStep.
   Tensor Magnitudes() const;
@@ -87,6 +87,7 @@ class Float8State {
 
  private:
   explicit Float8State(const Graph& graph) : graph_(graph) {}
+  absl::Status SetInverse(const std::vector<float>& scales);
 
   const Graph& graph_;
   Arena arena_;

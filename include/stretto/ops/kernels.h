@@ -45,7 +45,8 @@ class LinearKernels {
 };
 
 // Products of FP8 operands (core/float8.h). An operand stands for its codes divided by its scale;
-// scales are f32 [1] and live on the device. A product takes both operands with the summed
+// scales are f32 [1] and live on the device, inverse ones at multiples of kAlignment bytes
+// (cuBLASLt reads them so). A product takes both operands with the summed
 // dimension contiguous, the one form that Hopper's tensor cores read FP8 in; so Quantize makes the
 // transpose too. Widths are multiples of kAlignment, which those tensor cores want; a transpose's
 // rows are padded to one with zeros.
@@ -78,9 +79,10 @@ class Float8Kernels {
   // history's maximum up to `limit` at most, and inverse 1 / scale. An amax that is not finite is
   // passed over, and where all is 0 the scale stays. `history` absent: from amax alone, which is
   // kept (just-in-time scaling).
-  virtual void UpdateScales(Stream& s, Tensor scale, Tensor inverse,  // f32 [count]
-                            Tensor history,                           // f32 [count, steps]
-                            Tensor amax, Tensor limit                 // f32 [count]
+  virtual void UpdateScales(Stream& s, Tensor scale,
+                            Tensor inverse,            // f32 [count], maybe apart
+                            Tensor history,            // f32 [count, steps]
+                            Tensor amax, Tensor limit  // f32 [count], as scale
   ) const = 0;
 };
 

@@ -329,11 +329,12 @@ class Runtime final : public DeviceRuntime {
     size_t available = 0, total = 0;
     reached = cudaSetDevice(index);
     if (reached == cudaSuccess) reached = cudaMemGetInfo(&available, &total);
-    if (reached == cudaErrorMemoryAllocation) {
+    // A full GPU says either; the second also where another process has it for itself alone.
+    if (reached == cudaErrorMemoryAllocation || reached == cudaErrorDevicesUnavailable) {
       cudaGetLastError();  // no error of a kernel
       return absl::ResourceExhaustedError(
           absl::StrCat("GPU ", index, " (", info.name,
-                       ") has no memory left for this process: ", Text(reached), kMakeRoom));
+                       ") has no room for this process: ", Text(reached), kMakeRoom));
     }
     STRETTO_RETURN_IF_ERROR(Called("cudaMemGetInfo", reached, index));
     info.free_bytes = static_cast<int64_t>(available);

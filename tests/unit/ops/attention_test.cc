@@ -32,19 +32,29 @@ struct Problem {
         tk(a.cu_k.back()),
         cu_q(Indices(a.cu_q)),
         cu_k(Indices(a.cu_k)),
-        q(run.Make({tq, a.heads, a.dim}, Random(tq * a.heads * a.dim, 1, scale), 3)),
-        k(run.Make({tk, a.kv_heads, a.dim}, Random(tk * a.kv_heads * a.dim, 2, scale), 7)),
-        v(run.Make({tk, a.kv_heads, a.dim}, Random(tk * a.kv_heads * a.dim, 3), 1)),
-        o(run.Make({tq, a.heads, a.dim}, 2)),
+        q(run.Make({tq, a.heads, a.dim}, Random(tq * a.heads * a.dim, 1, scale), Gap(3))),
+        k(run.Make({tk, a.kv_heads, a.dim}, Random(tk * a.kv_heads * a.dim, 2, scale), Gap(7))),
+        v(run.Make({tk, a.kv_heads, a.dim}, Random(tk * a.kv_heads * a.dim, 3), Gap(1))),
+        o(run.Make({tq, a.heads, a.dim}, Gap(2))),
         lse(run.Wide({tq, a.heads}, 1)),
-        d_o(run.Make({tq, a.heads, a.dim}, Random(tq * a.heads * a.dim, 4), 5)),
-        dq(run.Make({tq, a.heads, a.dim}, 4)),
-        dk(run.Make({tk, a.kv_heads, a.dim}, 6)),
-        dv(run.Make({tk, a.kv_heads, a.dim}, 8)),
+        d_o(run.Make({tq, a.heads, a.dim}, Random(tq * a.heads * a.dim, 4), Gap(5))),
+        dq(run.Make({tq, a.heads, a.dim}, Gap(4))),
+        dk(run.Make({tk, a.kv_heads, a.dim}, Gap(6))),
+        dv(run.Make({tk, a.kv_heads, a.dim}, Gap(8))),
         delta(run.Wide({tq, a.heads}, 2)) {}
 
+  // Elements between rows.
+  int64_t Gap(int64_t gap) const { return a.neat ? 8 : gap; }
   AttentionShape shape() const {
-    return {cu_q, cu_k, Longest(a.cu_q), Longest(a.cu_k), a.causal, a.scale};
+    const int64_t sequences = static_cast<int64_t>(a.cu_q.size()) - 1;
+    const bool uniform = a.neat && Longest(a.cu_q) * sequences == tq;
+    return {cu_q,
+            cu_k,
+            Longest(a.cu_q),
+            Longest(a.cu_k),
+            a.causal,
+            a.scale,
+            uniform ? Longest(a.cu_q) : 0};
   }
   void Forward(ops::Context c) const { ops::Attention(c, o, lse, q, k, v, shape()); }
   void Backward(ops::Context c) const {
@@ -58,6 +68,10 @@ std::vector<AttentionSizes> Cases() {
       {4, 2, 16, {0, 3, 3, 170, 171}, {0, 3, 3, 170, 171}, true, 0.25},
       {3, 1, 5, {0, 65, 70}, {0, 65, 70}, true, 0.4},
       {2, 2, 64, {0, 140}, {0, 140}, true, 0.125},
+      // Heads of 64 and rows that a GPU's tensor cores take: tiles of 128, some of them cut.
+      {4, 2, 64, {0, 1, 130, 130, 515}, {0, 1, 130, 130, 515}, true, 0.125, true},
+      {2, 1, 64, {0, 384, 768}, {0, 384, 768}, true, 0.125, true},
+      {3, 3, 64, {0, 100, 200, 300}, {0, 100, 200, 300}, true, 0.2, true},
       {5, 5, 5, {0, 9, 80}, {0, 9, 80}, false, 0.5},
       // A step of ring attention: other people's keys, more or fewer than there are queries.
       {6, 2, 16, {0, 5, 5, 75}, {0, 130, 131, 135}, false, 0.25},

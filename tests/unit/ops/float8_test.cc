@@ -264,6 +264,13 @@ TEST_P(Float8OpsTest, RefusesWhatTheTensorCoresCannotDo) {
       [&](ops::Context o) { ops::Float8Product(o, d, e4m3, odd, one, one, {}, false, false); }));
   EXPECT_TRUE(refused(
       [&](ops::Context o) { ops::Float8Quantize(o, e4m3, e5m2, d, one, {}); }));  // two types
+  Buffer factors = run.Of(DType::kF32, {8}, Values(8, 1.0));
+  for (const int64_t at : {1, 4}) {
+    EXPECT_EQ(at % 4 != 0, refused([&](ops::Context o) {
+                ops::Float8Product(o, d, e4m3, e4m3, one, factors.view().Rows(at, 1), {}, false,
+                                   false);
+              }));
+  }
   EXPECT_FALSE(refused(
       [&](ops::Context o) { ops::Float8Product(o, d, e4m3, e5m2, one, one, {}, false, false); }));
 }

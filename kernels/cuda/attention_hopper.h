@@ -1,0 +1,19 @@
+// Attention's backward pass on the tensor cores of compute capability 9.0.
+#ifndef STRETTO_KERNELS_CUDA_ATTENTION_HOPPER_H_
+#define STRETTO_KERNELS_CUDA_ATTENTION_HOPPER_H_
+
+#include "stretto/core/stream.h"
+#include "stretto/core/tensor.h"
+#include "stretto/ops/kernels.h"
+
+namespace stretto::cuda {
+
+// AttentionKernels::Backward for causal self-attention in bf16 with heads of 64 numbers, on a
+// Hopper GPU. False, with nothing enqueued, where that is not so or the workspace is too small for
+// two f32 a token and head.
+bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor d_o, Tensor o,
+                             Tensor lse, Tensor q, Tensor k, Tensor v, const AttentionShape& shape);
+
+}  // namespace stretto::cuda
+
+#endif  // STRETTO_KERNELS_CUDA_ATTENTION_HOPPER_H_

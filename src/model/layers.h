@@ -107,6 +107,7 @@ class EmbeddingLayer : public Layer {
   void Forward(Run& run, Frame& frame) const override;
   void BackwardInput(Run&, Frame&) const override {}
   void BackwardWeight(Run& run, Frame& frame) const override;
+  unsigned ReadsParameters() const override { return kInForward; }
 
  private:
   int64_t vocabulary_, width_, positions_;
@@ -198,6 +199,9 @@ class LossHeadLayer : public Layer {
   void Forward(Run& run, Frame& frame) const override;
   void BackwardInput(Run& run, Frame& frame) const override;
   void BackwardWeight(Run& run, Frame& frame) const override;
+  unsigned WritesGradients() const override {
+    return one_chunk() ? kInBackwardWeight : kInBackwardInput;
+  }
 
  private:
   // Products run over whole units of the vocabulary: libraries' kernels are several times slower on

@@ -133,6 +133,29 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   Stage& stage = *found;
   const StageParts& p = stage.parts;
   const bool forward = action.work == StageWork::kForward;
+  const size_t all = p.actions->actions.size();
+  size_t first = 0, end = stage.forward_end;
+  if (!forward) {
+    const bool only_weights = action.work == StageWork::kBackwardWeight;
+    first = only_weights ? stage.weights_begin : stage.forward_end;
+    end = action.work == StageWork::kBackwardInput ? stage.weights_begin : all;
+  }
+  const bool done = action.work == StageWork::kBackward ||
+                    action.work == StageWork::kBackwardWeight || (forward && end == all);
+  ActionHooks* hooks = nullptr;
+  if (p.parameters != nullptr && p.local) {
+    hooks = p.parameters->local_hooks(*p.run, p.actions->training);
+  } else if (p.parameters != nullptr && !p.actions->training) {
+    hooks = p.parameters->evaluation_hooks(*p.run);
+  } else if (p.parameters != nullptr) {
+    // Gradients leave with the last weight half of the step on this stage.
+    hooks = &p.parameters->hooks(!forward && done && stage.backwards_left == 1 && !more_);
+  }
+  if (done && !forward) --stage.backwards_left;
+  if (Empty(action.item)) {
+    if (hooks != nullptr) FollowHooks(*p.actions, first, end, *hooks);
+    return absl::OkStatus();
+  }
   STRETTO_ASSIGN_OR_RETURN(Slot* const slot, SlotOf(stage, forward ? -1 : action.item));
   if (forward) {
     const PackedBatch& batch = BatchOf(action.item);
@@ -147,25 +170,8 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   }
   Frame& frame = *slot->frame;
   frame.boundary = {in, out};
-  const size_t all = p.actions->actions.size();
-  size_t first = 0, end = stage.forward_end;
-  if (!forward) {
-    const bool only_weights = action.work == StageWork::kBackwardWeight;
-    first = only_weights ? stage.weights_begin : stage.forward_end;
-    end = action.work == StageWork::kBackwardInput ? stage.weights_begin : all;
-  }
-  const bool done = action.work == StageWork::kBackward ||
-                    action.work == StageWork::kBackwardWeight || (forward && end == all);
-  ActionHooks* hooks = nullptr;
-  if (p.parameters != nullptr) {
-    // Gradients leave with the last weight half of the step on this stage.
-    hooks = &p.parameters->hooks(!forward && done && stage.backwards_left == 1 && !more_);
-  }
   ExecuteSome(*p.graph, *p.actions, first, end, *p.run, frame, hooks, replays_);
-  if (done) {
-    slot->item = -1;
-    if (!forward) --stage.backwards_left;
-  }
+  if (done) slot->item = -1;
   return absl::OkStatus();
 }
 

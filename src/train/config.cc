@@ -78,9 +78,15 @@ void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
   v.Field("chunks", &chunks,
           "stages on each rank of a pipeline; 0: as the schedule wants, 2 for interleaved",
           {.min = 0, .max = 1 << 16});
+  v.Field(
+      "zero", &zero,
+      "what each data-parallel rank keeps a shard of only: 1: the optimizer's state; 2: gradients, "
+      "too, reduced in every micro-batch; 3: parameters, too, gathered before they are needed",
+      {.min = 1, .max = 3});
   v.Field("overlap", &overlap, "reduce gradients while the backward pass still runs");
-  v.Field("bucket_bytes", &bucket_bytes, "gradient bytes that are reduced together, about",
-          {.min = 1});
+  v.Field("prefetch", &prefetch, "gather parameters ahead of the layers that need them");
+  v.Field("bucket_bytes", &bucket_bytes,
+          "gradient bytes that are reduced, and with zero 3 gathered, together, about", {.min = 1});
 }
 
 void TrainConfig::Runtime::Visit(ConfigVisitor& v) {

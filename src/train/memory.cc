@@ -49,19 +49,6 @@ std::string RunPlan::MemoryTable() const {
   return out;
 }
 
-namespace {
-
-// Bytes that one rank sends when every rank sends each other rank its part.
-int64_t SentParts(const Graph& graph, int ranks, DType dtype) {
-  int64_t bytes = 0;
-  for (const ParameterInfo& p : graph.parameters) {
-    bytes += CutRows(p.rows(), ranks, 0).part * p.columns() * SizeOf(dtype) * (ranks - 1);
-  }
-  return bytes;
-}
-
-}  // namespace
-
 AdamWOptions OptimizerOptions(const TrainConfig& config) {
   const TrainConfig::Optimizer& o = config.optimizer;
   return {.beta1 = o.beta1,
@@ -146,6 +133,8 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, ranks, rank));
   const int dp = mesh.Size("dp"), dp_index = mesh.Coord("dp"), place = mesh.Coord("pp");
   plan.micro_batch_tokens = config.batch.micro * config.data.sequence_length;
+  const int64_t samples = (config.batch.global + dp - 1) / dp;
+  plan.micro_batches = static_cast<int>((samples + config.batch.micro - 1) / config.batch.micro);
   const std::vector<int> counts = StepCounts(config);
   STRETTO_ASSIGN_OR_RETURN(plan.step, StepProgram(config, counts.front()));
   STRETTO_ASSIGN_OR_RETURN(const Program evaluation, EvaluationProgram(config));
@@ -192,6 +181,12 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       STRETTO_ASSIGN_OR_RETURN(
           stage.evaluation_frame,
           PlanFrame(stage.model.graph, stage.evaluation_actions, plan.micro_batch_tokens));
+      stage.buckets = PlanBuckets(stage.model.graph, stage.train_actions, stage.evaluation_actions,
+                                  {.zero = static_cast<int>(config.parallel.zero),
+                                   .ranks = dp,
+                                   .bucket_bytes = config.parallel.bucket_bytes,
+                                   .pieces = plan.step.stages > 1,
+                                   .halves = halves});
       stage.frames = std::max(1, in_flight[static_cast<size_t>(s)]);
     }
     part.first_block = part.end_block;
@@ -199,11 +194,13 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
 
   StorageBytes storage;
   int64_t constants = 0, activations = 0, tokens = 0, float8_bytes = 0, tied_bytes = 0;
+  int64_t bucket_buffers = 0;
   int64_t float8_operands = 0;
   AdamW::Bytes update;
   for (const StagePlan& stage : plan.stages) {
     const Graph& graph = stage.model.graph;
-    const StorageBytes of_stage = DataParallelStorage(graph, dp);
+    const StorageBytes of_stage = DataParallelStorage(graph, dp, stage.buckets.zero);
+    bucket_buffers += stage.buckets.buffer_bytes;
     storage.parameters += of_stage.parameters;
     storage.gradients += of_stage.gradients;
     for (const ConstantInfo& c : graph.constants) constants += c.rows * c.columns * SizeOf(c.dtype);
@@ -233,6 +230,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       {"gradients", storage.gradients},
       {"constants", constants},
   };
+  if (bucket_buffers > 0) plan.arenas.push_back({"bucket buffers", bucket_buffers});
   const bool offload = config.optimizer.offload && device != DeviceKind::kCpu;
   (offload ? plan.host_arenas : plan.arenas).push_back({"optimizer state", update.state});
   plan.arenas.push_back({"optimizer table", update.table});
@@ -246,7 +244,6 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
     for (const BoundaryMessage& m : MessagesOf(plan.step, place)) {
       sends += m.receive || m.item != 0 ? 0 : 1;
     }
-    const int64_t samples = (config.batch.global + dp - 1) / dp;
     plan.boundary_bytes_sent =
         sends * samples * config.data.sequence_length * config.model.hidden * SizeOf(*dtype);
   }
@@ -273,12 +270,10 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
                                               static_cast<int64_t>(counts.size() + 1)});
   }
   for (const NamedBytes& o : plan.overheads) plan.overhead_bytes += o.bytes;
-  if (dp > 1) {
-    for (const StagePlan& stage : plan.stages) {
-      const Graph& graph = stage.model.graph;
-      plan.gradient_bytes_sent += SentParts(graph, dp, AccumulateType(graph.dtype));
-      plan.parameter_bytes_sent += SentParts(graph, dp, graph.dtype);
-    }
+  for (const StagePlan& stage : plan.stages) {
+    const BucketBytes sent = SentBytes(stage.model.graph, stage.buckets, plan.micro_batches);
+    plan.gradient_bytes_sent += sent.gradients;
+    plan.parameter_bytes_sent += sent.parameters;
   }
   // Small all-reduces send everything to everybody.
   plan.scalar_bytes_sent = StepScalars::kReduced * SizeOf(DType::kF64) * (ranks - 1) +

@@ -193,7 +193,9 @@ absl::Status Trainer::Impl::SetUpModel() {
         stage.dp, DataParallel::Create(*comm, dp_group, part, *stream, *kernels,
                                        static_cast<uint64_t>(config.seed), budget,
                                        {.overlap = config.parallel.overlap,
+                                        .prefetch = config.parallel.prefetch,
                                         .bucket_bytes = config.parallel.bucket_bytes,
+                                        .buckets = &planned.buckets,
                                         .timer = timer.get(),
                                         .threads = static_cast<int>(config.runtime.threads)}));
     AdamWOptions options = OptimizerOptions(config);

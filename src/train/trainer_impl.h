@@ -94,6 +94,7 @@ struct Trainer::Impl {
   std::unique_ptr<TokenDataset> train_data, validation_data;
   std::unique_ptr<Loader> loader;
   std::vector<PackedBatch> evaluation_batch;  // one
+  std::vector<PackedBatch> no_batch;          // none
 
   OutputLock lock;  // rank 0
   StateRegistry registry;
@@ -130,8 +131,9 @@ struct Trainer::Impl {
   absl::Status EndFloat8Step();
   // In place, over all ranks.
   absl::Status SumOverRanks(Tensor data, const char* label);
-  // Forward and backward, or forward alone, of this rank's micro-batches. Without `hooks` gradients
-  // stay here and parameters must be complete.
+  // Forward and backward, or forward alone, of this rank's micro-batches, and as many empty ones as
+  // others have more where they exchange something in each. Without `hooks` gradients stay here and
+  // parameters must be complete; those that are not are whatever lies in their buffers.
   absl::Status RunBatches(const std::vector<PackedBatch>& batches, bool training, bool hooks);
   // The table that the first and the last stage share: its gradients are summed where it is
   // updated, and the copy receives the new values.
@@ -140,6 +142,7 @@ struct Trainer::Impl {
   absl::Status GatherParameters();
   absl::Status WaitParameters();
   const Graph& first_graph() const { return plan.stages.front().model.graph; }
+  int zero() const { return plan.stages.front().buckets.zero; }
 };
 
 }  // namespace stretto

@@ -39,6 +39,10 @@ class Layer {
   virtual void Recompute(Run& run, Frame& frame) const { Forward(run, frame); }
   virtual void BackwardInput(Run& run, Frame& frame) const = 0;
   virtual void BackwardWeight(Run& run, Frame& frame) const = 0;
+  // In which halves (Use) the layer reads its parameters, recomputation being part of forward, and
+  // in which it writes their gradients. In others they need not be there.
+  virtual unsigned ReadsParameters() const { return kInForward | kInBackwardInput; }
+  virtual unsigned WritesGradients() const { return kInBackwardWeight; }
 };
 
 // How a linear layer's weight is meant to be cut when a tensor axis exists.
@@ -300,6 +304,15 @@ class Run {
   void SetFloat8(Float8State* state);
   void SetStorage(std::vector<Tensor> parameters, std::vector<Tensor> gradients,
                   std::vector<Tensor> constants, Tensor loss_total);
+  // A parameter, or where its gradient goes from now on, with nothing accumulated there yet. Absent
+  // while it is nowhere in full.
+  void SetParameter(ParamId id, const Tensor& value) {
+    parameters_[static_cast<size_t>(id.value)] = value;
+  }
+  void SetGradient(ParamId id, const Tensor& gradient) {
+    gradients_[static_cast<size_t>(id.value)] = gradient;
+    touched_.gradients[static_cast<size_t>(id.value)] = 0;
+  }
   // Nothing has been accumulated yet, and parameters may have changed.
   void BeginStep();
   // What has been written since BeginStep and is added to, or used, from now on.

@@ -12,6 +12,7 @@
 #include "stretto/core/status.h"
 #include "stretto/model/model.h"
 #include "stretto/optim/optimizer.h"
+#include "stretto/parallel/bucket_plan.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/plan/program.h"
 #include "stretto/train/config.h"
@@ -29,6 +30,7 @@ struct StagePlan {
   Model model;
   ActionList train_actions, evaluation_actions;
   FrameLayout train_frame, evaluation_frame;
+  BucketPlan buckets;
   int frames = 1;  // micro-batches in flight at most
   int64_t frame_bytes() const { return std::max(train_frame.bytes(), evaluation_frame.bytes()); }
   // The copy of a table that another stage updates (tied embeddings); invalid: there is none.
@@ -47,6 +49,7 @@ struct RunPlan {
   BoundaryBuffers buffers;         // for any step, and for an evaluation
   std::vector<int64_t> blocks;     // transformer blocks of each stage of the model
   int64_t micro_batch_tokens = 0;  // capacity of a frame
+  int micro_batches = 1;           // in a step, of the rank that has most
   // On the run's device: parameters, gradients, constants, optimizer state, activations.
   std::vector<NamedBytes> arenas;
   int64_t arena_bytes = 0;  // their sum

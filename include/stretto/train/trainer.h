@@ -56,7 +56,8 @@ class Trainer {
   int64_t BytesSent(const std::string& axis) const;
   // Memory by arena, the mesh and the resolved sizes, for the banner.
   std::string Describe() const;
-  // A parameter's value on this rank, complete (tests, export).
+  // A parameter's value on this rank, complete, until the next call (tests, export). With
+  // parallel.zero=3 all ranks that share it call this together.
   absl::StatusOr<Tensor> Parameter(const std::string& name);
 
  private:

@@ -24,11 +24,12 @@ absl::Status Compare(World& world, const TrainConfig& config) {
       TrainConfig here = config;
       if (ranks == 1) here.parallel.pp = 1;
       const testing::RunRecord record = testing::TrainOnThreads(ranks, here);
+      const double tolerance = config.runtime.dtype == "f64" ? 1e-9 : 1e-5;
       verdict.Update(record.status);
       for (size_t i = 0; record.status.ok() && i < mine.size(); ++i) {
         const double expected = record.steps[i].loss, got = mine[i].loss;
         const bool exact = ranks == world.size();
-        if (exact ? expected != got : !(std::abs(expected - got) <= 1e-5 * expected)) {
+        if (exact ? expected != got : !(std::abs(expected - got) <= tolerance * expected)) {
           verdict.Update(absl::InternalError(absl::StrCat(config.model.family, ", step ", i + 1,
                                                           ": loss ", got, " over MPI, ", expected,
                                                           " on ", ranks, " threads")));
@@ -45,6 +46,16 @@ absl::Status RunAll(World& world) {
     STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, family));
     config.steps = 20;
     STRETTO_RETURN_IF_ERROR(Compare(world, config));
+    // With gradients and parameters sharded, too.
+    TrainConfig sharded = config;
+    sharded.steps = 6;
+    for (const int64_t zero : {2, 3}) {
+      for (const char* dtype : {"f32", "f64"}) {
+        sharded.parallel.zero = zero;
+        sharded.runtime.dtype = dtype;
+        STRETTO_RETURN_IF_ERROR(Compare(world, sharded));
+      }
+    }
     // With pipelines of two ranks, under a schedule of each kind.
     if (world.size() % 2 != 0) continue;
     config.model.layers = 5;
@@ -53,6 +64,10 @@ absl::Status RunAll(World& world) {
       config.parallel.schedule = schedule;
       STRETTO_RETURN_IF_ERROR(Compare(world, config));
     }
+    sharded = config;
+    sharded.steps = 6;
+    sharded.parallel.zero = 3;
+    STRETTO_RETURN_IF_ERROR(Compare(world, sharded));
   }
   // Nobody removes the files that another rank still reads.
   return world.Barrier("end");

@@ -182,14 +182,14 @@ absl::Status BucketBuffers::FinishGradients() {
   return absl::OkStatus();
 }
 
-absl::Status BucketBuffers::GatherAhead() {
-  if (!options_.prefetch || training_.plan->before.empty()) return absl::OkStatus();
-  for (const BucketEvent& event : training_.plan->before.front()) {
-    if (event.kind == BucketEventKind::kGather) {
+void BucketBuffers::GatherFor(size_t action) {
+  if (!options_.prefetch || action >= training_.plan->before.size()) return;
+  for (const BucketEvent& event : training_.plan->before[action]) {
+    if (event.kind == BucketEventKind::kCollect) return;  // the place may be that of these sums
+    if (event.kind == BucketEventKind::kGather && !event.ahead) {
       Gather(training_.stays[static_cast<size_t>(event.stay)]);
     }
   }
-  return absl::OkStatus();
 }
 
 absl::Status BucketBuffers::WaitGathers() {

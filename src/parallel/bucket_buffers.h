@@ -49,8 +49,8 @@ class BucketBuffers {
   absl::Status After(const Caller& caller, size_t action);
   // All sums of the step are in the shards afterwards.
   absl::Status FinishGradients();
-  // Starts the gather that a step begins with.
-  absl::Status GatherAhead();
+  // Starts the gathers of a training action before its turn.
+  void GatherFor(size_t action);
   // Waits until the shards are read by no gather.
   absl::Status WaitGathers();
   // Forgets what was gathered ahead: somebody else is about to use the buffers.

@@ -311,6 +311,10 @@ ActionHooks& DataParallel::hooks(bool last_micro_batch) {
   return last_micro_batch ? *last_hooks_ : *plain_hooks_;
 }
 
+void DataParallel::GatherFor(size_t action) {
+  if (zero_ == 3) buffers_->GatherFor(action);
+}
+
 ActionHooks* DataParallel::evaluation_hooks(Run& run) {
   if (zero_ < 3) return nullptr;
   absl::Status dropped = buffers_->Drop();
@@ -352,7 +356,10 @@ absl::Status DataParallel::FinishGradients(Run& run) {
 
 absl::Status DataParallel::GatherParameters() {
   if (group_.size() == 1) return absl::OkStatus();
-  if (zero_ == 3) return buffers_->GatherAhead();
+  if (zero_ == 3) {
+    buffers_->GatherFor(0);
+    return absl::OkStatus();
+  }
   // In the order of the next forward, which is the reverse of backward's.
   for (auto bucket = buckets_.rbegin(); bucket != buckets_.rend(); ++bucket) {
     bucket->gather = comm_.AllGatherMany(group_, bucket->value_outputs, bucket->value_inputs,

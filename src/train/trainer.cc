@@ -45,6 +45,10 @@ absl::Status Trainer::Impl::RunBatches(const std::vector<PackedBatch>& batches, 
   if (!training) return run(*evaluation_program, 0, false);
   // With ZeRO-2 and 3 ranks exchange something in every micro-batch: all go through as many.
   const bool all_alike = zero() > 1 && hooks;
+  if (all_alike && batches.size() > static_cast<size_t>(plan.micro_batches)) {
+    return absl::InternalError(absl::StrCat("a step has ", batches.size(), " micro-batches, ",
+                                            plan.micro_batches, " were planned"));
+  }
   if (plan.step.stages > 1) {
     if (all_alike) return run(*step_programs.front(), 0, false);
     for (const auto& program : step_programs) {

@@ -106,6 +106,10 @@ class DataParallel {
   void BeginStep(Run& run);
   // Hooks for one micro-batch of the step. After the last one gradients of finished layers leave.
   ActionHooks& hooks(bool last_micro_batch);
+  // With ZeRO-3, starts the gather that the hooks of training action `action` would start: for
+  // whoever knows what this rank runs next and has to wait for something else before. All ranks of
+  // the group call it in the same place.
+  void GatherFor(size_t action);
   // Hooks for a list of evaluation that `run` goes through, by all ranks alike; null where
   // parameters are complete anyway.
   ActionHooks* evaluation_hooks(Run& run);

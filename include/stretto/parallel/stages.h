@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "stretto/core/arena.h"
@@ -78,6 +79,8 @@ class ModelStages : public StageWorker {
   struct Stage;
   explicit ModelStages(Stream& stream);
   absl::StatusOr<Slot*> SlotOf(Stage& stage, int item);
+  // The actions [first, end) of a stage's list that a program's action stands for.
+  static std::pair<size_t, size_t> RangeOf(const Stage& stage, StageWork work);
 
   Stream& stream_;
   std::vector<Stage> stages_;

@@ -92,7 +92,7 @@ absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const W
       return absl::ResourceExhaustedError(
           absl::StrCat(what,
                        "; what saves most: runtime.recompute=block, a smaller batch.micro, "
-                       "runtime.loss_chunk=8192, optimizer.offload=true\n",
+                       "runtime.loss_chunk=8192, optimizer.offload=true, parallel.zero=3\n",
                        plan.MemoryTable()));
     };
     const int64_t budget = config.runtime.device_memory_bytes;

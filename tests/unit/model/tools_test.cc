@@ -189,6 +189,20 @@ TEST_F(PlanTool, FallsBackToMoreRanksAndSmallerModels) {
               HasSubstr("does not fit"));
 }
 
+TEST_F(PlanTool, AdvisesAndShowsShards) {
+  const std::string all =
+      "c.json --ranks 8 --set batch.micro=1 --set runtime.recompute=block"
+      " --set runtime.loss_chunk=8192 ";
+  EXPECT_THAT(Plan(all + "--device-memory 8GiB").output, HasSubstr("; set parallel.zero=2, "));
+  EXPECT_THAT(Plan(all + "--device-memory 6GiB").output, HasSubstr("; set parallel.zero=3, "));
+  EXPECT_EQ(Plan(all + "--device-memory 6GiB --set parallel.zero=3").code, 0);
+  const Result events = Plan(all + "--set parallel.zero=3 --buckets");
+  EXPECT_EQ(events.code, 0);
+  EXPECT_THAT(events.output, HasSubstr("before F embed"));
+  EXPECT_THAT(events.output, HasSubstr(": gather ahead parameters "));
+  EXPECT_THAT(Plan(all + "--buckets").output, HasSubstr("stage 0, ZeRO-1"));
+}
+
 TEST_F(PlanTool, JsonHasTheSameFigures) {
   const Result r = Plan("c.json --json --ranks 2");
   EXPECT_EQ(r.code, 0) << r.output;

@@ -105,6 +105,12 @@ TEST(RunPlan, ShardsShrinkWithTheRanks) {
     EXPECT_EQ(three.gradient_bytes_sent, two.gradient_bytes_sent);
     EXPECT_EQ(three.parameter_bytes_sent, micro_batches * 7 * (2 * bytes - 2 * table - norm) / 8);
   }
+  // A table that embedding and head share is gathered and reduced for each of them.
+  config.model.tie_embeddings = true;
+  const RunPlan tied = plan(3, 4, 8);
+  const int64_t bytes = 4 * tied.stages.front().model.graph.ParameterElements();
+  EXPECT_EQ(tied.gradient_bytes_sent, tied.micro_batches * 7 * (bytes + 4 * 512 * 128) / 8);
+  EXPECT_EQ(tied.parameter_bytes_sent, tied.micro_batches * 7 * (2 * bytes - 4 * 128) / 8);
   // On one rank there is nothing to shard.
   EXPECT_EQ(plan(3, 4, 1).arena_bytes, plan(1, 4, 1).arena_bytes);
 }

@@ -351,6 +351,9 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Sharded,
 // Negative controls: a plan that gives a bucket up too early, or two buckets the same place, is
 // found out, by the poison or by another gradient.
 TEST(ShardedComparison, SeesAPlanThatIsWrong) {
+#ifdef __SANITIZE_THREAD__
+  GTEST_SKIP() << "messages under way read places that are written: the races are what is wrong";
+#endif
   ModelConfig config = testing::OddModel("qwen3", false);
   config.layers = 3;
   ASSERT_TRUE(config.Resolve().ok());

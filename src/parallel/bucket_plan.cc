@@ -1,7 +1,7 @@
 #include "stretto/parallel/bucket_plan.h"
 
 #include <algorithm>
-#include <numeric>
+#include <limits>
 #include <set>
 #include <utility>
 
@@ -301,21 +301,29 @@ BucketPlan PlanBuckets(const Graph& graph, const ActionList& training, const Act
   return plan;
 }
 
-BucketBytes SentBytes(const Graph& graph, const BucketPlan& plan, int micro_batches) {
-  BucketBytes sent;
+BucketBytes SentBytes(const Graph& graph, const BucketPlan& plan, int64_t micro_batches) {
+  BucketBytes once, often;  // a step, and a micro-batch
   for (size_t b = 0; b < plan.buckets.size(); ++b) {
     int64_t part = 0;  // elements that a rank sends each other one
     for (const int p : plan.buckets[b]) {
       const ParameterInfo& info = graph.parameters[static_cast<size_t>(p)];
       part += CutRows(info.rows(), plan.ranks, 0).part * info.columns();
     }
-    const int64_t elements = part * (plan.ranks - 1);
-    const int64_t reduces = plan.zero >= 2 ? int64_t{micro_batches} * plan.training.reduces[b] : 1;
-    const int64_t gathers = plan.zero >= 3 ? int64_t{micro_batches} * plan.training.gathers[b] : 1;
-    sent.gradients += reduces * elements * SizeOf(AccumulateType(graph.dtype));
-    sent.parameters += gathers * elements * SizeOf(graph.dtype);
+    const int64_t gradients = part * (plan.ranks - 1) * SizeOf(AccumulateType(graph.dtype));
+    const int64_t parameters = part * (plan.ranks - 1) * SizeOf(graph.dtype);
+    plan.zero >= 2 ? often.gradients += plan.training.reduces[b]* gradients
+                   : once.gradients += gradients;
+    plan.zero >= 3 ? often.parameters += plan.training.gathers[b]* parameters
+                   : once.parameters += parameters;
   }
-  return sent;
+  const auto times = [&](int64_t bytes) {
+    constexpr int64_t kMost = std::numeric_limits<int64_t>::max() / 4;
+    int64_t product = 0;
+    return __builtin_mul_overflow(micro_batches, bytes, &product) ? kMost
+                                                                  : std::min(product, kMost);
+  };
+  return {.parameters = once.parameters + times(often.parameters),
+          .gradients = once.gradients + times(often.gradients)};
 }
 
 std::string Describe(const Graph& graph, const ActionList& list, const BucketTimeline& timeline) {

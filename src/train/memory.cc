@@ -134,7 +134,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   const int dp = mesh.Size("dp"), dp_index = mesh.Coord("dp"), place = mesh.Coord("pp");
   plan.micro_batch_tokens = config.batch.micro * config.data.sequence_length;
   const int64_t samples = (config.batch.global + dp - 1) / dp;
-  plan.micro_batches = static_cast<int>((samples + config.batch.micro - 1) / config.batch.micro);
+  plan.micro_batches = (samples + config.batch.micro - 1) / config.batch.micro;
   const std::vector<int> counts = StepCounts(config);
   STRETTO_ASSIGN_OR_RETURN(plan.step, StepProgram(config, counts.front()));
   STRETTO_ASSIGN_OR_RETURN(const Program evaluation, EvaluationProgram(config));

@@ -93,12 +93,12 @@ BucketTimeline PlanTimeline(const Graph& graph, const ActionList& list,
 int64_t PlaceBytes(const Graph& graph, const std::vector<int>& params, int ranks, DType dtype);
 
 // Bytes that a rank sends in a step of `micro_batches` micro-batches, for its parameters and for
-// its gradients. With ZeRO-1 gradients are reduced once a step, and with ZeRO-1 and 2 parameters
-// gathered once.
+// its gradients; numbers too large for 64 bits end at a quarter of the largest. With ZeRO-1
+// gradients are reduced once a step, and with ZeRO-1 and 2 parameters gathered once.
 struct BucketBytes {
   int64_t parameters = 0, gradients = 0;
 };
-BucketBytes SentBytes(const Graph& graph, const BucketPlan& plan, int micro_batches);
+BucketBytes SentBytes(const Graph& graph, const BucketPlan& plan, int64_t micro_batches);
 
 // One line for each event: when, what, which bucket, where.
 std::string Describe(const Graph& graph, const ActionList& list, const BucketTimeline& timeline);

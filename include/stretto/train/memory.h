@@ -49,7 +49,7 @@ struct RunPlan {
   BoundaryBuffers buffers;         // for any step, and for an evaluation
   std::vector<int64_t> blocks;     // transformer blocks of each stage of the model
   int64_t micro_batch_tokens = 0;  // capacity of a frame
-  int micro_batches = 1;           // in a step, of the rank that has most
+  int64_t micro_batches = 1;       // in a step, of the rank that has most
   // On the run's device: parameters, gradients, constants, optimizer state, activations.
   std::vector<NamedBytes> arenas;
   int64_t arena_bytes = 0;  // their sum

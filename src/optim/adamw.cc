@@ -107,15 +107,11 @@ void AdamW::Step(Tensor scalars, double lr, int64_t step) const {
 absl::Status AdamW::Register(StateRegistry* registry) const {
   for (size_t i = 0; i < items_.size(); ++i) {
     const OptimizerItem& item = items_[i];
-    const ParameterSpec& spec = graph_.parameters[shards_[i].param.value].spec;
+    const ParameterInfo& info = graph_.parameters[shards_[i].param.value];
     const auto add = [&](const char* prefix, Tensor local) {
       // Where it lies: the host reads what is offloaded without a copy.
       local.device = state_.device();
-      return registry->Add({.name = prefix + spec.name,
-                            .dtype = local.dtype,
-                            .global_shape = spec.shape,
-                            .first_row = shards_[i].first_row,
-                            .local = local});
+      return RegisterRows(registry, prefix, info, shards_[i].first_row, local);
     };
     STRETTO_RETURN_IF_ERROR(add("optim.exp_avg.", item.m));
     STRETTO_RETURN_IF_ERROR(add("optim.exp_avg_sq.", item.v));

@@ -10,14 +10,6 @@
 
 namespace stretto {
 
-RowCut CutRows(int64_t rows, int ranks, int index) {
-  RowCut cut;
-  cut.part = (rows + ranks - 1) / ranks;
-  cut.first = std::min(rows, cut.part * index);
-  cut.count = std::min(rows, cut.part * (index + 1)) - cut.first;
-  return cut;
-}
-
 std::vector<std::vector<int>> MakeBuckets(const Graph& graph, int64_t bucket_bytes) {
   std::vector<int> order(graph.parameters.size());
   std::iota(order.begin(), order.end(), 0);
@@ -300,12 +292,8 @@ int DataParallel::Enter(StepPhase phase) {
 absl::Status DataParallel::Register(StateRegistry* registry, ParamId without) const {
   for (const ParameterShard& shard : shards_) {
     if (shard.param.value == without.value) continue;
-    const ParameterSpec& spec = graph_.parameters[shard.param.value].spec;
-    STRETTO_RETURN_IF_ERROR(registry->Add({.name = spec.name,
-                                           .dtype = shard.value.dtype,
-                                           .global_shape = spec.shape,
-                                           .first_row = shard.first_row,
-                                           .local = shard.value}));
+    const ParameterInfo& info = graph_.parameters[shard.param.value];
+    STRETTO_RETURN_IF_ERROR(RegisterRows(registry, "", info, shard.first_row, shard.value));
   }
   return absl::OkStatus();
 }

@@ -75,6 +75,21 @@ absl::Status SameConfigEverywhere(World& world, const TrainConfig& config) {
   return absl::OkStatus();
 }
 
+// Refuses a tensor axis between machines: each layer would wait for the network several times.
+absl::Status OnOneMachine(World& world, const Group& tensor_group) {
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> nodes,
+                           world.AllGather("machines", absl::StrCat(world.info().node)));
+  for (const int r : tensor_group.ranks) {
+    const int first = tensor_group.ranks.front();
+    if (nodes[static_cast<size_t>(r)] == nodes[static_cast<size_t>(first)]) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat("parallel.tp is ", tensor_group.size(), ", but ranks ", first, " and ", r,
+                     " of one tensor axis are on different machines; start a multiple of ",
+                     tensor_group.size(), " ranks on each machine, or lower parallel.tp"));
+  }
+  return absl::OkStatus();
+}
+
 // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
 // floating point, as nothing bounds batch.global.
 double BatchBytes(const TrainConfig& config) {
@@ -172,6 +187,9 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, world.size(), world.rank()));
   STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh.Along({"dp"})));
   STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh.Along({"pp"})));
+  STRETTO_ASSIGN_OR_RETURN(tp_group, comm->MakeGroup("tp", mesh.Along({"tp"})));
+  STRETTO_RETURN_IF_ERROR(OnOneMachine(world, tp_group));
+  tensor_axis = std::make_unique<TensorAxis>(*comm, tp_group, timer.get());
   STRETTO_ASSIGN_OR_RETURN(learning_rate, LearningRate::Create(config.optimizer, config.steps));
   return absl::OkStatus();
 }
@@ -196,6 +214,8 @@ absl::Status Trainer::Impl::SetUpModel() {
                                         .bucket_bytes = config.parallel.bucket_bytes,
                                         .timer = timer.get(),
                                         .threads = static_cast<int>(config.runtime.threads)}));
+    STRETTO_ASSIGN_OR_RETURN(
+        stage.partial, PartialGradients::Create(*comm, tp_group, part, *stage.dp, ops(), budget));
     AdamWOptions options = OptimizerOptions(config);
     options.without = planned.copy;
     STRETTO_ASSIGN_OR_RETURN(stage.optimizer,
@@ -228,9 +248,9 @@ absl::Status Trainer::Impl::SetUpModel() {
   host_inputs = host_scalars + StepScalars::kCount;
   STRETTO_ASSIGN_OR_RETURN(worker,
                            ModelStages::Create(*stream, memory, plan.micro_batch_tokens, budget));
-  STRETTO_ASSIGN_OR_RETURN(executor, PipelineExecutor::Create(*comm, pp_group, *stream,
-                                                              plan.buffers, plan.micro_batch_tokens,
-                                                              config.model.hidden, dtype, budget));
+  STRETTO_ASSIGN_OR_RETURN(
+      executor, PipelineExecutor::Create(*comm, pp_group, *stream, plan.buffers,
+                                         plan.boundary_tokens, config.model.hidden, dtype, budget));
   executor->SetTimer(timer.get());
   for (const int count : StepCounts(config)) {
     STRETTO_ASSIGN_OR_RETURN(Program made, StepProgram(config, count));
@@ -244,8 +264,10 @@ absl::Status Trainer::Impl::SetUpModel() {
     stage.evaluation_run.emplace(ops());
     stage.dp->Attach(&*stage.run, scalars.Rows(StepScalars::kLossSum, 2));
     stage.dp->Attach(&*stage.evaluation_run, evaluation_total);
-    stage.run->SetFloat8(float8.get());
-    stage.evaluation_run->SetFloat8(float8.get());
+    for (stretto::Run* run : {&*stage.run, &*stage.evaluation_run}) {
+      run->SetFloat8(float8.get());
+      run->SetTensorAxis(tensor_axis.get());
+    }
     STRETTO_RETURN_IF_ERROR(stage.dp->Register(&registry, plan.stages[i].copy));
     STRETTO_RETURN_IF_ERROR(stage.optimizer->Register(&registry));
   }

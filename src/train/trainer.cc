@@ -143,13 +143,15 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   for (Stage& stage : stages) stage.dp->BeginStep(*stage.run);
   ops::Zero(ops(), scalars);
   TokenWork work;
-  if (pp_group.index == 0) {  // all ranks of a pipeline work on the same tokens
+  // All ranks of a pipeline and of a tensor axis work on the same tokens.
+  if (pp_group.index == 0 && tp_group.index == 0) {
     for (const PackedBatch& batch : *batches) work += WorkOf(batch.cu_seqlens);
   }
   STRETTO_RETURN_IF_ERROR(RunBatches(*batches, /*training=*/true, /*hooks=*/true));
   // In the order in which backward completes stages, on all ranks alike.
   for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) {
     STRETTO_RETURN_IF_ERROR(stage->dp->FinishGradients(*stage->run));
+    STRETTO_RETURN_IF_ERROR(stage->partial->Sum());
   }
   STRETTO_RETURN_IF_ERROR(executor->Finish());
   STRETTO_RETURN_IF_ERROR(SumTiedGradients());
@@ -398,6 +400,9 @@ std::string Trainer::Describe() const {
     absl::StrAppendFormat(&out, "; %d pipelines of %d ranks, %s, blocks of the stages %s",
                           t.dp_group.size(), t.pp_group.size(), Name(t.plan.step.kind),
                           absl::StrJoin(t.plan.blocks, "+"));
+  }
+  if (t.tp_group.size() > 1) {
+    absl::StrAppendFormat(&out, "; each layer shared by %d ranks", t.tp_group.size());
   }
   if (t.float8 != nullptr) {
     absl::StrAppendFormat(&out, "; %d linear layers in FP8 (%s)", t.float8->weights(),

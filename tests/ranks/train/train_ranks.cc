@@ -22,7 +22,7 @@ absl::Status Compare(World& world, const TrainConfig& config) {
   if (world.rank() == 0) {
     for (const int ranks : {world.size(), 1}) {
       TrainConfig here = config;
-      if (ranks == 1) here.parallel.pp = 1;
+      if (ranks == 1) here.parallel.pp = here.parallel.tp = 1;
       const testing::RunRecord record = testing::TrainOnThreads(ranks, here);
       verdict.Update(record.status);
       for (size_t i = 0; record.status.ok() && i < mine.size(); ++i) {
@@ -51,6 +51,16 @@ absl::Status RunAll(World& world) {
     config.parallel.pp = 2;
     for (const char* schedule : {"zb-h1", "v-shaped"}) {
       config.parallel.schedule = schedule;
+      STRETTO_RETURN_IF_ERROR(Compare(world, config));
+    }
+    // With tensor axes of two ranks, alone and within pipelines.
+    config.model.heads = 6;
+    config.model.kv_heads = config.model.family == "gpt2" ? 6 : 3;
+    config.parallel.schedule = "1f1b";
+    config.parallel.tp = 2;
+    for (const int pp : {1, 2}) {
+      if (world.size() % (2 * pp) != 0) continue;
+      config.parallel.pp = pp;
       STRETTO_RETURN_IF_ERROR(Compare(world, config));
     }
   }

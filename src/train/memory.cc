@@ -87,6 +87,19 @@ absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank) {
                        {"tp", static_cast<int>(config.parallel.tp)}});
 }
 
+absl::Status CheckMachines(const Mesh& mesh, const std::vector<int>& machines) {
+  const RankList ranks = mesh.Along({"tp"});
+  const auto machine = [&](int rank) { return machines[static_cast<size_t>(rank)]; };
+  for (const int r : ranks) {
+    if (machine(r) == machine(ranks.front())) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat("parallel.tp is ", ranks.size(), ", but ranks ", ranks.front(), " and ", r,
+                     " of one tensor axis are on different machines; start a multiple of ",
+                     ranks.size(), " ranks on each machine, or lower parallel.tp"));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<Program> StepProgram(const TrainConfig& config, int micro_batches) {
   const TrainConfig::Parallel& p = config.parallel;
   STRETTO_ASSIGN_OR_RETURN(ScheduleKind kind, ParseScheduleKind(p.schedule));

@@ -4,6 +4,7 @@
 #include <limits>
 #include <thread>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/copy.h"
@@ -75,19 +76,19 @@ absl::Status SameConfigEverywhere(World& world, const TrainConfig& config) {
   return absl::OkStatus();
 }
 
-// Refuses a tensor axis between machines: each layer would wait for the network several times.
-absl::Status OnOneMachine(World& world, const Group& tensor_group) {
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> nodes,
+// The machine of each rank.
+absl::StatusOr<std::vector<int>> Machines(World& world) {
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                            world.AllGather("machines", absl::StrCat(world.info().node)));
-  for (const int r : tensor_group.ranks) {
-    const int first = tensor_group.ranks.front();
-    if (nodes[static_cast<size_t>(r)] == nodes[static_cast<size_t>(first)]) continue;
-    return absl::FailedPreconditionError(
-        absl::StrCat("parallel.tp is ", tensor_group.size(), ", but ranks ", first, " and ", r,
-                     " of one tensor axis are on different machines; start a multiple of ",
-                     tensor_group.size(), " ranks on each machine, or lower parallel.tp"));
+  std::vector<int> machines;
+  for (const std::string& machine : all) {
+    int number = 0;
+    if (!absl::SimpleAtoi(machine, &number)) {
+      return absl::InternalError(absl::StrCat("'", machine, "' is no number of a machine"));
+    }
+    machines.push_back(number);
   }
-  return absl::OkStatus();
+  return machines;
 }
 
 // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
@@ -184,11 +185,12 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   timer = std::make_unique<PhaseTimer>(*stream, static_cast<int>(StepPhase::kCount));
   comm = std::make_unique<Communicator>(world);
   STRETTO_RETURN_IF_ERROR(comm->UseDevice(device));
-  STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, world.size(), world.rank()));
-  STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh.Along({"dp"})));
-  STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh.Along({"pp"})));
-  STRETTO_ASSIGN_OR_RETURN(tp_group, comm->MakeGroup("tp", mesh.Along({"tp"})));
-  STRETTO_RETURN_IF_ERROR(OnOneMachine(world, tp_group));
+  STRETTO_ASSIGN_OR_RETURN(mesh, MeshOf(config, world.size(), world.rank()));
+  STRETTO_ASSIGN_OR_RETURN(machines, Machines(world));
+  STRETTO_RETURN_IF_ERROR(CheckMachines(*mesh, machines));
+  STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh->Along({"dp"})));
+  STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh->Along({"pp"})));
+  STRETTO_ASSIGN_OR_RETURN(tp_group, comm->MakeGroup("tp", mesh->Along({"tp"})));
   tensor_axis = std::make_unique<TensorAxis>(*comm, tp_group, timer.get());
   STRETTO_ASSIGN_OR_RETURN(learning_rate, LearningRate::Create(config.optimizer, config.steps));
   return absl::OkStatus();

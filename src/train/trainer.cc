@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "src/train/trainer_impl.h"
+#include "stretto/comm/transport.h"
 #include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
@@ -412,7 +413,13 @@ std::string Trainer::Describe() const {
     absl::StrAppendFormat(&out, "; MFU against %.3f TFLOP/s a rank (%s)", t.peak_tflops,
                           t.config.runtime.peak_tflops > 0 ? "configured" : "measured product");
   }
-  absl::StrAppend(&out, "\nmemory of a rank\n", t.plan.MemoryTable());
+  absl::StrAppend(&out, "\n");
+  if (t.world.size() > 1) {
+    const bool cpu = t.stream->device().kind == DeviceKind::kCpu;
+    absl::StrAppend(&out, "ranks\n",
+                    t.mesh->Describe(t.machines, cpu ? t.world.transport().name() : "NCCL"));
+  }
+  absl::StrAppend(&out, "memory of a rank\n", t.plan.MemoryTable());
   return out;
 }
 

@@ -64,6 +64,8 @@ struct Trainer::Impl {
   Budget budget;
   RunPlan plan;
   const KernelTable* kernels = nullptr;
+  std::optional<Mesh> mesh;
+  std::vector<int> machines;  // of the ranks
   Group dp_group, pp_group, tp_group;
   // What a stage of this rank runs with; stages[i] is planned in plan.stages[i].
   struct Stage {

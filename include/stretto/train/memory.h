@@ -38,6 +38,9 @@ struct StagePlan {
 // The ranks of a run as a mesh: "pp" outermost, then "dp", and "tp" innermost, so that the ranks
 // that exchange most are neighbours on one machine. `config` must be resolved.
 absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank);
+// FAILED_PRECONDITION when this rank's tensor axis is not on one machine: each of its layers would
+// wait for the network several times. `machines`: of each rank.
+absl::Status CheckMachines(const Mesh& mesh, const std::vector<int>& machines);
 
 // The plan of one rank. Frames are planned by the same functions that the trainer runs.
 struct RunPlan {

@@ -231,6 +231,45 @@ TEST(TensorTrainerTraffic, IsThatOfThePlan) {
   }
 }
 
+// The formula of docs/parallelism.md, written out.
+TEST(TensorTrainerTraffic, IsThatOfTheFormula) {
+  const auto part = [](int64_t n, int64_t ranks) { return (n + ranks - 1) / ranks; };
+  for (const std::string family : {"gpt2", "llama", "qwen3"}) {
+    for (const int64_t t : {2, 3, 5}) {
+      for (const char* dtype : {"f64", "f32", "bf16"}) {
+        for (const char* recompute : {"none", "norms", "block"}) {
+          for (const int64_t chunk : {0, 64}) {
+            const ScratchDirectory directory;
+            TrainConfig config = Uneven(directory, family, true);
+            config.runtime.dtype = dtype;
+            config.runtime.recompute = recompute;
+            config.runtime.loss_chunk = chunk;
+            config.parallel.tp = t;
+            ASSERT_TRUE(config.Resolve(static_cast<int>(t)).ok());
+            const RunPlan plan = PlanRun(config, static_cast<int>(t), 0).value();
+            const int64_t b = std::string(dtype) == "f64" ? 8 : std::string(dtype) == "f32" ? 4 : 2;
+            const int64_t wide = std::max<int64_t>(b, 4);
+            const int64_t blocks = config.model.layers, hidden = config.model.hidden;
+            const int64_t exchanges =
+                (std::string(recompute) == "block" ? 13 : 10) * blocks + 2 + 3;
+            const int64_t norms = (2 * blocks + 1) * (family == "gpt2" ? 2 : 1) * hidden;
+            const int64_t heads = family == "qwen3" ? 2 * blocks * config.model.head_dim : 0;
+            int64_t expected = 2 * (t - 1) * part(norms + heads, t) * wide;
+            for (int64_t left = config.batch.global; left > 0; left -= config.batch.micro) {
+              const int64_t tokens =
+                  std::min(left, config.batch.micro) * config.data.sequence_length;
+              expected +=
+                  exchanges * (t - 1) * part(tokens, t) * hidden * b + (t - 1) * tokens * 3 * wide;
+            }
+            EXPECT_EQ(plan.tensor_bytes_sent, expected)
+                << family << " tp " << t << " " << dtype << " " << recompute << " " << chunk;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(TensorConfig, NamesWhatDoesNotFit) {
   const auto error = [](const Layout& layout, int ranks, auto change) {
     TrainConfig config = With(TrainConfig(), layout);
@@ -266,6 +305,22 @@ TEST(TensorConfig, NamesWhatDoesNotFit) {
                       c.runtime.fp8 = "e4m3";
                     }),
               HasSubstr("without a tensor axis only"));
+}
+
+TEST(TensorConfig, ATensorAxisLiesOnOneMachine) {
+  TrainConfig config = With(TrainConfig(), {1, 2, 4});
+  ASSERT_TRUE(config.Resolve(8).ok());
+  for (int rank = 0; rank < 8; ++rank) {
+    const Mesh mesh = MeshOf(config, 8, rank).value();
+    EXPECT_TRUE(CheckMachines(mesh, {0, 0, 0, 0, 1, 1, 1, 1}).ok());
+    const absl::Status uneven = CheckMachines(mesh, {0, 0, 0, 1, 1, 1, 1, 1});
+    EXPECT_EQ(uneven.ok(), rank >= 4);
+    if (rank < 4) {
+      EXPECT_THAT(std::string(uneven.message()),
+                  HasSubstr("parallel.tp is 4, but ranks 0 and 3 of one tensor axis are on "
+                            "different machines; start a multiple of 4 ranks on each machine"));
+    }
+  }
 }
 
 TEST(TensorConfig, RanksMustAgree) {

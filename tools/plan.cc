@@ -47,12 +47,13 @@ absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
 }
 
 // The plan of the rank that needs the most memory: of each stage the first rank has the largest
-// share of rows.
+// share of rows and of each layer.
 absl::StatusOr<RunPlan> LargestPlan(const TrainConfig& config, int ranks) {
   STRETTO_ASSIGN_OR_RETURN(RunPlan largest, PlanRun(config, ranks, 0));
+  const int64_t of_stage = config.parallel.dp * config.parallel.tp;
   for (int64_t place = 1; place < config.parallel.pp; ++place) {
     STRETTO_ASSIGN_OR_RETURN(RunPlan plan,
-                             PlanRun(config, ranks, static_cast<int>(place * config.parallel.dp)));
+                             PlanRun(config, ranks, static_cast<int>(place * of_stage)));
     if (plan.arena_bytes > largest.arena_bytes) largest = std::move(plan);
   }
   return largest;
@@ -190,6 +191,7 @@ std::string Text(const Summary& s) {
     sent("between stages", s.plan.boundary_bytes_sent);
     sent("tied table", s.plan.tied_bytes_sent);
   }
+  if (s.config.parallel.tp > 1) sent("tensor axis", s.plan.tensor_bytes_sent);
   if (s.device_memory >= 0) {
     const std::string sizes = absl::StrCat(HumanBytes(s.plan.arena_bytes), " of ",
                                            HumanBytes(s.device_memory), " a rank");
@@ -232,11 +234,10 @@ std::string Json(const Summary& s) {
   j["training_frame"] = frame(s.plan.stages.front().train_frame);
   j["evaluation_frame"] = frame(s.plan.stages.front().evaluation_frame);
   j["flops_per_step"] = {{"palm", s.flops.palm}, {"causal", s.flops.causal}};
-  j["bytes_sent_per_step"] = {{"gradients", s.plan.gradient_bytes_sent},
-                              {"parameters", s.plan.parameter_bytes_sent},
-                              {"scalars", s.plan.scalar_bytes_sent},
-                              {"between_stages", s.plan.boundary_bytes_sent},
-                              {"tied_table", s.plan.tied_bytes_sent}};
+  j["bytes_sent_per_step"] = {
+      {"gradients", s.plan.gradient_bytes_sent}, {"parameters", s.plan.parameter_bytes_sent},
+      {"scalars", s.plan.scalar_bytes_sent},     {"between_stages", s.plan.boundary_bytes_sent},
+      {"tied_table", s.plan.tied_bytes_sent},    {"tensor_axis", s.plan.tensor_bytes_sent}};
   if (s.device_memory >= 0) {
     j["device_memory"] = s.device_memory;
     j["fits"] = s.fits();

@@ -13,9 +13,9 @@
 namespace stretto::internal {
 
 // The parameters of a linear layer, whatever it computes in: "weight" [out, in] and, when asked
-// for, "bias" [out]. For Declare.
+// for, "bias" [out]; `shard`: of a layer that sees a part of the tokens. For Declare.
 void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOptions& options,
-                             ParamId* weight, ParamId* bias);
+                             bool shard, ParamId* weight, ParamId* bias);
 
 // y = x w^T + bias, with gelu behind it or in front of it fused in (LinearOptions).
 class LinearLayer : public Layer {

@@ -18,14 +18,6 @@ using internal::BucketBuffers;
 using internal::StoredElements;
 using internal::View;
 
-RowCut CutRows(int64_t rows, int ranks, int index) {
-  RowCut cut;
-  cut.part = (rows + ranks - 1) / ranks;
-  cut.first = std::min(rows, cut.part * index);
-  cut.count = std::min(rows, cut.part * (index + 1)) - cut.first;
-  return cut;
-}
-
 std::vector<std::vector<int>> MakeBuckets(const Graph& graph, int64_t bucket_bytes) {
   std::vector<int> order(graph.parameters.size());
   std::iota(order.begin(), order.end(), 0);
@@ -324,8 +316,9 @@ ActionHooks* DataParallel::evaluation_hooks(Run& run) {
 
 ActionHooks* DataParallel::local_hooks(Run& run, bool training) {
   if (buffers_ == nullptr) return nullptr;
-  absl::Status dropped = buffers_->Drop();
-  if (!dropped.ok()) stream_.Fail(std::move(dropped));
+  absl::Status waited = WaitParameters();
+  waited.Update(buffers_->Drop());
+  if (!waited.ok()) stream_.Fail(std::move(waited));
   return local_hooks_->For({.run = &run, .training = training, .communicate = false});
 }
 
@@ -412,12 +405,8 @@ int DataParallel::Enter(StepPhase phase) {
 absl::Status DataParallel::Register(StateRegistry* registry, ParamId without) const {
   for (const ParameterShard& shard : shards_) {
     if (shard.param.value == without.value) continue;
-    const ParameterSpec& spec = graph_.parameters[shard.param.value].spec;
-    STRETTO_RETURN_IF_ERROR(registry->Add({.name = spec.name,
-                                           .dtype = shard.value.dtype,
-                                           .global_shape = spec.shape,
-                                           .first_row = shard.first_row,
-                                           .local = shard.value}));
+    const ParameterInfo& info = graph_.parameters[shard.param.value];
+    STRETTO_RETURN_IF_ERROR(RegisterRows(registry, "", info, shard.first_row, shard.value));
   }
   return absl::OkStatus();
 }

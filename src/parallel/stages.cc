@@ -115,7 +115,10 @@ void ModelStages::SetBatches(const RankProgram& program, const std::vector<Packe
 
 TokenFeeder& ModelStages::feeder() { return *stages_.front().slots.front().feeder; }
 
-int64_t ModelStages::Tokens(int item) const { return BatchOf(item).tokens(); }
+int64_t ModelStages::Tokens(int item) const {
+  const TokenCut& cut = stages_.front().parts.graph->tokens;
+  return CutRows(BatchOf(item).tokens(), cut.ranks, cut.index).count;
+}
 
 absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {
   for (Slot& slot : stage.slots) {

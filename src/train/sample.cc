@@ -40,10 +40,10 @@ int32_t Draw(const std::vector<float>& logits, double temperature, int64_t top_k
 absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t tokens,
                                             double temperature, int64_t top_k) {
   Impl& t = *impl_;
-  if (t.plan.step.stages > 1) {
+  if (t.plan.step.stages > 1 || t.tp_group.size() > 1) {
     return absl::UnimplementedError(
         "text is sampled from a whole model only; start again from the checkpoint with "
-        "parallel.pp=1");
+        "parallel.pp=1 and parallel.tp=1");
   }
   STRETTO_RETURN_IF_ERROR(t.WaitParameters());
   const StagePlan& whole = t.plan.stages.front();

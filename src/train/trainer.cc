@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "src/train/trainer_impl.h"
+#include "stretto/comm/transport.h"
 #include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
@@ -152,13 +153,15 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   for (Stage& stage : stages) stage.dp->BeginStep(*stage.run);
   ops::Zero(ops(), scalars);
   TokenWork work;
-  if (pp_group.index == 0) {  // all ranks of a pipeline work on the same tokens
+  // All ranks of a pipeline and of a tensor axis work on the same tokens.
+  if (pp_group.index == 0 && tp_group.index == 0) {
     for (const PackedBatch& batch : *batches) work += WorkOf(batch.cu_seqlens);
   }
   STRETTO_RETURN_IF_ERROR(RunBatches(*batches, /*training=*/true, /*hooks=*/true));
   // In the order in which backward completes stages, on all ranks alike.
   for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) {
     STRETTO_RETURN_IF_ERROR(stage->dp->FinishGradients(*stage->run));
+    STRETTO_RETURN_IF_ERROR(stage->partial->Sum());
   }
   STRETTO_RETURN_IF_ERROR(executor->Finish());
   STRETTO_RETURN_IF_ERROR(SumTiedGradients());
@@ -410,6 +413,9 @@ std::string Trainer::Describe() const {
                           absl::StrJoin(t.plan.blocks, "+"));
   }
   if (t.zero() > 1) absl::StrAppendFormat(&out, "; ZeRO-%d", t.zero());
+  if (t.tp_group.size() > 1) {
+    absl::StrAppendFormat(&out, "; each layer shared by %d ranks", t.tp_group.size());
+  }
   if (t.float8 != nullptr) {
     absl::StrAppendFormat(&out, "; %d linear layers in FP8 (%s)", t.float8->weights(),
                           t.config.runtime.fp8.c_str());
@@ -418,7 +424,13 @@ std::string Trainer::Describe() const {
     absl::StrAppendFormat(&out, "; MFU against %.3f TFLOP/s a rank (%s)", t.peak_tflops,
                           t.config.runtime.peak_tflops > 0 ? "configured" : "measured product");
   }
-  absl::StrAppend(&out, "\nmemory of a rank\n", t.plan.MemoryTable());
+  absl::StrAppend(&out, "\n");
+  if (t.world.size() > 1) {
+    const bool cpu = t.stream->device().kind == DeviceKind::kCpu;
+    absl::StrAppend(&out, "ranks\n",
+                    t.mesh->Describe(t.machines, cpu ? t.world.transport().name() : "NCCL"));
+  }
+  absl::StrAppend(&out, "memory of a rank\n", t.plan.MemoryTable());
   return out;
 }
 

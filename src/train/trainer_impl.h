@@ -21,6 +21,7 @@
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/parallel/stages.h"
+#include "stretto/parallel/tensor_parallel.h"
 #include "stretto/snapshot/checkpoint.h"
 #include "stretto/train/flops.h"
 #include "stretto/train/memory.h"
@@ -63,10 +64,13 @@ struct Trainer::Impl {
   Budget budget;
   RunPlan plan;
   const KernelTable* kernels = nullptr;
-  Group dp_group, pp_group;
+  std::optional<Mesh> mesh;
+  std::vector<int> machines;  // of the ranks
+  Group dp_group, pp_group, tp_group;
   // What a stage of this rank runs with; stages[i] is planned in plan.stages[i].
   struct Stage {
     std::unique_ptr<DataParallel> dp;
+    std::unique_ptr<PartialGradients> partial;
     std::unique_ptr<AdamW> optimizer;
     std::optional<stretto::Run> run, evaluation_run;
     Arena frames;
@@ -111,6 +115,7 @@ struct Trainer::Impl {
   std::unique_ptr<Stream> stream;
   std::unique_ptr<Communicator> comm;
   std::unique_ptr<PhaseTimer> timer;
+  std::unique_ptr<TensorAxis> tensor_axis;
   std::optional<ReplayCache> replays;  // with runtime.graphs
 
   ops::Context ops() const { return {stream.get(), kernels}; }

@@ -11,6 +11,7 @@
 #include "stretto/comm/communicator.h"
 #include "stretto/core/arena.h"
 #include "stretto/core/budget.h"
+#include "stretto/core/cut.h"
 #include "stretto/core/phase_timer.h"
 #include "stretto/core/state.h"
 #include "stretto/model/graph.h"
@@ -53,14 +54,6 @@ struct ParameterShard {
   Tensor value;  // [rows of the shard, columns], model type
   Tensor grad;   // the same rows of the summed gradient, f32 or f64
 };
-
-// How rows are cut: pure, so that planners and checkpoints agree with the runtime.
-struct RowCut {
-  int64_t part = 0;   // rows of a full part; storage holds ranks * part rows
-  int64_t first = 0;  // of this rank
-  int64_t count = 0;  // real rows of this rank, 0 <= count <= part
-};
-RowCut CutRows(int64_t rows, int ranks, int index);
 
 // Parameters by the order in which backward completes their gradients, cut into buckets.
 std::vector<std::vector<int>> MakeBuckets(const Graph& graph, int64_t bucket_bytes);

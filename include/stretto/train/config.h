@@ -59,6 +59,7 @@ struct TrainConfig {
   struct Parallel {
     int64_t dp = 0;
     int64_t pp = 1;
+    int64_t tp = 1;
     std::string schedule = "1f1b";
     int64_t chunks = 0;
     int64_t zero = 1;

@@ -37,9 +37,12 @@ struct StagePlan {
   ParamId copy;
 };
 
-// The ranks of a run as a mesh: "pp" outermost, so that the ranks of one stage are neighbours, and
-// "dp". `config` must be resolved.
+// The ranks of a run as a mesh: "pp" outermost, then "dp", and "tp" innermost, so that the ranks
+// that exchange most are neighbours on one machine. `config` must be resolved.
 absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank);
+// FAILED_PRECONDITION when this rank's tensor axis is not on one machine: each of its layers would
+// wait for the network several times. `machines`: of each rank.
+absl::Status CheckMachines(const Mesh& mesh, const std::vector<int>& machines);
 
 // The plan of one rank. Frames are planned by the same functions that the trainer runs.
 struct RunPlan {
@@ -50,6 +53,7 @@ struct RunPlan {
   std::vector<int64_t> blocks;     // transformer blocks of each stage of the model
   int64_t micro_batch_tokens = 0;  // capacity of a frame
   int64_t micro_batches = 1;       // in a step, of the rank that has most
+  int64_t boundary_tokens = 0;     // of what travels between stages: of a tensor axis a rank's part
   // On the run's device: parameters, gradients, constants, optimizer state, activations.
   std::vector<NamedBytes> arenas;
   int64_t arena_bytes = 0;  // their sum
@@ -67,6 +71,8 @@ struct RunPlan {
   int64_t boundary_bytes_sent = 0;  // activations and their gradients between stages, when all
                                     // samples are full; of the rank with the most samples
   int64_t tied_bytes_sent = 0;      // of a table that two stages share
+  int64_t tensor_bytes_sent = 0;    // over the tensor axis, when all samples are full; of the rank
+                                    // with the most samples
 
   // Arenas and overheads as a table.
   std::string MemoryTable() const;

@@ -9,6 +9,8 @@
 namespace stretto {
 namespace {
 
+bool tensor_axis = false;  // all ranks are one; else they are data-parallel
+
 absl::Status Check(World& world, int64_t zero) {
   testing::ScratchDirectory scratch;
   STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, "llama"));
@@ -20,6 +22,7 @@ absl::Status Check(World& world, int64_t zero) {
   config.model.kv_heads = 8;
   config.model.head_dim = 64;
   config.model.ffn = 1376;
+  config.parallel.tp = tensor_axis ? world.size() : 1;
   config.batch.global = 16;
   config.batch.micro = 8;
   config.parallel.zero = zero;
@@ -52,4 +55,7 @@ absl::Status CheckAll(World& world) {
 }  // namespace
 }  // namespace stretto
 
-int main() { return stretto::testing::RankMain(stretto::CheckAll); }
+int main(int argc, char** argv) {
+  stretto::tensor_axis = argc > 1 && std::string(argv[1]) == "--tensor";
+  return stretto::testing::RankMain(stretto::CheckAll);
+}

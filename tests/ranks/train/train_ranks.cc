@@ -22,7 +22,7 @@ absl::Status Compare(World& world, const TrainConfig& config) {
   if (world.rank() == 0) {
     for (const int ranks : {world.size(), 1}) {
       TrainConfig here = config;
-      if (ranks == 1) here.parallel.pp = 1;
+      if (ranks == 1) here.parallel.pp = here.parallel.tp = 1;
       const testing::RunRecord record = testing::TrainOnThreads(ranks, here);
       const double tolerance = config.runtime.dtype == "f64" ? 1e-9 : 1e-5;
       verdict.Update(record.status);
@@ -68,6 +68,21 @@ absl::Status RunAll(World& world) {
     sharded.steps = 6;
     sharded.parallel.zero = 3;
     STRETTO_RETURN_IF_ERROR(Compare(world, sharded));
+    // With tensor axes of two ranks, alone and within pipelines.
+    config.model.heads = 6;
+    config.model.kv_heads = config.model.family == "gpt2" ? 6 : 3;
+    config.parallel.schedule = "1f1b";
+    config.parallel.tp = 2;
+    for (const int pp : {1, 2}) {
+      if (world.size() % (2 * pp) != 0) continue;
+      config.parallel.pp = pp;
+      STRETTO_RETURN_IF_ERROR(Compare(world, config));
+      // With parameters sharded over the data axis, where there is one.
+      TrainConfig all = config;
+      all.steps = 6;
+      all.parallel.zero = 3;
+      STRETTO_RETURN_IF_ERROR(Compare(world, all));
+    }
   }
   // Nobody removes the files that another rank still reads.
   return world.Barrier("end");

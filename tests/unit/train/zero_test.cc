@@ -24,17 +24,19 @@ using testing::TrainOnThreads;
 struct Layout {
   int zero = 2, dp = 2, pp = 1;
   std::string schedule = "1f1b";
-  int chunks = 0;
-  int ranks() const { return dp * pp; }
+  int chunks = 0, tp = 1;
+  int ranks() const { return dp * pp * tp; }
 };
 void PrintTo(const Layout& l, std::ostream* out) {
-  *out << "zero " << l.zero << ", dp " << l.dp << ", pp " << l.pp << ", " << l.schedule;
+  *out << "zero " << l.zero << ", dp " << l.dp << ", pp " << l.pp << ", tp " << l.tp << ", "
+       << l.schedule;
 }
 
 TrainConfig With(TrainConfig config, const Layout& layout) {
   config.parallel.zero = layout.zero;
   config.parallel.dp = layout.dp;
   config.parallel.pp = layout.pp;
+  config.parallel.tp = layout.tp;
   config.parallel.schedule = layout.schedule;
   config.parallel.chunks = layout.chunks;
   return config;
@@ -101,6 +103,100 @@ INSTANTIATE_TEST_SUITE_P(
       std::string name = info.param.schedule;
       std::erase_if(name, [](char c) { return c == '-'; });
       return absl::StrCat("Zero", info.param.zero, "Dp", info.param.dp, "Pp", info.param.pp, name);
+    });
+
+// Together with a tensor axis, and with all three axes.
+class ZeroTensor : public ::testing::TestWithParam<Layout> {
+ protected:
+  static TrainConfig SixHeads(const ScratchDirectory& directory, bool tied) {
+    TrainConfig config = FiveBlocks(directory, tied ? "gpt2" : "qwen3", tied);
+    config.model.heads = 6;
+    config.model.kv_heads = tied ? 6 : 3;
+    return config;
+  }
+};
+
+TEST_P(ZeroTensor, FollowsOneRank) {
+  const Layout& layout = GetParam();
+  for (const bool tied : {true, false}) {
+    SCOPED_TRACE(tied ? "tied" : "untied");
+    const ScratchDirectory directory;
+    TrainConfig config = SixHeads(directory, tied);
+    const RunRecord one = TrainOnThreads(1, config);
+    const TrainConfig many = With(config, layout);
+    const RunRecord plain = TrainOnThreads(layout.ranks(), many);
+    ExpectNear(plain, one, 1e-9);
+    ExpectSameBits(TrainOnThreads(layout.ranks(), many, {.random_delay_us = 200, .delay_seed = 3}),
+                   plain);
+    TrainConfig dropped = many;
+    dropped.runtime.recompute = "block";
+    dropped.runtime.loss_chunk = 64;
+    ExpectNear(TrainOnThreads(layout.ranks(), dropped), one, 1e-9);
+    TrainConfig single = config;
+    single.runtime.dtype = "f32";
+    ExpectNear(TrainOnThreads(layout.ranks(), With(single, layout)), TrainOnThreads(1, single),
+               1e-5);
+  }
+}
+
+TEST_P(ZeroTensor, SendsTheBytesOfThePlanAndLoadsAnywhere) {
+  const Layout& layout = GetParam();
+  const ScratchDirectory directory;
+  TrainConfig config = SixHeads(directory, true);
+  config.optimizer.schedule = "constant";
+  config.steps = 5;
+  const RunRecord whole = TrainOnThreads(1, config);
+  TrainConfig first = With(config, layout);
+  first.steps = 3;
+  first.output = directory / "saved";
+  std::vector<int64_t> sent[2];
+  std::vector<int64_t> planned(static_cast<size_t>(layout.ranks()));
+  for (const int steps : {1, 3}) {
+    std::vector<int64_t>& bytes = sent[steps / 2];
+    bytes.resize(planned.size());
+    const absl::Status status =
+        World::RunThreads(layout.ranks(), [&](World& world) -> absl::Status {
+          STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, first));
+          STRETTO_ASSIGN_OR_RETURN(const RunPlan plan,
+                                   PlanRun(trainer->config(), world.size(), world.rank()));
+          while (trainer->step() < steps) STRETTO_RETURN_IF_ERROR(trainer->Step().status());
+          if (steps == 3) STRETTO_RETURN_IF_ERROR(trainer->Save());
+          STRETTO_RETURN_IF_ERROR(trainer->Finish());
+          const auto rank = static_cast<size_t>(world.rank());
+          bytes[rank] = trainer->BytesSent("dp");
+          planned[rank] = plan.gradient_bytes_sent + plan.parameter_bytes_sent;
+          return absl::OkStatus();
+        });
+    ASSERT_TRUE(status.ok()) << status.message();
+  }
+  for (size_t r = 0; r < planned.size(); ++r) {
+    EXPECT_EQ(sent[1][r] - sent[0][r], 2 * planned[r]) << "rank " << r;
+  }
+  for (const Layout& to : {Layout{1, 1}, Layout{3, 3}, Layout{2, 1, 1, "1f1b", 0, 3}, layout}) {
+    TrainConfig second = With(config, to);
+    second.output = first.output;
+    second.checkpoint.resume = "must";
+    const RunRecord resumed = TrainOnThreads(to.ranks(), second);
+    ASSERT_TRUE(resumed.status.ok()) << resumed.status.message();
+    ASSERT_EQ(resumed.steps.size(), 2u);
+    for (size_t i = 0; i < 2; ++i) {
+      EXPECT_NEAR(resumed.steps[i].loss / whole.steps[3 + i].loss, 1, 1e-9)
+          << ::testing::PrintToString(to);
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Layouts, ZeroTensor,
+    ::testing::Values(Layout{2, 2, 1, "1f1b", 0, 2}, Layout{3, 2, 1, "1f1b", 0, 2},
+                      Layout{3, 2, 1, "1f1b", 0, 3}, Layout{3, 3, 1, "1f1b", 0, 2},
+                      Layout{2, 2, 2, "zb-h1", 0, 2}, Layout{3, 2, 2, "1f1b", 0, 2},
+                      Layout{3, 2, 2, "interleaved", 0, 2}),
+    [](const auto& info) {
+      std::string name = info.param.schedule;
+      std::erase_if(name, [](char c) { return c == '-'; });
+      return absl::StrCat("Zero", info.param.zero, "Dp", info.param.dp, "Pp", info.param.pp, "Tp",
+                          info.param.tp, name);
     });
 
 // On four ranks one has a micro-batch less than the others.

@@ -324,8 +324,9 @@ ActionHooks* DataParallel::evaluation_hooks(Run& run) {
 
 ActionHooks* DataParallel::local_hooks(Run& run, bool training) {
   if (buffers_ == nullptr) return nullptr;
-  absl::Status dropped = buffers_->Drop();
-  if (!dropped.ok()) stream_.Fail(std::move(dropped));
+  absl::Status waited = WaitParameters();
+  waited.Update(buffers_->Drop());
+  if (!waited.ok()) stream_.Fail(std::move(waited));
   return local_hooks_->For({.run = &run, .training = training, .communicate = false});
 }
 

@@ -107,7 +107,7 @@ class DataParallel {
   // parameters are complete anyway.
   ActionHooks* evaluation_hooks(Run& run);
   // Hooks that exchange nothing: buffers are given out as they lie there, for work whose results do
-  // not matter. Null where there are none.
+  // not matter; gathers under way end first. Null where there are none.
   ActionHooks* local_hooks(Run& run, bool training);
   // Sends what has not left yet (all of it on a rank without micro-batches) and waits for the sums.
   absl::Status FinishGradients(Run& run);

@@ -211,6 +211,24 @@ TEST_F(PlanTool, JsonHasTheSameFigures) {
   EXPECT_EQ(r.output.find("fits"), std::string::npos);  // nobody asked
 }
 
+TEST_F(PlanTool, CoversTheTensorAxis) {
+  const Result whole = Plan("c.json --ranks 1 --json");
+  const Result shared = Plan("c.json --ranks 4 --json --set parallel.tp=4");
+  EXPECT_EQ(shared.code, 0) << shared.output;
+  const auto number = [](const Result& r, const std::string& name) {
+    const size_t at = r.output.find("\"" + name + "\": ");
+    return at == std::string::npos ? -1 : std::stoll(r.output.substr(at + name.size() + 4));
+  };
+  EXPECT_EQ(number(whole, "tensor_axis"), 0);
+  EXPECT_GT(number(shared, "tensor_axis"), 0);
+  // A quarter of the memory, and the norms.
+  EXPECT_LT(number(shared, "arena_bytes"), number(whole, "arena_bytes") * 27 / 100);
+  EXPECT_GT(number(shared, "arena_bytes"), number(whole, "arena_bytes") * 25 / 100);
+  EXPECT_THAT(Plan("c.json --ranks 4 --set parallel.tp=4").output, HasSubstr("tensor axis"));
+  EXPECT_THAT(Plan("c.json --ranks 4 --set parallel.tp=3").output,
+              HasSubstr("parallel.tp is 3 but 4 ranks run"));
+}
+
 TEST_F(PlanTool, SaysWhatIsWrong) {
   EXPECT_EQ(Plan("").code, 1);
   EXPECT_THAT(Plan("none.json").output, HasSubstr("none.json"));

@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "stretto/parallel/bucket_plan.h"
 #include "stretto/train/config.h"
 #include "stretto/train/flops.h"
 #include "stretto/train/memory.h"
@@ -46,12 +47,13 @@ absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
 }
 
 // The plan of the rank that needs the most memory: of each stage the first rank has the largest
-// share of rows.
+// share of rows and of each layer.
 absl::StatusOr<RunPlan> LargestPlan(const TrainConfig& config, int ranks) {
   STRETTO_ASSIGN_OR_RETURN(RunPlan largest, PlanRun(config, ranks, 0));
+  const int64_t of_stage = config.parallel.dp * config.parallel.tp;
   for (int64_t place = 1; place < config.parallel.pp; ++place) {
     STRETTO_ASSIGN_OR_RETURN(RunPlan plan,
-                             PlanRun(config, ranks, static_cast<int>(place * config.parallel.dp)));
+                             PlanRun(config, ranks, static_cast<int>(place * of_stage)));
     if (plan.arena_bytes > largest.arena_bytes) largest = std::move(plan);
   }
   return largest;
@@ -92,6 +94,10 @@ std::vector<Change> Changes(const TrainConfig& config, int ranks) {
   if (config.runtime.device == "cuda" && !config.optimizer.offload) {
     changes.push_back(
         {"optimizer.offload=true", [](TrainConfig& c, int&) { c.optimizer.offload = true; }});
+  }
+  for (int64_t zero = config.parallel.zero + 1; config.parallel.dp > 1 && zero <= 3; ++zero) {
+    changes.push_back({absl::StrCat("parallel.zero=", zero),
+                       [zero](TrainConfig& c, int&) { c.parallel.zero = zero; }});
   }
   return changes;
 }
@@ -185,6 +191,7 @@ std::string Text(const Summary& s) {
     sent("between stages", s.plan.boundary_bytes_sent);
     sent("tied table", s.plan.tied_bytes_sent);
   }
+  if (s.config.parallel.tp > 1) sent("tensor axis", s.plan.tensor_bytes_sent);
   if (s.device_memory >= 0) {
     const std::string sizes = absl::StrCat(HumanBytes(s.plan.arena_bytes), " of ",
                                            HumanBytes(s.device_memory), " a rank");
@@ -227,11 +234,10 @@ std::string Json(const Summary& s) {
   j["training_frame"] = frame(s.plan.stages.front().train_frame);
   j["evaluation_frame"] = frame(s.plan.stages.front().evaluation_frame);
   j["flops_per_step"] = {{"palm", s.flops.palm}, {"causal", s.flops.causal}};
-  j["bytes_sent_per_step"] = {{"gradients", s.plan.gradient_bytes_sent},
-                              {"parameters", s.plan.parameter_bytes_sent},
-                              {"scalars", s.plan.scalar_bytes_sent},
-                              {"between_stages", s.plan.boundary_bytes_sent},
-                              {"tied_table", s.plan.tied_bytes_sent}};
+  j["bytes_sent_per_step"] = {
+      {"gradients", s.plan.gradient_bytes_sent}, {"parameters", s.plan.parameter_bytes_sent},
+      {"scalars", s.plan.scalar_bytes_sent},     {"between_stages", s.plan.boundary_bytes_sent},
+      {"tied_table", s.plan.tied_bytes_sent},    {"tensor_axis", s.plan.tensor_bytes_sent}};
   if (s.device_memory >= 0) {
     j["device_memory"] = s.device_memory;
     j["fits"] = s.fits();
@@ -240,11 +246,24 @@ std::string Json(const Summary& s) {
   return j.dump(2) + "\n";
 }
 
+// What happens around each action of a micro-batch, on each stage of the rank.
+std::string Buckets(const RunPlan& plan) {
+  std::string out;
+  for (const StagePlan& stage : plan.stages) {
+    absl::StrAppend(&out, "stage ", stage.stage, ", ZeRO-", stage.buckets.zero, ", ",
+                    stage.buckets.buckets.size(), " buckets, buffers of ",
+                    HumanBytes(stage.buckets.buffer_bytes), "\n");
+    if (stage.buckets.zero == 1) continue;  // nothing comes and goes
+    absl::StrAppend(&out, Describe(stage.model.graph, stage.train_actions, stage.buckets.training));
+  }
+  return out;
+}
+
 absl::StatusOr<int> Main(int argc, char** argv) {
   std::vector<std::string> sets;
   int64_t ranks = 1;
   std::string device_memory;
-  bool json = false;
+  bool json = false, buckets = false;
   Arguments arguments("stretto-plan",
                       "Prints memory, FLOPs and communication of one rank's step. Exit code 1: the "
                       "memory does not\nsuffice, or an error.",
@@ -253,6 +272,8 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   arguments.Add("ranks", "N", "ranks of the run", &ranks);
   arguments.Add("device-memory", "SIZE", "what a rank has, e.g. 80GiB", &device_memory);
   arguments.AddFlag("json", "print JSON", &json);
+  arguments.AddFlag("buckets", "print when buckets come and go with ZeRO-2 and 3, nothing else",
+                    &buckets);
   STRETTO_RETURN_IF_ERROR(arguments.Parse(argc, argv));
   if (arguments.help()) {
     std::printf("%s", arguments.Help().c_str());
@@ -278,7 +299,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   s.flops = TrainingFlops(s.config.model, {samples * length, samples * length * length});
   s.parameters = ParameterCount(s.config.model);
   if (!s.fits()) s.advice = Advice(s.config, s.ranks, s.device_memory);
-  std::fputs((json ? Json(s) : Text(s)).c_str(), stdout);
+  std::fputs((buckets ? Buckets(s.plan) : json ? Json(s) : Text(s)).c_str(), stdout);
   return s.fits() ? kFits : kFailed;
 }
 

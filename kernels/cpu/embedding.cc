@@ -54,6 +54,21 @@ class CpuEmbedding final : public EmbeddingKernels {
     });
   }
 
+  void LocalIds(Stream& s, Tensor local, Tensor ids, int64_t first, int64_t rows, int64_t all,
+                const char* what) const override {
+    Stream* stream = &s;
+    s.Enqueue([=] {
+      if (!InRange(*stream, "Embedding", what, ids, all)) {
+        std::fill_n(local.as<int32_t>(), local.rows(), static_cast<int32_t>(rows));
+        return;
+      }
+      for (int64_t t = 0; t < ids.rows(); ++t) {
+        const int64_t row = ids.as<int32_t>()[t] - first;
+        local.as<int32_t>()[t] = static_cast<int32_t>(row >= 0 && row < rows ? row : rows);
+      }
+    });
+  }
+
   void Backward(Stream& s, Tensor dtable, Tensor dy, Tensor ids, bool acc) const override {
     Stream* stream = &s;
     s.Enqueue([=] {

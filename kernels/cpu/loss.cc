@@ -101,6 +101,32 @@ class CpuLoss final : public LossKernels {
     });
   }
 
+  void Merge(Stream& s, Tensor state, Tensor parts) const override {
+    s.Enqueue([=] {
+      ForModelType(state.dtype, [&](auto type) {
+        using A = Acc<typename decltype(type)::type>;
+        constexpr A kLowest = -std::numeric_limits<A>::infinity();
+        const int64_t tokens = state.rows();
+        for (int64_t t = 0; t < tokens; ++t) {
+          A* st = state.as<A>(t);
+          A max = kLowest, sum = 0, target = kLowest;
+          for (int64_t r = t; r < parts.rows(); r += tokens) {
+            max = std::max(max, parts.as<A>(r)[0]);
+            target = std::max(target, parts.as<A>(r)[2]);
+          }
+          const A shift = max == kLowest ? A{0} : max;
+          for (int64_t r = t; r < parts.rows(); r += tokens) {
+            const A* part = parts.as<A>(r);
+            if (part[1] != 0) sum += part[1] * std::exp(part[0] - shift);
+          }
+          st[0] = max;
+          st[1] = sum;
+          st[2] = target;
+        }
+      });
+    });
+  }
+
   void Finish(Stream& s, Tensor losses, Tensor total, Tensor state, Tensor weights, bool acc,
               Tensor targets) const override {
     Stream* stream = &s;

@@ -1,6 +1,7 @@
 #include "stretto/comm/mesh.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -96,11 +97,22 @@ RankList Mesh::Along(const std::vector<std::string>& axes) const {
   return ranks;
 }
 
-std::string Mesh::Describe() const {
+std::string Mesh::Describe(const std::vector<int>& machines, const std::string& transport) const {
   std::string text;
   for (const Axis& a : axes_) {
     absl::StrAppend(&text, a.name, ": size ", a.size, ", coordinate ", Coord(a.name), ", ranks");
-    for (int r : Along({a.name})) absl::StrAppend(&text, " ", r);
+    std::set<int> places;
+    for (int r : Along({a.name})) {
+      absl::StrAppend(&text, " ", r);
+      if (static_cast<std::size_t>(r) < machines.size()) {
+        places.insert(machines[static_cast<std::size_t>(r)]);
+      }
+    }
+    if (a.size > 1 && !places.empty()) {
+      absl::StrAppend(&text, places.size() == 1 ? ", on machine" : ", between machines");
+      for (int m : places) absl::StrAppend(&text, " ", m);
+    }
+    if (a.size > 1 && !transport.empty()) absl::StrAppend(&text, ", over ", transport);
     text += "\n";
   }
   return text;

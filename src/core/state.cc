@@ -31,12 +31,24 @@ absl::Status Check(const StateEntry& entry) {
     return Invalid(entry, absl::StrCat("is registered as ", Name(entry.dtype),
                                        " but its local slice is ", Describe(local)));
   }
+  // A matrix may be there with some of its columns.
+  const bool matrix = entry.global_shape.size() == 2;
   bool same = local.rank == static_cast<int>(entry.global_shape.size());
-  for (int i = 1; same && i < local.rank; ++i) same = local.dims[i] == entry.global_shape[i];
+  for (int i = 1; same && i < local.rank; ++i) {
+    same = matrix ? local.dims[i] >= 0 && local.dims[i] <= entry.global_shape[i]
+                  : local.dims[i] == entry.global_shape[i];
+  }
   if (!same) {
     return Invalid(
         entry, absl::StrCat("has global shape ", shape, " but its local slice is ", Describe(local),
-                            "; all dimensions but the first must agree"));
+                            "; all dimensions but the first must agree, or of a matrix be columns "
+                            "of it"));
+  }
+  if (entry.first_column < 0 || (!matrix && entry.first_column != 0) ||
+      (matrix && entry.first_column > entry.global_shape[1] - local.dims[1])) {
+    return Invalid(entry, absl::StrCat("has global shape ", shape, " but its local slice ",
+                                       Describe(local), " starts at column ", entry.first_column,
+                                       "; the slice must lie inside"));
   }
   // Written without a sum that could overflow.
   if (entry.first_row < 0 || local.rows() < 0 || local.rows() > entry.global_shape[0] ||
@@ -56,14 +68,21 @@ absl::Status Check(const StateEntry& entry) {
   return absl::OkStatus();
 }
 
+bool Overlap(const StateEntry& a, const StateEntry& b) {
+  if (a.local.elements() == 0 || b.local.elements() == 0) return false;
+  const auto meet = [](int64_t first, int64_t count, int64_t other, int64_t others) {
+    return first < other + others && other < first + count;
+  };
+  return meet(a.first_row, a.local.rows(), b.first_row, b.local.rows()) &&
+         (a.local.rank != 2 ||
+          meet(a.first_column, a.local.dims[1], b.first_column, b.local.dims[1]));
+}
+
 }  // namespace
 
 absl::Status StateRegistry::Add(StateEntry entry) {
   if (entry.name.empty()) {
     return absl::InvalidArgumentError("a state tensor has no name; give it a unique one");
-  }
-  if (index_.count(entry.name) != 0) {
-    return Invalid(entry, "is registered twice; names must be unique");
   }
   if (entry.global_shape.empty() || entry.global_shape.size() > Tensor::kMaxRank) {
     return Invalid(entry, absl::StrCat("has ", entry.global_shape.size(), " dimensions; one to ",
@@ -76,14 +95,25 @@ absl::Status StateRegistry::Add(StateEntry entry) {
   }
   if (!entry.local.present() && entry.local.rank == 0) entry.local = EmptySlice(entry);
   STRETTO_RETURN_IF_ERROR(Check(entry));
-  index_.emplace(entry.name, entries_.size());
+  std::vector<std::size_t>& boxes = index_[entry.name];
+  for (const std::size_t i : boxes) {
+    const StateEntry& other = entries_[i];
+    if (other.dtype != entry.dtype || other.global_shape != entry.global_shape) {
+      return Invalid(entry, "is registered with two types or shapes; names must be unique");
+    }
+    // Boxes without elements say that the rank has nothing, which can be said once.
+    if (Overlap(other, entry) || entry.local.elements() == 0 || other.local.elements() == 0) {
+      return Invalid(entry, "is registered twice; its boxes must not overlap");
+    }
+  }
+  boxes.push_back(entries_.size());
   entries_.push_back(std::move(entry));
   return absl::OkStatus();
 }
 
 const StateEntry* StateRegistry::Find(const std::string& name) const {
   const auto it = index_.find(name);
-  return it == index_.end() ? nullptr : &entries_[it->second];
+  return it == index_.end() ? nullptr : &entries_[it->second.front()];
 }
 
 void StateRegistry::SetEpoch(int64_t epoch) {

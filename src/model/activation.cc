@@ -10,7 +10,7 @@ absl::Status ActivationLayer::Declare(Builder& b) {
   }
   b.Reads(x_, kInForward | kInBackwardInput);
   *y_out_ = y_ = b.Output("y", function_ == Kind::kSwiglu ? width / 2 : width,
-                          {.grad_uses = kInBackwardInput, .cheap = true});
+                          {.grad_uses = kInBackwardInput, .cheap = true, .shard = b.IsShard(x_)});
   return absl::OkStatus();
 }
 

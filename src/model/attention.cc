@@ -33,8 +33,12 @@ absl::Status LocalAttentionLayer::Declare(Builder& b) {
     partials_ = b.Scratch("partials", 0, type, kInBackwardInput | kInBackwardWeight,
                           RotaryKernels::kPartials * 2 * d * SizeOf(type));
     const auto norm = [&](const char* name) {
-      return b.Parameter(
-          {.name = name, .shape = {d}, .init = Init::kOnes, .std = 0, .weight_decay = false});
+      return b.Parameter({.name = name,
+                          .shape = {d},
+                          .init = Init::kOnes,
+                          .std = 0,
+                          .weight_decay = false,
+                          .partial_gradient = true});  // of the heads that are here
     };
     q_norm_ = norm("q_norm.weight");
     k_norm_ = norm("k_norm.weight");

@@ -14,6 +14,16 @@ Strategies LocalStrategies() {
   s.attention = [](SlotId qkv, const AttentionOptions& options, SlotId* o) {
     return std::make_unique<internal::LocalAttentionLayer>(qkv, options, o);
   };
+  s.embedding = [](int64_t vocabulary, int64_t width, int64_t positions, double init_std, SlotId* y,
+                   ParamId* table) {
+    return std::make_unique<internal::EmbeddingLayer>(vocabulary, width, positions, init_std, y,
+                                                      table);
+  };
+  s.loss_head = [](SlotId x, int64_t vocabulary, int64_t chunk, ParamId tied, double init_std,
+                   const std::string& tied_to, ParamId* weight) {
+    return std::make_unique<internal::LossHeadLayer>(x, vocabulary, chunk, tied, init_std, tied_to,
+                                                     weight);
+  };
   return s;
 }
 
@@ -21,8 +31,7 @@ Strategies LocalStrategies() {
 SlotId Builder::Embedding(const std::string& name, int64_t vocabulary, int64_t width,
                           int64_t positions, double init_std, ParamId* table) {
   SlotId y;
-  Add(name, std::make_unique<internal::EmbeddingLayer>(vocabulary, width, positions, init_std, &y,
-                                                       table))
+  Add(name, strategies_.embedding(vocabulary, width, positions, init_std, &y, table))
       .IgnoreError();  // kept in status_, as below
   return y;
 }
@@ -79,8 +88,7 @@ void Builder::StageOutput(const std::string& name, SlotId x, SlotId branch) {
 ParamId Builder::LossHead(const std::string& name, SlotId x, int64_t vocabulary, int64_t chunk,
                           ParamId tied, double init_std, const std::string& tied_to) {
   ParamId weight;
-  Add(name, std::make_unique<internal::LossHeadLayer>(x, vocabulary, chunk, tied, init_std, tied_to,
-                                                      &weight))
+  Add(name, strategies_.loss_head(x, vocabulary, chunk, tied, init_std, tied_to, &weight))
       .IgnoreError();
   return weight;
 }

@@ -53,7 +53,7 @@ absl::Status Float8LinearLayer::Declare(Builder& b) {
         b.Output("gelu", out_,
                  {.grad_uses = 0, .cheap = true, .recomputed_if_dropped = true, .gelu_of = y_});
   }
-  DeclareLinearParameters(b, in_, out_, options_, &weight_, &bias_);
+  DeclareLinearParameters(b, in_, out_, options_, /*shard=*/false, &weight_, &bias_);
   x_operand_ = b.Float8Operand("x", DType::kE4M3);
   w_operand_ = b.Float8Operand("weight", DType::kE4M3);
   dy_operand_ = b.Float8Operand("dy", gradients_);

@@ -274,6 +274,32 @@ bool MayShareGradient(const Graph& graph, const Times& times, int slot,
 
 }  // namespace
 
+int64_t StoredRows(const Graph& graph, const SlotInfo& slot, int64_t tokens) {
+  const int64_t part = CutRows(tokens, graph.tokens.ranks, 0).part;
+  return slot.shard ? part : part * graph.tokens.ranks;
+}
+
+int64_t ExchangedBytes(const Graph& graph, const ActionList& list, int64_t tokens) {
+  const int64_t part = CutRows(tokens, graph.tokens.ranks, 0).part;
+  std::vector<std::vector<const ExchangeInfo*>> of_layer(graph.layers.size());
+  for (const ExchangeInfo& e : graph.exchanges) {
+    of_layer[static_cast<size_t>(e.layer)].push_back(&e);
+  }
+  int64_t bytes = 0;
+  for (const Action& a : list.actions) {
+    unsigned use = kInForward;
+    if (a.kind == ActionKind::kBackwardInput) use = kInBackwardInput;
+    if (a.kind == ActionKind::kBackwardWeight) use = kInBackwardWeight;
+    for (const ExchangeInfo* e : of_layer[static_cast<size_t>(a.layer)]) {
+      const bool kept = e->unless_kept >= 0 && !list.dropped[static_cast<size_t>(e->unless_kept)];
+      if ((e->uses & use) == 0 || (a.kind == ActionKind::kRecompute && kept)) continue;
+      bytes +=
+          (e->every_token ? tokens : part) * e->width * SizeOf(e->dtype) * (graph.tokens.ranks - 1);
+    }
+  }
+  return bytes;
+}
+
 absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& actions,
                                       int64_t token_capacity) {
   if (token_capacity <= 0) {
@@ -292,7 +318,7 @@ absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& acti
   MemoryPlanner planner(64);
   std::vector<BufferId> forward(slots, -1), backward(slots, -1), grad(slots, -1);
   const auto bytes_of = [&](const SlotInfo& s) {
-    return token_capacity * s.width * SizeOf(s.dtype) + s.fixed_bytes;
+    return StoredRows(graph, s, token_capacity) * s.width * SizeOf(s.dtype) + s.fixed_bytes;
   };
 
   const std::vector<std::vector<int>> outputs = OutputsByLayer(graph);

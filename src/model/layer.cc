@@ -10,6 +10,7 @@ namespace stretto {
 Builder::Builder(DType dtype, Strategies strategies, const KernelTable* kernels)
     : strategies_(std::move(strategies)), kernels_(kernels) {
   graph_.dtype = dtype;
+  graph_.tokens = strategies_.tokens;
 }
 Builder::~Builder() = default;
 
@@ -91,10 +92,11 @@ absl::Status Builder::CheckGraph() const {
     }
     if (s.share_with < 0) continue;
     const SlotInfo& output = graph_.slots[s.share_with];
-    if (output.producer != s.share_layer || output.width != s.width || output.dtype != s.dtype) {
+    if (output.producer != s.share_layer || output.width != s.width || output.dtype != s.dtype ||
+        output.shard != s.shard) {
       return absl::InvalidArgumentError(absl::StrCat(
           "layer ", graph_.layer_names[s.share_layer], " shares the gradient of slot ", s.name,
-          " with slot ", output.name, "; that must be an output of it of the same width and type"));
+          " with slot ", output.name, "; that must be an output of it of the same shape and type"));
     }
   }
   return absl::OkStatus();
@@ -121,6 +123,8 @@ DType Builder::accumulate_type() const { return AccumulateType(graph_.dtype); }
 int64_t Builder::Width(SlotId slot) const {
   return slot.valid() ? graph_.slots[slot.value].width : 0;
 }
+
+bool Builder::IsShard(SlotId slot) const { return slot.valid() && graph_.slots[slot.value].shard; }
 
 bool Builder::IsGeluOf(SlotId slot, SlotId pre) const {
   return slot.valid() && pre.valid() && graph_.slots[slot.value].gelu_of == pre.value;
@@ -149,11 +153,12 @@ void Builder::Reads(SlotId slot, unsigned uses, bool writes_grad) {
   info.readers.push_back({current_, uses, writes_grad});
 }
 
-SlotId Builder::Input(const std::string& name, int64_t width) {
+SlotId Builder::Input(const std::string& name, int64_t width, bool shard) {
   SlotInfo s;
   s.name = name;
   s.kind = SlotKind::kInput;
   s.width = width;
+  s.shard = shard && graph_.tokens.ranks > 1;
   s.dtype = graph_.dtype;
   graph_.slots.push_back(std::move(s));
   return {static_cast<int>(graph_.slots.size()) - 1};
@@ -175,6 +180,7 @@ SlotId Builder::Output(const std::string& name, int64_t width, const OutputOptio
   s.recomputed_if_dropped = options.recomputed_if_dropped;
   s.gelu_of = options.gelu_of.value;
   s.grad_changed_by_producer = options.grad_changed_by_producer;
+  s.shard = options.shard && graph_.tokens.ranks > 1;
   graph_.slots.push_back(std::move(s));
   return {static_cast<int>(graph_.slots.size()) - 1};
 }
@@ -192,6 +198,7 @@ SlotId Builder::Saved(const std::string& name, int64_t width, DType dtype, unsig
   s.fixed_bytes = options.fixed_bytes;
   s.cheap = options.cheap;
   s.recomputed_if_dropped = options.recomputed_if_dropped;
+  s.shard = options.shard && graph_.tokens.ranks > 1;
   graph_.slots.push_back(std::move(s));
   return {static_cast<int>(graph_.slots.size()) - 1};
 }
@@ -201,6 +208,16 @@ SlotId Builder::Scratch(const std::string& name, int64_t width, DType dtype, uns
   const SlotId id = Saved(name, width, dtype, uses, {.fixed_bytes = fixed_bytes});
   if (id.valid()) graph_.slots[id.value].kind = SlotKind::kScratch;
   return id;
+}
+
+void Builder::Exchanges(unsigned uses, int64_t width, DType dtype, const ExchangeOptions& options) {
+  if (!InDeclare("an exchange")) return;
+  graph_.exchanges.push_back({.layer = current_,
+                              .uses = uses,
+                              .width = width,
+                              .dtype = dtype,
+                              .every_token = options.every_token,
+                              .unless_kept = options.unless_kept.value});
 }
 
 void Builder::ModifiesInPlace(SlotId slot) {
@@ -225,6 +242,7 @@ ParamId Builder::CopyOfParameter(const std::string& owner, ParameterSpec spec) {
         absl::StrCat("parameter ", spec.name, " is declared twice; layer names must differ")));
   }
   ParameterInfo info;
+  info.owned = !spec.part.whole.empty() || graph_.tokens.index == 0;
   info.spec = std::move(spec);
   info.layers.push_back(current_);
   graph_.parameters.push_back(std::move(info));
@@ -269,26 +287,38 @@ int64_t Frame::ValueOffset(SlotId slot) const {
                                               : layout_->backward_offset[slot.value];
 }
 
+Tensor Frame::View(const SlotInfo& slot, int64_t offset, int64_t rows) const {
+  if (offset < 0) return {};
+  return Tensor::Of(memory_ + offset, slot.dtype, {rows, slot.width}, device_);
+}
+
 Tensor Frame::Value(SlotId slot) const {
   const SlotInfo& info = graph_->slots[slot.value];
-  const int64_t offset = ValueOffset(slot);
-  if (offset < 0) return {};
-  return Tensor::Of(memory_ + offset, info.dtype, {tokens.tokens, info.width}, device_);
+  return View(info, ValueOffset(slot), Rows(info));
+}
+
+Tensor Frame::Padded(SlotId slot) const {
+  const SlotInfo& info = graph_->slots[slot.value];
+  return View(info, ValueOffset(slot), StoredRows(*graph_, info, tokens.tokens));
+}
+
+Tensor Frame::PaddedGrad(SlotId slot) const {
+  const SlotInfo& info = graph_->slots[slot.value];
+  return View(info, layout_->grad_offset[slot.value], StoredRows(*graph_, info, tokens.tokens));
 }
 
 Tensor Frame::Fixed(SlotId slot) const {
   const SlotInfo& info = graph_->slots[slot.value];
   const int64_t offset = ValueOffset(slot), size = SizeOf(info.dtype);
   if (offset < 0 || info.fixed_bytes == 0) return {};
-  return Tensor::Of(memory_ + offset + layout_->token_capacity * info.width * size, info.dtype,
+  const int64_t rows = StoredRows(*graph_, info, layout_->token_capacity);
+  return Tensor::Of(memory_ + offset + rows * info.width * size, info.dtype,
                     {info.fixed_bytes / size}, device_);
 }
 
 Tensor Frame::Grad(SlotId slot) const {
-  const int64_t offset = layout_->grad_offset[slot.value];
-  if (offset < 0) return {};
   const SlotInfo& info = graph_->slots[slot.value];
-  return Tensor::Of(memory_ + offset, info.dtype, {tokens.tokens, info.width}, device_);
+  return View(info, layout_->grad_offset[slot.value], Rows(info));
 }
 
 bool Frame::AccumulateGrad(SlotId slot) const {

@@ -13,9 +13,9 @@
 namespace stretto::internal {
 
 // The parameters of a linear layer, whatever it computes in: "weight" [out, in] and, when asked
-// for, "bias" [out]. For Declare.
+// for, "bias" [out]; `shard`: of a layer that sees a part of the tokens. For Declare.
 void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOptions& options,
-                             ParamId* weight, ParamId* bias);
+                             bool shard, ParamId* weight, ParamId* bias);
 
 // y = x w^T + bias, with gelu behind it or in front of it fused in (LinearOptions).
 class LinearLayer : public Layer {
@@ -107,6 +107,7 @@ class EmbeddingLayer : public Layer {
   void Forward(Run& run, Frame& frame) const override;
   void BackwardInput(Run&, Frame&) const override {}
   void BackwardWeight(Run& run, Frame& frame) const override;
+  unsigned ReadsParameters() const override { return kInForward; }
 
  private:
   int64_t vocabulary_, width_, positions_;
@@ -198,6 +199,9 @@ class LossHeadLayer : public Layer {
   void Forward(Run& run, Frame& frame) const override;
   void BackwardInput(Run& run, Frame& frame) const override;
   void BackwardWeight(Run& run, Frame& frame) const override;
+  unsigned WritesGradients() const override {
+    return one_chunk() ? kInBackwardWeight : kInBackwardInput;
+  }
 
  private:
   // Products run over whole units of the vocabulary: libraries' kernels are several times slower on

@@ -3,15 +3,20 @@
 namespace stretto::internal {
 
 void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOptions& options,
-                             ParamId* weight, ParamId* bias) {
+                             bool shard, ParamId* weight, ParamId* bias) {
   *weight = b.Parameter({.name = "weight",
                          .shape = {out, in},
                          .init = Init::kNormal,
                          .std = options.init_std,
-                         .weight_decay = true});
+                         .weight_decay = true,
+                         .partial_gradient = shard});
   if (!options.bias) return;
-  *bias = b.Parameter(
-      {.name = "bias", .shape = {out}, .init = Init::kZeros, .std = 0, .weight_decay = false});
+  *bias = b.Parameter({.name = "bias",
+                       .shape = {out},
+                       .init = Init::kZeros,
+                       .std = 0,
+                       .weight_decay = false,
+                       .partial_gradient = shard});
 }
 
 absl::Status LinearLayer::Declare(Builder& b) {
@@ -30,11 +35,12 @@ absl::Status LinearLayer::Declare(Builder& b) {
     b.Reads(x_, kInForward | kInBackwardWeight);
   }
   const bool gelu = options_.gelu_output != nullptr;
-  *y_out_ = y_ = b.Output("y", out_, {.recompute_source = gelu});
+  const bool shard = b.IsShard(x_);
+  *y_out_ = y_ = b.Output("y", out_, {.recompute_source = gelu, .shard = shard});
   if (gelu)
     *options_.gelu_output = gelu_ =
-        b.Output("gelu", out_, {.grad_uses = 0, .cheap = true, .gelu_of = y_});
-  DeclareLinearParameters(b, in_, out_, options_, &weight_, &bias_);
+        b.Output("gelu", out_, {.grad_uses = 0, .cheap = true, .gelu_of = y_, .shard = shard});
+  DeclareLinearParameters(b, in_, out_, options_, shard, &weight_, &bias_);
   return absl::OkStatus();
 }
 

@@ -51,6 +51,7 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
                                                    " was asked for of a model with ", c.layers,
                                                    " blocks; each part needs one at least"));
   }
+  const int64_t heads = c.heads * c.head_dim, kv_heads = c.kv_heads * c.head_dim;
   const std::string embedding = "embed";
   ParamId table;
   SlotId x;
@@ -69,17 +70,22 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
     } else {
       std::tie(x, n) = b.AddNorm(block + "attn_norm", x, branch, norm);
     }
-    const SlotId qkv = b.Linear(block + "attn.qkv", Role::kColumn, n, c.hidden, c.qkv_width(),
-                                {.bias = c.qkv_bias(), .init_std = c.init_std});
+    const SlotId qkv =
+        b.Linear(block + "attn.qkv", Role::kColumn, n, c.hidden, c.qkv_width(),
+                 {.bias = c.qkv_bias(),
+                  .init_std = c.init_std,
+                  .features = {.parts = {heads, kv_heads, kv_heads}, .groups = c.kv_heads}});
     const SlotId o = b.Attention(block + "attn", qkv, attention);
-    branch =
-        b.Linear(block + "attn.out", Role::kRow, o, c.heads * c.head_dim, c.hidden, into_residual);
+    LinearOptions out = into_residual;
+    out.features.groups = c.kv_heads;
+    branch = b.Linear(block + "attn.out", Role::kRow, o, heads, c.hidden, out);
     std::tie(x, n) = b.AddNorm(block + "mlp_norm", x, branch, norm);
     SlotId inner, pre;
     if (c.gated_mlp()) {
-      inner =
-          b.Swiglu(block + "mlp.act", b.Linear(block + "mlp.gate_up", Role::kColumn, n, c.hidden,
-                                               2 * c.ffn, {.bias = false, .init_std = c.init_std}));
+      inner = b.Swiglu(
+          block + "mlp.act",
+          b.Linear(block + "mlp.gate_up", Role::kColumn, n, c.hidden, 2 * c.ffn,
+                   {.bias = false, .init_std = c.init_std, .features = {.parts = {c.ffn, c.ffn}}}));
     } else {
       pre = b.Linear(block + "mlp.up", Role::kColumn, n, c.hidden, c.ffn,
                      {.bias = true, .init_std = c.init_std, .gelu_output = &inner});
@@ -107,34 +113,6 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
   if (!graph.ok()) return graph.status();
   model.graph = std::move(graph).value();
   return model;
-}
-
-void InitialValues(const ParameterSpec& spec, uint64_t seed, int64_t first_row, Tensor rows) {
-  const Rng rng(seed, "init/" + spec.name);
-  const int64_t first = first_row * rows.row_elements(), n = rows.elements();
-  const auto fill = [&](auto* out) {
-    using T = std::remove_pointer_t<decltype(out)>;
-    constexpr int64_t kAtOnce = 256;
-    double values[kAtOnce] = {};
-    if (spec.init == Init::kOnes) std::fill_n(values, kAtOnce, 1.0);
-    for (int64_t i = 0; i < n; i += kAtOnce) {
-      const int64_t count = std::min(kAtOnce, n - i);
-      if (spec.init == Init::kNormal) {
-        rng.Normals(static_cast<uint64_t>(first + i), count, values);
-        for (int64_t k = 0; k < count; ++k) values[k] *= spec.std;
-      }
-      for (int64_t k = 0; k < count; ++k) {
-        if constexpr (std::is_same_v<T, double>) {
-          out[i + k] = values[k];
-        } else {
-          out[i + k] = T(static_cast<float>(values[k]));
-        }
-      }
-    }
-  };
-  if (rows.dtype == DType::kF64) fill(rows.as<double>());
-  if (rows.dtype == DType::kF32) fill(rows.as<float>());
-  if (rows.dtype == DType::kBF16) fill(rows.as<BFloat16>());
 }
 
 }  // namespace stretto

@@ -8,22 +8,27 @@ struct NormParts {
   SlotId mean, rstd, partials;
   ParamId weight, bias;
 };
-NormParts DeclareNorm(Builder& b, int64_t width, const NormOptions& options) {
+NormParts DeclareNorm(Builder& b, int64_t width, bool shard, const NormOptions& options) {
   NormParts p;
   constexpr unsigned kUses = kInBackwardInput | kInBackwardWeight;
-  if (!options.rms) p.mean = b.Saved("mean", 1, b.accumulate_type(), kUses);
-  p.rstd = b.Saved("rstd", 1, b.accumulate_type(), kUses);
+  const Builder::SavedOptions saved = {.shard = shard};
+  if (!options.rms) p.mean = b.Saved("mean", 1, b.accumulate_type(), kUses, saved);
+  p.rstd = b.Saved("rstd", 1, b.accumulate_type(), kUses, saved);
   const int64_t partial_bytes =
       b.kernels() == nullptr ? 0 : b.kernels()->norm->PartialBytes(b.dtype(), width, !options.rms);
   if (partial_bytes > 0) {
     p.partials = b.Scratch("partials", 0, b.accumulate_type(), kUses, partial_bytes);
   }
-  p.weight = b.Parameter(
-      {.name = "weight", .shape = {width}, .init = Init::kOnes, .std = 0, .weight_decay = false});
-  if (!options.rms) {
-    p.bias = b.Parameter(
-        {.name = "bias", .shape = {width}, .init = Init::kZeros, .std = 0, .weight_decay = false});
-  }
+  const auto vector = [&](const char* name, Init init) {
+    return b.Parameter({.name = name,
+                        .shape = {width},
+                        .init = init,
+                        .std = 0,
+                        .weight_decay = false,
+                        .partial_gradient = shard});
+  };
+  p.weight = vector("weight", Init::kOnes);
+  if (!options.rms) p.bias = vector("bias", Init::kZeros);
   return p;
 }
 
@@ -46,8 +51,9 @@ Tensor OptionalGradient(Run& run, ParamId param) {
 
 absl::Status NormLayer::Declare(Builder& b) {
   b.Reads(x_, kInForward | kInBackwardInput | kInBackwardWeight);
-  *n_out_ = n_ = b.Output("n", b.Width(x_), {.cheap = true});
-  const NormParts p = DeclareNorm(b, b.Width(x_), options_);
+  const bool shard = b.IsShard(x_);
+  *n_out_ = n_ = b.Output("n", b.Width(x_), {.cheap = true, .shard = shard});
+  const NormParts p = DeclareNorm(b, b.Width(x_), shard, options_);
   mean_ = p.mean;
   rstd_ = p.rstd;
   partials_ = p.partials;
@@ -83,6 +89,11 @@ absl::Status AddNormLayer::Declare(Builder& b) {
     return absl::InvalidArgumentError(absl::StrCat("its operands have ", width, " and ",
                                                    b.Width(branch_), " features per token"));
   }
+  const bool shard = b.IsShard(x_);
+  if (b.IsShard(branch_) != shard) {
+    return absl::InvalidArgumentError(
+        "one of its operands has all tokens, the other a rank's part of them");
+  }
   const bool boundary = b.AtBlockStart();
   b.Reads(x_, kInForward);
   b.Reads(branch_, kInForward);
@@ -91,10 +102,11 @@ absl::Status AddNormLayer::Declare(Builder& b) {
                    .grad_uses = kInBackwardInput,
                    .boundary = boundary,
                    .recompute_source = true,
-                   .grad_changed_by_producer = true});
-  n_ = b.Output("n", width, {.cheap = true});
+                   .grad_changed_by_producer = true,
+                   .shard = shard});
+  n_ = b.Output("n", width, {.cheap = true, .shard = shard});
   *out_ = {sum_, n_};
-  const NormParts p = DeclareNorm(b, width, options_);
+  const NormParts p = DeclareNorm(b, width, shard, options_);
   mean_ = p.mean;
   rstd_ = p.rstd;
   partials_ = p.partials;

@@ -3,7 +3,8 @@
 namespace stretto::internal {
 
 absl::Status StageInputLayer::Declare(Builder& b) {
-  *y_out_ = y_ = b.Output("y", width_, {.grad_uses = kInBackwardInput, .boundary = true});
+  *y_out_ = y_ =
+      b.Output("y", width_, {.grad_uses = kInBackwardInput, .boundary = true, .shard = true});
   return absl::OkStatus();
 }
 

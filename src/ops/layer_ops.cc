@@ -309,4 +309,13 @@ void EmbeddingBackward(Context c, Tensor dtable, Tensor dy, Tensor ids, bool acc
   if (check.ok()) c.kernels->embedding->Backward(*c.stream, dtable, dy, ids, acc);
 }
 
+void LocalIds(Context c, Tensor local, Tensor ids, int64_t first, int64_t rows, int64_t all,
+              const char* what) {
+  Check check(c, "LocalIds", {{"local", local}, {"ids", ids}});
+  check.That(Is(ids, DType::kI32, {ids.dims[0]}), "ids must be i32[tokens]")
+      .That(Is(local, DType::kI32, {ids.dims[0]}), "local must be i32[tokens]")
+      .That(0 <= first && 0 <= rows && first + rows <= all, "the rows must be part of the table");
+  if (check.ok()) c.kernels->embedding->LocalIds(*c.stream, local, ids, first, rows, all, what);
+}
+
 }  // namespace stretto::ops

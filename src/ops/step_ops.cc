@@ -13,6 +13,17 @@ void LossFold(Context c, Tensor state, Tensor logits, Tensor targets, int64_t fi
   if (check.ok()) c.kernels->loss->Fold(*c.stream, state, logits, targets, first, start);
 }
 
+void LossMerge(Context c, Tensor state, Tensor parts) {
+  Check check(c, "LossMerge", {{"state", state}, {"parts", parts}});
+  const int64_t tokens = state.rows();
+  check.That(state.dtype == DType::kF32 || state.dtype == DType::kF64, "state must be f32 or f64")
+      .That(Is(state, state.dtype, {tokens, 3}), "state must be [tokens, 3]")
+      .That(Is(parts, state.dtype, {parts.rows(), 3}) &&
+                (tokens == 0 ? parts.rows() == 0 : parts.rows() % tokens == 0),
+            "parts must be [ranks * tokens, 3] of state's type");
+  if (check.ok()) c.kernels->loss->Merge(*c.stream, state, parts);
+}
+
 void LossFinish(Context c, Tensor losses, Tensor total, Tensor state, Tensor weights, bool acc,
                 Tensor targets) {
   Check check(c, "LossFinish",

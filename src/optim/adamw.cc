@@ -20,18 +20,56 @@ int64_t ShardBytes(DType model, int64_t elements, const AdamWOptions& options) {
          (HasMaster(model, options) ? Aligned(elements * SizeOf(DType::kF32)) : 0);
 }
 
+// Whether the update draws random numbers, which belong to elements of the whole parameter.
+bool DrawsNumbers(DType model, const AdamWOptions& options) {
+  return options.bf16_moments || (model == DType::kBF16 && !options.masters);
+}
+
+// Rows of a shard that are updated as one item, and the place of their first element in the whole
+// parameter. Elements of an item follow each other in the numbering of the whole where that
+// matters: with a part of the columns each row is an item of its own then.
+struct ItemRows {
+  Range rows;  // of this rank's part of the parameter
+  uint64_t first_element = 0;
+};
+std::vector<ItemRows> RowsOfItems(const ParameterInfo& info, const Range& shard, bool numbered) {
+  const ParameterSpec& spec = info.spec;
+  const std::vector<int64_t>& whole = spec.whole_shape();
+  const int64_t columns = whole.size() > 1 ? whole[1] : 1;
+  if (!numbered || spec.part.whole.empty()) {
+    return {{shard, static_cast<uint64_t>(shard.first * columns)}};
+  }
+  std::vector<ItemRows> items;
+  for (const ParameterBox& box : BoxesOf(spec, shard.first, shard.count)) {
+    const int64_t at_once = info.columns() == columns ? box.rows.count : 1;
+    for (int64_t r = 0; r < box.rows.count; r += at_once) {
+      items.push_back({{box.rows.first + r, at_once},
+                       static_cast<uint64_t>((box.whole + r) * columns + spec.part.first_column)});
+    }
+  }
+  return items;
+}
+
 }  // namespace
 
 AdamW::Bytes AdamW::BytesOf(const Graph& graph, int ranks, int index, const AdamWOptions& options) {
   Bytes bytes;
-  std::vector<int64_t> elements;
+  std::vector<int64_t> elements, counted;
+  const bool numbered = DrawsNumbers(graph.dtype, options);
+  bool counts_all = true;
   for (size_t i = 0; i < graph.parameters.size(); ++i) {
     if (static_cast<int>(i) == options.without.value) continue;
     const ParameterInfo& p = graph.parameters[i];
-    elements.push_back(CutRows(p.rows(), ranks, index).count * p.columns());
-    bytes.state += ShardBytes(graph.dtype, elements.back(), options);
+    const RowCut cut = CutRows(p.rows(), ranks, index);
+    for (const ItemRows& item : RowsOfItems(p, {cut.first, cut.count}, numbered)) {
+      elements.push_back(item.rows.count * p.columns());
+      if (p.owned) counted.push_back(elements.back());
+    }
+    counts_all = counts_all && p.owned;
+    bytes.state += ShardBytes(graph.dtype, cut.count * p.columns(), options);
   }
   bytes.table = OptimizerTable::Bytes(elements);
+  if (!counts_all) bytes.table += OptimizerTable::Bytes(counted);
   return bytes;
 }
 
@@ -57,6 +95,8 @@ absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const Graph& graph,
   for (const ParameterShard& shard : parameters.shards()) {
     if (shard.param.value != options.without.value) adamw->shards_.push_back(shard);
   }
+  std::vector<OptimizerItem> all, counted;
+  const bool numbered = DrawsNumbers(graph.dtype, options);
   for (const ParameterShard& shard : adamw->shards_) {
     const ParameterInfo& info = graph.parameters[shard.param.value];
     // Of the gradient's shape, and of the device's kernels wherever it lies.
@@ -75,10 +115,22 @@ absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const Graph& graph,
     if (HasMaster(graph.dtype, options)) item.master = state(DType::kF32);
     item.decay = info.spec.weight_decay;
     item.key = Rng(options.seed, "round/" + info.spec.name).key();
-    item.first_element = static_cast<uint64_t>(shard.first_row * info.columns());
     adamw->items_.push_back(item);
+    for (const ItemRows& part :
+         RowsOfItems(info, {shard.first_row, shard.value.rows()}, numbered)) {
+      OptimizerItem rows = item;
+      for (Tensor* t : {&rows.param, &rows.grad, &rows.m, &rows.v, &rows.master}) {
+        if (t->present()) *t = t->Rows(part.rows.first - shard.first_row, part.rows.count);
+      }
+      rows.first_element = part.first_element;
+      all.push_back(rows);
+      if (info.owned) counted.push_back(rows);
+    }
   }
-  STRETTO_ASSIGN_OR_RETURN(adamw->table_, OptimizerTable::Create(device, adamw->items_));
+  STRETTO_ASSIGN_OR_RETURN(adamw->table_, OptimizerTable::Create(device, all));
+  if (counted.size() != all.size()) {
+    STRETTO_ASSIGN_OR_RETURN(adamw->counted_, OptimizerTable::Create(device, counted));
+  }
   adamw->ResetMasters();
   return adamw;
 }
@@ -90,7 +142,8 @@ void AdamW::ResetMasters() const {
 }
 
 void AdamW::AddSumSquares(Tensor scalars) const {
-  ops::AddSumSquares(ops_, scalars.Rows(StepScalars::kSumSquares, 1), table_);
+  ops::AddSumSquares(ops_, scalars.Rows(StepScalars::kSumSquares, 1),
+                     counted_ ? *counted_ : table_);
 }
 
 void AdamW::Step(Tensor scalars, double lr, int64_t step) const {
@@ -107,15 +160,11 @@ void AdamW::Step(Tensor scalars, double lr, int64_t step) const {
 absl::Status AdamW::Register(StateRegistry* registry) const {
   for (size_t i = 0; i < items_.size(); ++i) {
     const OptimizerItem& item = items_[i];
-    const ParameterSpec& spec = graph_.parameters[shards_[i].param.value].spec;
+    const ParameterInfo& info = graph_.parameters[shards_[i].param.value];
     const auto add = [&](const char* prefix, Tensor local) {
       // Where it lies: the host reads what is offloaded without a copy.
       local.device = state_.device();
-      return registry->Add({.name = prefix + spec.name,
-                            .dtype = local.dtype,
-                            .global_shape = spec.shape,
-                            .first_row = shards_[i].first_row,
-                            .local = local});
+      return RegisterRows(registry, prefix, info, shards_[i].first_row, local);
     };
     STRETTO_RETURN_IF_ERROR(add("optim.exp_avg.", item.m));
     STRETTO_RETURN_IF_ERROR(add("optim.exp_avg_sq.", item.v));

@@ -4,19 +4,19 @@
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
+#include "src/parallel/bucket_buffers.h"
+#include "src/parallel/parameter_storage.h"
 #include "stretto/core/copy.h"
 #include "stretto/core/thread_pool.h"
 #include "stretto/model/model.h"
+#include "stretto/parallel/bucket_plan.h"
 
 namespace stretto {
 
-RowCut CutRows(int64_t rows, int ranks, int index) {
-  RowCut cut;
-  cut.part = (rows + ranks - 1) / ranks;
-  cut.first = std::min(rows, cut.part * index);
-  cut.count = std::min(rows, cut.part * (index + 1)) - cut.first;
-  return cut;
-}
+using internal::Aligned;
+using internal::BucketBuffers;
+using internal::StoredElements;
+using internal::View;
 
 std::vector<std::vector<int>> MakeBuckets(const Graph& graph, int64_t bucket_bytes) {
   std::vector<int> order(graph.parameters.size());
@@ -43,24 +43,13 @@ std::vector<std::vector<int>> MakeBuckets(const Graph& graph, int64_t bucket_byt
 
 namespace {
 
-constexpr int64_t kAlignment = 64;
-int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-int64_t StoredElements(const ParameterInfo& p, int ranks) {
-  return std::max(CutRows(p.rows(), ranks, 0).part * ranks, p.padded_rows) * p.columns();
-}
-// A tensor of a parameter's rank: [rows, columns], or [rows] for vectors.
-Tensor View(const ParameterInfo& p, std::byte* data, DType dtype, int64_t rows, Device device) {
-  return p.spec.shape.size() > 1 ? Tensor::Of(data, dtype, {rows, p.columns()}, device)
-                                 : Tensor::Of(data, dtype, {rows}, device);
-}
-
-// The initial values of a parameter, drawn by all threads of the pool: an element's value does not
-// depend on who draws it.
-absl::Status FillParameter(const ParameterSpec& spec, uint64_t seed, ThreadPool& pool,
+// The initial values of a parameter's rows from `row` on, drawn by all threads of the pool: an
+// element's value does not depend on who draws it.
+absl::Status FillParameter(const ParameterSpec& spec, uint64_t seed, ThreadPool& pool, int64_t row,
                            const Tensor& parameter) {
   return FillFromHost(parameter, [&](int64_t first, const Tensor& rows) {
     pool.ParallelFor(rows.rows(), 1, [&](int64_t begin, int64_t end, int) {
-      InitialValues(spec, seed, first + begin, rows.Rows(begin, end - begin));
+      InitialValues(spec, seed, row + first + begin, rows.Rows(begin, end - begin));
     });
     return absl::OkStatus();
   });
@@ -84,12 +73,13 @@ absl::Status FillConstant(const ConstantInfo& c, const Tensor& constant) {
 
 }  // namespace
 
-StorageBytes DataParallelStorage(const Graph& graph, int ranks) {
+StorageBytes DataParallelStorage(const Graph& graph, int ranks, int zero) {
   StorageBytes bytes;
   for (const ParameterInfo& p : graph.parameters) {
-    const int64_t n = StoredElements(p, ranks);
-    bytes.parameters += Aligned(n * SizeOf(graph.dtype));
-    bytes.gradients += Aligned(n * SizeOf(AccumulateType(graph.dtype)));
+    const int64_t full = StoredElements(p, ranks);
+    const int64_t part = CutRows(p.rows(), ranks, 0).part * p.columns();
+    bytes.parameters += Aligned((zero >= 3 ? part : full) * SizeOf(graph.dtype));
+    bytes.gradients += Aligned((zero >= 2 ? part : full) * SizeOf(AccumulateType(graph.dtype)));
   }
   return bytes;
 }
@@ -100,25 +90,37 @@ class DataParallel::Hooks : public ActionHooks {
   void BeginPass(bool backward) override {
     owner_.Enter(backward ? StepPhase::kBackward : StepPhase::kForward);
   }
-  bool ActsAt(const Action& action) const override {
+  bool ActsBefore(size_t index, const Action& action) const override {
     if (owner_.group_.size() == 1) return false;
-    if (action.kind == ActionKind::kForward) {
-      const std::vector<int>& buckets = owner_.layer_buckets_[action.layer];
-      return std::any_of(buckets.begin(), buckets.end(),
-                         [&](int b) { return owner_.buckets_[b].gather != 0; });
-    }
+    if (owner_.buffers_ != nullptr && owner_.buffers_->ActsBefore(true, index)) return true;
+    if (action.kind != ActionKind::kForward) return false;
+    const std::vector<int>& buckets = owner_.layer_buckets_[action.layer];
+    return std::any_of(buckets.begin(), buckets.end(),
+                       [&](int b) { return owner_.buckets_[b].gather != 0; });
+  }
+  bool ActsAfter(size_t index, const Action& action) const override {
+    if (owner_.group_.size() == 1) return false;
+    if (owner_.buffers_ != nullptr) return owner_.buffers_->ActsAfter(true, index);
     return action.kind == ActionKind::kBackwardWeight && SubmittedAfter(action.layer) != nullptr;
   }
-  void BeforeForward(int layer) override {
-    absl::Status status = owner_.WaitLayer(layer);
+  void Before(size_t index, const Action& action) override {
+    absl::Status status;
+    if (action.kind == ActionKind::kForward) status = owner_.WaitLayer(action.layer);
+    if (owner_.buffers_ != nullptr) status.Update(owner_.buffers_->Before(Caller(), index));
     if (!status.ok()) owner_.stream_.Fail(std::move(status));
   }
-  void AfterBackwardWeight(int layer) override {
-    if (Bucket* bucket = SubmittedAfter(layer)) owner_.SubmitReduce(*owner_.run_, *bucket);
+  void After(size_t index, const Action& action) override {
+    if (owner_.buffers_ != nullptr) {
+      absl::Status status = owner_.buffers_->After(Caller(), index);
+      if (!status.ok()) owner_.stream_.Fail(std::move(status));
+    } else if (Bucket* bucket = SubmittedAfter(action.layer)) {
+      owner_.SubmitReduce(*owner_.run_, *bucket);
+    }
   }
   void BetweenActions() override { owner_.comm_.Progress(); }
 
  private:
+  BucketBuffers::Caller Caller() const { return {.run = owner_.run_, .last = last_}; }
   // The bucket that is complete after this layer and can leave, or null. Buckets leave in order.
   Bucket* SubmittedAfter(int layer) const {
     if (!last_ || !owner_.options_.overlap) return nullptr;
@@ -132,6 +134,35 @@ class DataParallel::Hooks : public ActionHooks {
   bool last_;
 };
 
+// Outside of training steps.
+class DataParallel::BufferHooks : public ActionHooks {
+ public:
+  explicit BufferHooks(DataParallel& owner) : owner_(owner) {}
+  ActionHooks* For(const BucketBuffers::Caller& caller) {
+    caller_ = caller;
+    return this;
+  }
+  bool ActsBefore(size_t index, const Action& /*action*/) const override {
+    return owner_.buffers_->ActsBefore(caller_.training, index);
+  }
+  bool ActsAfter(size_t index, const Action& /*action*/) const override {
+    return owner_.buffers_->ActsAfter(caller_.training, index);
+  }
+  void Before(size_t index, const Action& /*action*/) override {
+    absl::Status status = owner_.buffers_->Before(caller_, index);
+    if (!status.ok()) owner_.stream_.Fail(std::move(status));
+  }
+  void After(size_t index, const Action& /*action*/) override {
+    absl::Status status = owner_.buffers_->After(caller_, index);
+    if (!status.ok()) owner_.stream_.Fail(std::move(status));
+  }
+  void BetweenActions() override { owner_.comm_.Progress(); }
+
+ private:
+  DataParallel& owner_;
+  BucketBuffers::Caller caller_;
+};
+
 DataParallel::DataParallel(Communicator& comm, const Group& group, const Graph& graph,
                            Stream& stream, const KernelTable& kernels,
                            const DataParallelOptions& options)
@@ -141,6 +172,7 @@ DataParallel::DataParallel(Communicator& comm, const Group& group, const Graph& 
       stream_(stream),
       ops_{&stream, &kernels},
       options_(options),
+      zero_(options.buckets == nullptr ? 1 : options.buckets->zero),
       plain_hooks_(std::make_unique<Hooks>(*this, false)),
       last_hooks_(std::make_unique<Hooks>(*this, true)) {}
 DataParallel::~DataParallel() = default;
@@ -152,7 +184,14 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
       std::unique_ptr<DataParallel>(new DataParallel(comm, group, graph, stream, kernels, options));
   const int n = group.size();
   const DType acc = AccumulateType(graph.dtype);
-  const StorageBytes bytes = DataParallelStorage(graph, n);
+  const BucketPlan* const plan = options.buckets;
+  if (plan != nullptr && plan->ranks != n) {
+    return absl::InvalidArgumentError(absl::StrCat("the plan of buckets is for ", plan->ranks,
+                                                   " ranks, and group ", group.name, " has ", n,
+                                                   "; plan it for the group"));
+  }
+  const bool whole_parameters = dp->zero_ < 3, whole_gradients = dp->zero_ < 2;
+  const StorageBytes bytes = DataParallelStorage(graph, n, dp->zero_);
   int64_t constant_bytes = 0;
   for (const ConstantInfo& c : graph.constants) {
     constant_bytes += Aligned(c.rows * c.columns * SizeOf(c.dtype));
@@ -166,25 +205,34 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
   STRETTO_RETURN_IF_ERROR(make("parameters", bytes.parameters, &dp->parameter_arena_));
   STRETTO_RETURN_IF_ERROR(make("gradients", bytes.gradients, &dp->gradient_arena_));
   STRETTO_RETURN_IF_ERROR(make("constants", constant_bytes, &dp->constant_arena_));
+  if (!whole_gradients) {
+    STRETTO_RETURN_IF_ERROR(make("bucket buffers", plan->buffer_bytes, &dp->buffer_arena_));
+  }
 
   ThreadPool pool(options.threads);
-  std::vector<Tensor> stored_values, stored_grads;  // with padding rows
+  std::vector<Tensor> stored_values, stored_grads;  // with padding rows; of shards, a part
   std::byte* value = dp->parameter_arena_.data();
   std::byte* grad = dp->gradient_arena_.data();
   for (size_t i = 0; i < graph.parameters.size(); ++i) {
     const ParameterInfo& p = graph.parameters[i];
     const RowCut cut = CutRows(p.rows(), n, group.index);
-    const int64_t stored = cut.part * n;
-    stored_values.push_back(View(p, value, graph.dtype, stored, device));
-    stored_grads.push_back(View(p, grad, acc, stored, device));
-    dp->parameters_.push_back(View(p, value, graph.dtype, p.rows(), device));
-    dp->gradients_.push_back(View(p, grad, acc, p.rows(), device));
-    dp->shards_.push_back({ParamId{static_cast<int>(i)}, cut.first,
-                           dp->parameters_.back().Rows(cut.first, cut.count),
-                           dp->gradients_.back().Rows(cut.first, cut.count)});
-    STRETTO_RETURN_IF_ERROR(FillParameter(p.spec, seed, pool, dp->parameters_.back()));
-    value += Aligned(StoredElements(p, n) * SizeOf(graph.dtype));
-    grad += Aligned(StoredElements(p, n) * SizeOf(acc));
+    // What lies here, the whole tensor as layers see it, and this rank's rows of it.
+    const auto lay_out = [&](bool whole, DType dtype, std::byte** next, Tensor* stored,
+                             Tensor* full) {
+      *stored = View(p, *next, dtype, whole ? cut.part * n : cut.part, device);
+      if (whole) *full = View(p, *next, dtype, p.rows(), device);
+      *next += Aligned((whole ? StoredElements(p, n) : cut.part * p.columns()) * SizeOf(dtype));
+      return whole ? full->Rows(cut.first, cut.count) : stored->Rows(0, cut.count);
+    };
+    const ParamId id{static_cast<int>(i)};
+    const Tensor my_value = lay_out(whole_parameters, graph.dtype, &value,
+                                    &stored_values.emplace_back(), &dp->parameters_.emplace_back());
+    const Tensor my_grad = lay_out(whole_gradients, acc, &grad, &stored_grads.emplace_back(),
+                                   &dp->gradients_.emplace_back());
+    dp->shards_.push_back({id, cut.first, my_value, my_grad});
+    STRETTO_RETURN_IF_ERROR(whole_parameters
+                                ? FillParameter(p.spec, seed, pool, 0, dp->parameters_.back())
+                                : FillParameter(p.spec, seed, pool, cut.first, my_value));
   }
 
   std::byte* constant = dp->constant_arena_.data();
@@ -196,7 +244,23 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
   }
 
   dp->layer_buckets_.resize(graph.layers.size());
-  for (std::vector<int>& params : MakeBuckets(graph, options.bucket_bytes)) {
+  if (!whole_gradients) {
+    dp->buffers_ = std::make_unique<BucketBuffers>(
+        comm, dp->group_, graph, dp->ops_, *plan, dp->buffer_arena_.data(),
+        BucketBuffers::Shards{.values = stored_values, .gradients = stored_grads},
+        BucketBuffers::Options{.overlap = options.overlap,
+                               .prefetch = options.prefetch,
+                               .poison = options.poison,
+                               .timer = options.timer});
+    dp->evaluation_hooks_ = std::make_unique<BufferHooks>(*dp);
+    dp->local_hooks_ = std::make_unique<BufferHooks>(*dp);
+    if (!whole_parameters) {
+      dp->value_parts_ = std::move(stored_values);
+      return dp;
+    }
+  }
+  for (std::vector<int>& params :
+       plan != nullptr ? std::vector(plan->buckets) : MakeBuckets(graph, options.bucket_bytes)) {
     const int index = static_cast<int>(dp->buckets_.size());
     Bucket bucket;
     bucket.ready_layer = static_cast<int>(graph.layers.size());
@@ -205,8 +269,10 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     for (int p : params) {
       const RowCut cut = CutRows(graph.parameters[p].rows(), n, group.index);
       bucket.ready_layer = std::min(bucket.ready_layer, graph.parameters[p].layers.front());
-      bucket.grad_inputs.push_back(stored_grads[p]);
-      bucket.grad_outputs.push_back(stored_grads[p].Rows(cut.part * group.index, cut.part));
+      if (whole_gradients) {
+        bucket.grad_inputs.push_back(stored_grads[p]);
+        bucket.grad_outputs.push_back(stored_grads[p].Rows(cut.part * group.index, cut.part));
+      }
       bucket.value_outputs.push_back(stored_values[p]);
       bucket.value_inputs.push_back(stored_values[p].Rows(cut.part * group.index, cut.part));
       for (int layer : graph.parameters[p].layers) {
@@ -230,10 +296,30 @@ void DataParallel::BeginStep(Run& run) {
   run.BeginStep();
   run_ = &run;
   for (Bucket& bucket : buckets_) bucket.submitted = false;
+  if (buffers_ != nullptr) buffers_->BeginStep();
 }
 
 ActionHooks& DataParallel::hooks(bool last_micro_batch) {
   return last_micro_batch ? *last_hooks_ : *plain_hooks_;
+}
+
+void DataParallel::GatherFor(size_t action) {
+  if (zero_ == 3) buffers_->GatherFor(action);
+}
+
+ActionHooks* DataParallel::evaluation_hooks(Run& run) {
+  if (zero_ < 3) return nullptr;
+  absl::Status dropped = buffers_->Drop();
+  if (!dropped.ok()) stream_.Fail(std::move(dropped));
+  return evaluation_hooks_->For({.run = &run, .training = false});
+}
+
+ActionHooks* DataParallel::local_hooks(Run& run, bool training) {
+  if (buffers_ == nullptr) return nullptr;
+  absl::Status waited = WaitParameters();
+  waited.Update(buffers_->Drop());
+  if (!waited.ok()) stream_.Fail(std::move(waited));
+  return local_hooks_->For({.run = &run, .training = training, .communicate = false});
 }
 
 void DataParallel::SubmitReduce(Run& run, Bucket& bucket) {
@@ -251,6 +337,7 @@ absl::Status DataParallel::FinishGradients(Run& run) {
   // The optimizer is about to change what the gathers send. Forward has waited for them, but a rank
   // without micro-batches ran none.
   STRETTO_RETURN_IF_ERROR(WaitParameters());
+  if (buffers_ != nullptr) return buffers_->FinishGradients();
   for (Bucket& bucket : buckets_) {
     if (!bucket.submitted) SubmitReduce(run, bucket);
   }
@@ -262,12 +349,16 @@ absl::Status DataParallel::FinishGradients(Run& run) {
 
 absl::Status DataParallel::GatherParameters() {
   if (group_.size() == 1) return absl::OkStatus();
+  if (zero_ == 3) {
+    buffers_->GatherFor(0);
+    return absl::OkStatus();
+  }
   // In the order of the next forward, which is the reverse of backward's.
   for (auto bucket = buckets_.rbegin(); bucket != buckets_.rend(); ++bucket) {
     bucket->gather = comm_.AllGatherMany(group_, bucket->value_outputs, bucket->value_inputs,
                                          bucket->gather_label, stream_.Record());
   }
-  return options_.overlap ? absl::OkStatus() : WaitParameters();
+  return options_.prefetch ? absl::OkStatus() : WaitParameters();
 }
 
 absl::Status DataParallel::WaitLayer(int layer) {
@@ -278,19 +369,33 @@ absl::Status DataParallel::WaitLayer(int layer) {
 }
 
 absl::Status DataParallel::WaitParameters() {
+  if (zero_ == 3) return buffers_->WaitGathers();
   for (Bucket& bucket : buckets_) {
     STRETTO_RETURN_IF_ERROR(TimedWait(&bucket.gather));
   }
   return absl::OkStatus();
 }
 
+absl::StatusOr<Tensor> DataParallel::CompleteParameter(ParamId id) {
+  STRETTO_RETURN_IF_ERROR(WaitParameters());
+  if (zero_ < 3) return Parameter(id);
+  const ParameterInfo& p = graph_.parameters[static_cast<size_t>(id.value)];
+  const Tensor part = value_parts_[static_cast<size_t>(id.value)];
+  STRETTO_ASSIGN_OR_RETURN(complete_arena_,
+                           Arena::Create(stream_.device(), "a parameter in full",
+                                         StoredElements(p, group_.size()) * SizeOf(graph_.dtype)));
+  const auto rows = [&](int64_t n) {
+    return View(p, complete_arena_.data(), graph_.dtype, n, stream_.device());
+  };
+  STRETTO_RETURN_IF_ERROR(
+      comm_.Wait(stream_, comm_.AllGather(group_, rows(part.rows() * group_.size()), part,
+                                          "parameter " + p.spec.name, stream_.Record())));
+  STRETTO_RETURN_IF_ERROR(stream_.Synchronize());
+  return rows(p.rows());
+}
+
 absl::Status DataParallel::TimedWait(Ticket* ticket) {
-  if (*ticket == 0) return absl::OkStatus();
-  const int before = Enter(StepPhase::kExposed);
-  absl::Status status = comm_.Wait(stream_, *ticket);
-  if (before >= 0) Enter(static_cast<StepPhase>(before));
-  *ticket = 0;
-  return status;
+  return internal::TimedWait(comm_, stream_, options_.timer, ticket);
 }
 
 int DataParallel::Enter(StepPhase phase) {
@@ -300,18 +405,15 @@ int DataParallel::Enter(StepPhase phase) {
 absl::Status DataParallel::Register(StateRegistry* registry, ParamId without) const {
   for (const ParameterShard& shard : shards_) {
     if (shard.param.value == without.value) continue;
-    const ParameterSpec& spec = graph_.parameters[shard.param.value].spec;
-    STRETTO_RETURN_IF_ERROR(registry->Add({.name = spec.name,
-                                           .dtype = shard.value.dtype,
-                                           .global_shape = spec.shape,
-                                           .first_row = shard.first_row,
-                                           .local = shard.value}));
+    const ParameterInfo& info = graph_.parameters[shard.param.value];
+    STRETTO_RETURN_IF_ERROR(RegisterRows(registry, "", info, shard.first_row, shard.value));
   }
   return absl::OkStatus();
 }
 
 int64_t DataParallel::bytes() const {
-  return parameter_arena_.bytes() + gradient_arena_.bytes() + constant_arena_.bytes();
+  return parameter_arena_.bytes() + gradient_arena_.bytes() + constant_arena_.bytes() +
+         buffer_arena_.bytes();
 }
 
 }  // namespace stretto

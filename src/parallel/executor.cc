@@ -213,7 +213,8 @@ void Enqueue(const Layer& layer, ActionKind kind, Run& run, Frame& frame) {
 }
 
 class NoHooks final : public ActionHooks {
-  bool ActsAt(const Action& /*action*/) const override { return false; }
+  bool ActsBefore(size_t /*index*/, const Action& /*action*/) const override { return false; }
+  bool ActsAfter(size_t /*index*/, const Action& /*action*/) const override { return false; }
 };
 
 }  // namespace
@@ -232,15 +233,12 @@ void ExecuteSome(const Graph& graph, const ActionList& list, size_t begin, size_
   const auto forward = [&](size_t i) { return actions[i].kind == ActionKind::kForward; };
   for (size_t first = begin, end = begin; first < stop; first = end) {
     if (first == begin || forward(first) != forward(first - 1)) hooks->BeginPass(!forward(first));
-    if (forward(first) && hooks->ActsAt(actions[first])) hooks->BeforeForward(actions[first].layer);
+    if (hooks->ActsBefore(first, actions[first])) hooks->Before(first, actions[first]);
     // As far as nobody else has something to do, and one action at a time where nothing is
     // replayed.
-    const auto acts_after = [&](size_t i) {
-      return actions[i].kind == ActionKind::kBackwardWeight && hooks->ActsAt(actions[i]);
-    };
     for (end = first + 1; replays != nullptr && end < stop; ++end) {
-      if (forward(end) != forward(first) || acts_after(end - 1)) break;
-      if (forward(end) && hooks->ActsAt(actions[end])) break;
+      if (forward(end) != forward(first) || hooks->ActsAfter(end - 1, actions[end - 1])) break;
+      if (hooks->ActsBefore(end, actions[end])) break;
     }
     const auto enqueue = [&] {
       for (size_t i = first; i < end; ++i) {
@@ -253,8 +251,19 @@ void ExecuteSome(const Graph& graph, const ActionList& list, size_t begin, size_
     } else {
       enqueue();
     }
-    if (acts_after(end - 1)) hooks->AfterBackwardWeight(actions[end - 1].layer);
+    if (hooks->ActsAfter(end - 1, actions[end - 1])) hooks->After(end - 1, actions[end - 1]);
     hooks->BetweenActions();
+  }
+}
+
+void FollowHooks(const ActionList& list, size_t first, size_t end, ActionHooks& hooks) {
+  const std::vector<Action>& actions = list.actions;
+  const auto forward = [&](size_t i) { return actions[i].kind == ActionKind::kForward; };
+  for (size_t i = first; i < end; ++i) {
+    if (i == first || forward(i) != forward(i - 1)) hooks.BeginPass(!forward(i));
+    if (hooks.ActsBefore(i, actions[i])) hooks.Before(i, actions[i]);
+    if (hooks.ActsAfter(i, actions[i])) hooks.After(i, actions[i]);
+    hooks.BetweenActions();
   }
 }
 

@@ -233,6 +233,7 @@ absl::Status PipelineExecutor::ReceiveUntil(const RankProgram& program, int64_t 
   const std::vector<BoundaryMessage>& messages = program.messages_;
   for (; submitted_ < messages.size() && messages[submitted_].order < order; ++submitted_) {
     const BoundaryMessage& m = messages[submitted_];
+    if (worker.Empty(m.item)) continue;       // neither end submits it
     if (!m.receive) return absl::OkStatus();  // its own action submits it
     STRETTO_ASSIGN_OR_RETURN(Buffer* const buffer, Take(receives_));
     arriving_[submitted_] = buffer;
@@ -256,7 +257,7 @@ absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& work
   for (size_t i = 0; i < program.actions().size(); ++i) {
     const ProgramAction& a = program.actions()[i];
     const RankProgram::Ends& ends = program.ends_[i];
-    const int64_t tokens = worker.Tokens(a.item);
+    const int64_t tokens = worker.Empty(a.item) ? 0 : worker.Tokens(a.item);
     if (tokens > token_capacity_) {
       return absl::FailedPreconditionError(
           absl::StrCat("item ", a.item, " has ", tokens, " tokens on rank ", comm_.world().rank(),
@@ -264,6 +265,11 @@ absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& work
     }
     STRETTO_RETURN_IF_ERROR(ReceiveUntil(program, a.order, worker));
     Tensor in, out;
+    if (worker.Empty(a.item)) {
+      STRETTO_RETURN_IF_ERROR(worker.Run(a, in, out));
+      comm_.Progress();
+      continue;
+    }
     Buffer* in_buffer = nullptr;
     Buffer* out_buffer = nullptr;
     const Boundary taken = TakenBy(program.program(), a);

@@ -46,6 +46,8 @@ struct ModelStages::Stage {
   std::vector<Slot> slots;
   size_t forward_end = 0, weights_begin = 0;  // in the action list
   int backwards_left = 0;                     // in this program
+  std::vector<StageWork> works;               // of this stage in the program, in its order
+  size_t next = 0;                            // among them
 };
 
 ModelStages::ModelStages(Stream& stream) : stream_(stream) {}
@@ -99,7 +101,10 @@ void ModelStages::SetBatches(const RankProgram& program, const std::vector<Packe
   more_ = more;
   for (Stage& stage : stages_) {
     stage.backwards_left = 0;
+    stage.works.clear();
+    stage.next = 0;
     for (const ProgramAction& a : program.actions()) {
+      if (a.stage == stage.memory.stage) stage.works.push_back(a.work);
       if (a.stage == stage.memory.stage &&
           (a.work == StageWork::kBackward || a.work == StageWork::kBackwardWeight)) {
         ++stage.backwards_left;
@@ -110,7 +115,10 @@ void ModelStages::SetBatches(const RankProgram& program, const std::vector<Packe
 
 TokenFeeder& ModelStages::feeder() { return *stages_.front().slots.front().feeder; }
 
-int64_t ModelStages::Tokens(int item) const { return BatchOf(item).tokens(); }
+int64_t ModelStages::Tokens(int item) const {
+  const TokenCut& cut = stages_.front().parts.graph->tokens;
+  return CutRows(BatchOf(item).tokens(), cut.ranks, cut.index).count;
+}
 
 absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {
   for (Slot& slot : stage.slots) {
@@ -123,6 +131,21 @@ absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {
                             : absl::StrCat("none with item ", item, "; check the program")));
 }
 
+std::pair<size_t, size_t> ModelStages::RangeOf(const Stage& stage, StageWork work) {
+  const size_t all = stage.parts.actions->actions.size();
+  switch (work) {
+    case StageWork::kForward:
+      return {0, stage.forward_end};
+    case StageWork::kBackward:
+      return {stage.forward_end, all};
+    case StageWork::kBackwardInput:
+      return {stage.forward_end, stage.weights_begin};
+    case StageWork::kBackwardWeight:
+      return {stage.weights_begin, all};
+  }
+  return {0, 0};
+}
+
 absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out) {
   const auto found = std::find_if(stages_.begin(), stages_.end(),
                                   [&](const Stage& s) { return s.memory.stage == action.stage; });
@@ -133,6 +156,33 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   Stage& stage = *found;
   const StageParts& p = stage.parts;
   const bool forward = action.work == StageWork::kForward;
+  const auto [first, end] = RangeOf(stage, action.work);
+  const bool done = action.work == StageWork::kBackward ||
+                    action.work == StageWork::kBackwardWeight ||
+                    (forward && end == p.actions->actions.size());
+  ActionHooks* hooks = nullptr;
+  if (p.parameters != nullptr && p.local) {
+    hooks = p.parameters->local_hooks(*p.run, p.actions->training);
+  } else if (p.parameters != nullptr && !p.actions->training) {
+    hooks = p.parameters->evaluation_hooks(*p.run);
+  } else if (p.parameters != nullptr) {
+    // Gradients leave with the last weight half of the step on this stage.
+    hooks = &p.parameters->hooks(!forward && done && stage.backwards_left == 1 && !more_);
+  }
+  if (done && !forward) --stage.backwards_left;
+  // What comes next on this stage may have to wait for its neighbour: its parameters travel
+  // meanwhile.
+  ++stage.next;
+  const auto gather_for_next = [&] {
+    if (p.parameters == nullptr || p.local || !p.actions->training) return;
+    if (stage.next >= stage.works.size()) return;
+    p.parameters->GatherFor(RangeOf(stage, stage.works[stage.next]).first);
+  };
+  if (Empty(action.item)) {
+    if (hooks != nullptr) FollowHooks(*p.actions, first, end, *hooks);
+    gather_for_next();
+    return absl::OkStatus();
+  }
   STRETTO_ASSIGN_OR_RETURN(Slot* const slot, SlotOf(stage, forward ? -1 : action.item));
   if (forward) {
     const PackedBatch& batch = BatchOf(action.item);
@@ -147,25 +197,9 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   }
   Frame& frame = *slot->frame;
   frame.boundary = {in, out};
-  const size_t all = p.actions->actions.size();
-  size_t first = 0, end = stage.forward_end;
-  if (!forward) {
-    const bool only_weights = action.work == StageWork::kBackwardWeight;
-    first = only_weights ? stage.weights_begin : stage.forward_end;
-    end = action.work == StageWork::kBackwardInput ? stage.weights_begin : all;
-  }
-  const bool done = action.work == StageWork::kBackward ||
-                    action.work == StageWork::kBackwardWeight || (forward && end == all);
-  ActionHooks* hooks = nullptr;
-  if (p.parameters != nullptr) {
-    // Gradients leave with the last weight half of the step on this stage.
-    hooks = &p.parameters->hooks(!forward && done && stage.backwards_left == 1 && !more_);
-  }
   ExecuteSome(*p.graph, *p.actions, first, end, *p.run, frame, hooks, replays_);
-  if (done) {
-    slot->item = -1;
-    if (!forward) --stage.backwards_left;
-  }
+  if (done) slot->item = -1;
+  gather_for_next();
   return absl::OkStatus();
 }
 

@@ -25,12 +25,12 @@ namespace {
 using nlohmann::json;
 using snapshot_internal::CommitTemporary;
 using snapshot_internal::DumpJson;
+using snapshot_internal::FilesOf;
 using snapshot_internal::IndexShards;
 using snapshot_internal::kManifestName;
 using snapshot_internal::Manifest;
 using snapshot_internal::ManifestFile;
 using snapshot_internal::ManifestToJson;
-using snapshot_internal::OwnedRows;
 using snapshot_internal::ParseJson;
 using snapshot_internal::PrepareTemporary;
 using snapshot_internal::Prune;
@@ -46,20 +46,22 @@ using snapshot_internal::WrittenFile;
 constexpr auto kGrace = std::chrono::seconds(5);
 
 // What one rank tells the others over the control plane: a status, the step that it is at, and the
-// file that it has written.
+// files that it has written.
 struct Report {
   absl::Status status;
   int64_t step = 0;
-  WrittenFile file;
+  std::vector<WrittenFile> files;
 };
 
 std::string Encode(const Report& report) {
   std::string message(report.status.message());
-  const json value = {{"code", static_cast<int>(report.status.code())},
-                      {"message", message},
-                      {"step", report.step},
-                      {"bytes", report.file.bytes},
-                      {"digest", report.file.digest}};
+  json value = {{"code", static_cast<int>(report.status.code())},
+                {"message", message},
+                {"step", report.step}};
+  json& files = value["files"] = json::array();
+  for (const WrittenFile& file : report.files) {
+    files.push_back({{"bytes", file.bytes}, {"digest", file.digest}});
+  }
   // A file name in the message may be anything but UTF-8.
   return value.dump(-1, ' ', true, json::error_handler_t::replace);
 }
@@ -71,8 +73,9 @@ absl::StatusOr<Report> Decode(const std::string& text) {
     report.status = absl::Status(static_cast<absl::StatusCode>(value.at("code").get<int>()),
                                  value.at("message").get<std::string>());
     report.step = value.at("step").get<int64_t>();
-    report.file.bytes = value.at("bytes").get<int64_t>();
-    report.file.digest = value.at("digest").get<uint64_t>();
+    for (const json& file : value.at("files")) {
+      report.files.push_back({file.at("bytes").get<int64_t>(), file.at("digest").get<uint64_t>()});
+    }
   } catch (const json::exception& e) {
     return absl::InternalError(absl::StrCat("checkpoint report: ", WithoutJsonTag(e.what())));
   }
@@ -91,8 +94,11 @@ struct Job {
   absl::Status staged;  // why this rank cannot save, found while staging
   int64_t step = 0;
   int64_t number = 0;  // of this save among those of the writer
-  std::vector<SafetensorsItem> items;
-  std::map<std::string, std::string> metadata;
+  struct File {
+    std::vector<SafetensorsItem> items;
+    std::map<std::string, std::string> metadata;
+  };
+  std::vector<File> files;
   std::string trainer_state;
 };
 
@@ -110,7 +116,7 @@ struct CheckpointWriter::Impl {
   absl::Status StageTensors(const StateRegistry& registry, Job* job);
   // Writes, agrees, commits.
   absl::Status Run(const Job& job);
-  absl::Status Commit(const Job& job, const std::vector<WrittenFile>& files);
+  absl::Status Commit(const Job& job, const std::vector<std::vector<WrittenFile>>& files);
   absl::StatusOr<Report> WaitFor(const std::string& key, int rank, const std::string& what);
   // Waits for the write in progress and returns its result; OK when there is none.
   absl::Status Join();
@@ -135,21 +141,22 @@ absl::Status CheckpointWriter::Impl::StageTensors(const StateRegistry& registry,
   int64_t total = 0;
   bool copy = options.async;  // what lies on a device passes through the host anyway
   std::vector<Tensor> sources;
-  for (const StateEntry& entry : registry.entries()) {
-    const int64_t rows = OwnedRows(entry);
-    if (rows == 0) continue;
-    copy = copy || entry.local.device.kind != DeviceKind::kCpu;
-    sources.push_back(entry.local);
-    SafetensorsItem item;
-    item.name = entry.name;
-    item.dtype = entry.dtype;
-    item.shape = entry.global_shape;
-    item.shape[0] = rows;
-    item.data = entry.local.data;
-    total += entry.local.bytes();
-    job->items.push_back(std::move(item));
+  for (const std::vector<const StateEntry*>& entries : FilesOf(registry)) {
+    Job::File& file = job->files.emplace_back();
+    for (const StateEntry* entry : entries) {
+      const Tensor& local = entry->local;
+      copy = copy || local.device.kind != DeviceKind::kCpu;
+      sources.push_back(local);
+      SafetensorsItem item;
+      item.name = entry->name;
+      item.dtype = entry->dtype;
+      item.shape.assign(local.dims.begin(), local.dims.begin() + local.rank);
+      item.data = local.data;
+      total += local.bytes();
+      file.items.push_back(std::move(item));
+    }
+    STRETTO_ASSIGN_OR_RETURN(file.metadata, ShardMetadata(registry, entries));
   }
-  STRETTO_ASSIGN_OR_RETURN(job->metadata, ShardMetadata(registry));
   if (!copy) return absl::OkStatus();
 
   if (total > staging_bytes) {
@@ -164,10 +171,13 @@ absl::Status CheckpointWriter::Impl::StageTensors(const StateRegistry& registry,
     staging_bytes = total;
   }
   char* cursor = staging.get();
-  for (size_t i = 0; i < sources.size(); ++i) {
-    STRETTO_RETURN_IF_ERROR(CopyToHost(cursor, sources[i]));
-    job->items[i].data = cursor;
-    cursor += sources[i].bytes();
+  size_t i = 0;
+  for (Job::File& file : job->files) {
+    for (SafetensorsItem& item : file.items) {
+      STRETTO_RETURN_IF_ERROR(CopyToHost(cursor, sources[i]));
+      item.data = cursor;
+      cursor += sources[i++].bytes();
+    }
   }
   return absl::OkStatus();
 }
@@ -219,14 +229,20 @@ absl::StatusOr<Report> CheckpointWriter::Impl::WaitFor(const std::string& key, i
   }
 }
 
-absl::Status CheckpointWriter::Impl::Commit(const Job& job, const std::vector<WrittenFile>& files) {
+absl::Status CheckpointWriter::Impl::Commit(const Job& job,
+                                            const std::vector<std::vector<WrittenFile>>& files) {
   const std::string temporary = TemporaryPath(options.directory, job.step);
   Manifest manifest;
   manifest.step = job.step;
   manifest.world_size = world.size();
   manifest.trainer_state = job.trainer_state;
   for (int rank = 0; rank < world.size(); ++rank) {
-    manifest.files.push_back({ShardFileName(rank), files[rank].bytes, files[rank].digest});
+    const std::vector<WrittenFile>& of_rank = files[static_cast<size_t>(rank)];
+    for (size_t k = 0; k < of_rank.size(); ++k) {
+      manifest.files.push_back(
+          {ShardFileName(rank, static_cast<int>(k), static_cast<int>(of_rank.size())),
+           of_rank[k].bytes, of_rank[k].digest, rank});
+    }
   }
   STRETTO_RETURN_IF_ERROR(IndexShards(temporary, &manifest));
   STRETTO_ASSIGN_OR_RETURN(const std::string text, ManifestToJson(manifest));
@@ -267,15 +283,17 @@ absl::Status CheckpointWriter::Impl::Run(const Job& job) {
         "saves step ", job.step, " while rank 0 saves step ", begin.step, "; call Save alike"));
   }
   if (mine.status.ok()) {
-    const std::string path =
-        absl::StrCat(TemporaryPath(options.directory, job.step), "/", ShardFileName(rank));
-    absl::StatusOr<WrittenFile> written = WriteSafetensorsFile(path, job.items, job.metadata);
-    if (written.ok()) {
-      mine.file = *written;
-      mine.status = snapshot_internal::SyncDirectory(TemporaryPath(options.directory, job.step));
-    } else {
+    const std::string temporary = TemporaryPath(options.directory, job.step);
+    for (size_t k = 0; k < job.files.size() && mine.status.ok(); ++k) {
+      const absl::StatusOr<WrittenFile> written = WriteSafetensorsFile(
+          absl::StrCat(
+              temporary, "/",
+              ShardFileName(rank, static_cast<int>(k), static_cast<int>(job.files.size()))),
+          job.files[k].items, job.files[k].metadata);
       mine.status = written.status();
+      if (written.ok()) mine.files.push_back(*written);
     }
+    if (mine.status.ok()) mine.status = snapshot_internal::SyncDirectory(temporary);
   }
   if (rank != 0) {
     STRETTO_RETURN_IF_ERROR(store.Set(absl::StrCat(save, "rank/", rank), Encode(mine)));
@@ -287,14 +305,14 @@ absl::Status CheckpointWriter::Impl::Run(const Job& job) {
   Report outcome;
   outcome.step = job.step;
   outcome.status = FromRank(0, mine.status);
-  std::vector<WrittenFile> files = {mine.file};
+  std::vector<std::vector<WrittenFile>> files = {mine.files};
   for (int other = 1; other < world.size(); ++other) {
     const absl::StatusOr<Report> report =
         WaitFor(absl::StrCat(save, "rank/", other), other, "written its part" + of_step);
     if (outcome.status.ok()) {
       outcome.status = report.ok() ? FromRank(other, report->status) : report.status();
     }
-    files.push_back(report.ok() ? report->file : WrittenFile{});
+    files.push_back(report.ok() ? report->files : std::vector<WrittenFile>());
   }
   if (outcome.status.ok()) outcome.status = Commit(job, files);
   if (!outcome.status.ok()) {

@@ -29,7 +29,6 @@ using snapshot_internal::ListSteps;
 using snapshot_internal::Manifest;
 using snapshot_internal::ManifestFile;
 using snapshot_internal::ManifestTensor;
-using snapshot_internal::OwnedRows;
 using snapshot_internal::Piece;
 using snapshot_internal::ReadConverted;
 using snapshot_internal::ReadManifest;
@@ -108,7 +107,7 @@ absl::Status CheckSameModel(const std::string& path, const Manifest& manifest,
   std::map<std::string, bool> wanted;
   bool with_optimizer = false;
   for (const StateEntry& entry : registry.entries()) {
-    wanted[entry.name] = true;
+    if (!wanted.emplace(entry.name, true).second) continue;  // another box of the same tensor
     with_optimizer |= IsOptimizer(entry.name);
     const auto it = manifest.tensors.find(entry.name);
     if (it == manifest.tensors.end()) {
@@ -149,23 +148,51 @@ absl::Status CheckSameModel(const std::string& path, const Manifest& manifest,
       "; load it with the configuration that wrote it or choose another checkpoint directory"));
 }
 
-// Rows of a stored tensor, from row `first` of it on, into `target`.
-absl::Status ReadRows(const SafetensorsFile& file, const SafetensorsEntry& stored, int64_t first,
-                      const Tensor& target) {
-  return FillFromHost(target, [&](int64_t done, const Tensor& rows) {
-    return ReadConverted(file, stored, (first + done) * rows.row_elements(), rows.elements(),
-                         rows.dtype, rows.data);
+// Where an entry and a piece of its tensor overlap.
+struct Box {
+  int64_t first_row = 0, rows = 0;
+  int64_t first_column = 0, columns = 0;
+};
+
+// The elements of `box` from a stored piece into the entry's place for them.
+absl::Status ReadBox(const SafetensorsFile& file, const SafetensorsEntry& stored,
+                     const ManifestTensor& tensor, const Piece& piece, const Box& box,
+                     const StateEntry& entry) {
+  const int64_t stored_row = tensor.ColumnsOf(piece), local_row = entry.local.row_elements();
+  const bool whole_rows = box.columns == stored_row && box.columns == local_row;
+  const int64_t from = box.first_column - piece.first_column;
+  const int64_t to = box.first_column - entry.first_column;
+  const Tensor target = entry.local.Rows(box.first_row - entry.first_row, box.rows);
+  const int64_t first = box.first_row - piece.first_row;
+  const Tensor columns = whole_rows ? target : target.Columns(to, box.columns);
+  return FillFromHost(columns, [&](int64_t done, const Tensor& rows) -> absl::Status {
+    if (whole_rows) {
+      return ReadConverted(file, stored, (first + done) * stored_row, rows.elements(), rows.dtype,
+                           rows.data);
+    }
+    for (int64_t r = 0; r < rows.rows(); ++r) {
+      STRETTO_RETURN_IF_ERROR(ReadConverted(file, stored, (first + done + r) * stored_row + from,
+                                            box.columns, rows.dtype, rows.Rows(r, 1).data));
+    }
+    return absl::OkStatus();
   });
 }
 
-// Calls `visit(piece, first, rows)` for the rows [first, first + rows) of `entry` in each piece.
+// Calls `visit(piece, box)` for what `entry` has of each piece.
 template <class Visit>
 absl::Status ForEachOverlap(const StateEntry& entry, const ManifestTensor& tensor, Visit visit) {
-  const int64_t begin = entry.first_row, end = begin + OwnedRows(entry);
+  const int64_t end = entry.first_row + entry.local.rows();
+  const int64_t end_column = entry.first_column + entry.local.row_elements();
   for (const Piece& piece : tensor.pieces) {
-    const int64_t first = std::max(begin, piece.first_row);
-    const int64_t last = std::min(end, piece.first_row + piece.rows);
-    if (first < last) STRETTO_RETURN_IF_ERROR(visit(piece, first, last - first));
+    const Box box = {
+        .first_row = std::max(entry.first_row, piece.first_row),
+        .rows = std::min(end, piece.first_row + piece.rows) -
+                std::max(entry.first_row, piece.first_row),
+        .first_column = std::max(entry.first_column, piece.first_column),
+        .columns = std::min(end_column, piece.first_column + tensor.ColumnsOf(piece)) -
+                   std::max(entry.first_column, piece.first_column),
+    };
+    if (box.rows > 0 && box.columns > 0) STRETTO_RETURN_IF_ERROR(visit(piece, box));
   }
   return absl::OkStatus();
 }
@@ -280,7 +307,7 @@ absl::Status LoadCheckpoint(const CheckpointInfo& info, const StateRegistry& reg
   for (const StateEntry& entry : registry.entries()) {
     const ManifestTensor& tensor = manifest.tensors.at(entry.name);
     STRETTO_RETURN_IF_ERROR(
-        ForEachOverlap(entry, tensor, [&](const Piece& piece, int64_t, int64_t) -> absl::Status {
+        ForEachOverlap(entry, tensor, [&](const Piece& piece, const Box&) -> absl::Status {
           std::unique_ptr<SafetensorsFile>& file = files[piece.file];
           const ManifestFile& described = manifest.files[piece.file];
           if (file == nullptr) {
@@ -292,6 +319,7 @@ absl::Status LoadCheckpoint(const CheckpointInfo& info, const StateRegistry& reg
           }
           std::vector<int64_t> shape = tensor.shape;
           shape[0] = piece.rows;
+          if (piece.columns >= 0) shape[1] = piece.columns;
           const SafetensorsEntry* stored = file->Find(entry.name);
           if (stored == nullptr || stored->shape != shape ||
               stored->dtype != SafetensorsType(tensor.dtype)) {
@@ -303,13 +331,11 @@ absl::Status LoadCheckpoint(const CheckpointInfo& info, const StateRegistry& reg
   }
 
   for (const StateEntry& entry : registry.entries()) {
-    STRETTO_RETURN_IF_ERROR(
-        ForEachOverlap(entry, manifest.tensors.at(entry.name),
-                       [&](const Piece& piece, int64_t first, int64_t rows) {
-                         const SafetensorsFile& file = *files[piece.file];
-                         return ReadRows(file, *file.Find(entry.name), first - piece.first_row,
-                                         entry.local.Rows(first - entry.first_row, rows));
-                       }));
+    const ManifestTensor& tensor = manifest.tensors.at(entry.name);
+    STRETTO_RETURN_IF_ERROR(ForEachOverlap(entry, tensor, [&](const Piece& piece, const Box& box) {
+      const SafetensorsFile& file = *files[static_cast<size_t>(piece.file)];
+      return ReadBox(file, *file.Find(entry.name), tensor, piece, box, entry);
+    }));
   }
   return absl::OkStatus();
 }

@@ -76,8 +76,8 @@ absl::Status MergeTensorList(const SafetensorsFile& shard, int rank,
   return absl::OkStatus();
 }
 
-// Adds the slices of one shard as pieces.
-absl::Status AddPieces(const SafetensorsFile& shard, int rank,
+// Adds the boxes of one file as pieces.
+absl::Status AddPieces(const SafetensorsFile& shard, int file,
                        std::map<std::string, ManifestTensor>* tensors) {
   const auto it = shard.metadata().find(kShardingInfo);
   json info = json::object();
@@ -95,47 +95,99 @@ absl::Status AddPieces(const SafetensorsFile& shard, int rank,
       return absl::DataLossError(
           absl::StrCat(shard.path(), ": tensor \"", entry.name, "\" is badly described"));
     }
+    Piece piece = {file, offsets[0], entry.shape[0]};
+    const std::vector<int64_t>& whole = tensor->second.shape;
     for (size_t d = 1; d < offsets.size(); ++d) {
-      if (offsets[d] != 0 || entry.shape[d] != tensor->second.shape[d]) {
+      if (offsets[d] == 0 && entry.shape[d] == whole[d]) continue;
+      if (offsets.size() != 2 || entry.shape[1] > whole[1] ||
+          offsets[1] > whole[1] - entry.shape[1]) {
         return absl::DataLossError(absl::StrCat(shard.path(), ": tensor \"", entry.name,
-                                                "\" is not a range of whole rows"));
+                                                "\" is not a range of whole rows, or of columns of "
+                                                "a matrix"));
       }
+      piece.first_column = offsets[1];
+      piece.columns = entry.shape[1];
     }
-    tensor->second.pieces.push_back({rank, offsets[0], entry.shape[0]});
+    tensor->second.pieces.push_back(piece);
   }
   return absl::OkStatus();
 }
 
-// Sorts the pieces by row and finds gaps and repeats.
-absl::Status CheckCoverage(const std::string& name, ManifestTensor* tensor) {
-  std::sort(tensor->pieces.begin(), tensor->pieces.end(), [](const Piece& a, const Piece& b) {
-    return std::tie(a.first_row, a.rows, a.file) < std::tie(b.first_row, b.rows, b.file);
+absl::Status TwiceOwned(const Piece& a, const Piece& b, const std::vector<ManifestFile>& files,
+                        int64_t row, const std::string& name) {
+  return absl::FailedPreconditionError(
+      absl::StrCat("ranks ", files[static_cast<size_t>(a.file)].rank, " and ",
+                   files[static_cast<size_t>(b.file)].rank, " both own row ", row, " of tensor \"",
+                   name, "\"; exactly one rank may own a row, or a column of one"));
+}
+
+// Sorts the pieces and finds gaps and repeats. From one row where pieces begin or end to the next
+// the same pieces are there, and their columns have to follow each other.
+absl::Status CheckCoverage(const std::string& name, const std::vector<ManifestFile>& files,
+                           ManifestTensor* tensor) {
+  std::vector<Piece>& pieces = tensor->pieces;
+  std::sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) {
+    return std::tie(a.first_row, a.first_column, a.rows, a.file) <
+           std::tie(b.first_row, b.first_column, b.rows, b.file);
   });
-  int64_t next = 0;
-  const Piece* last = nullptr;
-  for (const Piece& piece : tensor->pieces) {
-    if (piece.first_row > next) break;
-    if (piece.first_row < next) {
+  const int64_t rows = tensor->shape[0];
+  for (const Piece& piece : pieces) {
+    if (piece.first_row > rows || piece.rows > rows - piece.first_row) {
       return absl::FailedPreconditionError(
-          absl::StrCat("ranks ", last->file, " and ", piece.file, " both own row ", piece.first_row,
-                       " of tensor \"", name, "\"; exactly one rank may own a row"));
+          absl::StrCat("rank ", files[static_cast<size_t>(piece.file)].rank,
+                       " owns rows beyond the ", rows, " of tensor \"", name, "\""));
     }
-    if (piece.rows > tensor->shape[0] - piece.first_row) {
-      return absl::FailedPreconditionError(absl::StrCat("rank ", piece.file,
-                                                        " owns rows beyond the ", tensor->shape[0],
-                                                        " of tensor \"", name, "\""));
-    }
-    next = piece.first_row + piece.rows;
-    last = &piece;
   }
   const bool has_bytes =
       std::find(tensor->shape.begin(), tensor->shape.end(), 0) == tensor->shape.end();
-  if (next != tensor->shape[0] && has_bytes) {
+  if (!has_bytes) return absl::OkStatus();
+  const auto unowned = [&](int64_t row, const std::string& of) {
     return absl::FailedPreconditionError(
-        absl::StrCat("row ", next, " of tensor \"", name, "\" ", ShapeText(tensor->shape),
+        absl::StrCat(of, "row ", row, " of tensor \"", name, "\" ", ShapeText(tensor->shape),
                      " is owned by no rank; the slices of all ranks must cover a tensor"));
+  };
+  const Piece whole_row = {};
+  const int64_t columns = tensor->ColumnsOf(whole_row);
+  std::vector<const Piece*> here;  // that have row `row`, by column
+  size_t next = 0;
+  for (int64_t row = 0; row < rows;) {
+    std::erase_if(here, [&](const Piece* p) { return p->first_row + p->rows <= row; });
+    for (; next < pieces.size() && pieces[next].first_row <= row; ++next) {
+      if (pieces[next].rows > 0) here.push_back(&pieces[next]);
+    }
+    std::sort(here.begin(), here.end(), [](const Piece* a, const Piece* b) {
+      return std::tie(a->first_column, a->first_row) < std::tie(b->first_column, b->first_row);
+    });
+    if (here.empty()) return unowned(row, "");
+    int64_t column = 0;
+    int64_t end = next < pieces.size() ? pieces[next].first_row : rows;
+    for (size_t i = 0; i < here.size(); ++i) {
+      const Piece& piece = *here[i];
+      if (piece.first_column < column) {
+        return TwiceOwned(*here[i == 0 ? 0 : i - 1], piece, files, row, name);
+      }
+      if (piece.first_column > column) return unowned(row, absl::StrCat("column ", column, " of "));
+      column += tensor->ColumnsOf(piece);
+      end = std::min(end, piece.first_row + piece.rows);
+    }
+    if (column != columns) return unowned(row, absl::StrCat("column ", column, " of "));
+    row = end;
   }
   return absl::OkStatus();
+}
+
+// How many files the rank has whose file is called `name`; 1 when the name says nothing sensible.
+int FilesOfRank(const std::string& name) {
+  const std::string end = ".safetensors";
+  constexpr size_t kDigits = 5;
+  const size_t at = name.rfind("-of-");
+  if (at == std::string::npos || name.size() < at + 4 + kDigits + end.size()) return 1;
+  int files = 0;
+  for (size_t i = at + 4; i < name.size() - end.size(); ++i) {
+    if (name[i] < '0' || name[i] > '9' || files > 1 << 20) return 1;
+    files = 10 * files + (name[i] - '0');
+  }
+  return std::max(1, files);
 }
 
 absl::Status Malformed(const std::string& source, const std::string& what) {
@@ -148,23 +200,41 @@ std::string ShapeText(const std::vector<int64_t>& shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
 }
 
-std::string ShardFileName(int rank) {
-  return absl::StrFormat("shard-%05d-model-00001-of-00001.safetensors", rank + 1);
+std::string ShardFileName(int rank, int file, int files) {
+  return absl::StrFormat("shard-%05d-model-%05d-of-%05d.safetensors", rank + 1, file + 1, files);
 }
 
-int64_t OwnedRows(const StateEntry& entry) {
-  return entry.local.rank == 0 ? 0 : entry.local.rows();
+int64_t ManifestTensor::ColumnsOf(const Piece& piece) const {
+  if (piece.columns >= 0) return piece.columns;
+  int64_t n = 1;
+  for (size_t d = 1; d < shape.size(); ++d) n *= shape[d];
+  return n;
 }
 
-absl::StatusOr<std::map<std::string, std::string>> ShardMetadata(const StateRegistry& registry) {
+std::vector<std::vector<const StateEntry*>> FilesOf(const StateRegistry& registry) {
+  std::vector<std::vector<const StateEntry*>> files(1);
+  std::map<std::string, size_t> boxes;
+  for (const StateEntry& entry : registry.entries()) {
+    if (!entry.owned || entry.local.rows() == 0) continue;
+    const size_t file = boxes[entry.name]++;
+    if (file == files.size()) files.emplace_back();
+    files[file].push_back(&entry);
+  }
+  return files;
+}
+
+absl::StatusOr<std::map<std::string, std::string>> ShardMetadata(
+    const StateRegistry& registry, const std::vector<const StateEntry*>& entries) {
   json info = json::object();
   json list = json::object();
   for (const StateEntry& entry : registry.entries()) {
     list[entry.name] = {{"dtype", SafetensorsType(entry.dtype)}, {"shape", entry.global_shape}};
-    if (OwnedRows(entry) == 0) continue;
-    std::vector<int64_t> offsets(entry.global_shape.size(), 0);
-    offsets[0] = entry.first_row;
-    info[entry.name] = {{"saved_offsets", offsets}};
+  }
+  for (const StateEntry* entry : entries) {
+    std::vector<int64_t> offsets(entry->global_shape.size(), 0);
+    offsets[0] = entry->first_row;
+    if (offsets.size() > 1) offsets[1] = entry->first_column;
+    info[entry->name] = {{"saved_offsets", offsets}};
   }
   std::map<std::string, std::string> metadata = {{"DCP_VERSION", "1.0"}, {"format", "pt"}};
   STRETTO_ASSIGN_OR_RETURN(metadata[kShardingInfo], DumpJson(info));
@@ -174,28 +244,32 @@ absl::StatusOr<std::map<std::string, std::string>> ShardMetadata(const StateRegi
 
 absl::Status IndexShards(const std::string& directory, Manifest* manifest) {
   manifest->tensors.clear();
-  for (size_t rank = 0; rank < manifest->files.size(); ++rank) {
-    const ManifestFile& file = manifest->files[rank];
+  for (size_t i = 0; i < manifest->files.size(); ++i) {
+    const ManifestFile& file = manifest->files[i];
     const std::string path = directory + "/" + file.name;
     const absl::StatusOr<std::shared_ptr<const FileReader>> seen = FileReader::Open(path);
     if (!seen.ok() || (*seen)->size() != file.bytes) {
       return absl::FailedPreconditionError(absl::StrCat(
-          "rank 0 does not find the ", file.bytes, " bytes of ", path, " that rank ", rank,
+          "rank 0 does not find the ", file.bytes, " bytes of ", path, " that rank ", file.rank,
           " has written; the checkpoint directory must be on a file system that all ranks share"));
     }
     STRETTO_ASSIGN_OR_RETURN(const SafetensorsFile shard, SafetensorsFile::Open(path));
-    STRETTO_RETURN_IF_ERROR(MergeTensorList(shard, rank, &manifest->tensors));
-    STRETTO_RETURN_IF_ERROR(AddPieces(shard, rank, &manifest->tensors));
+    STRETTO_RETURN_IF_ERROR(MergeTensorList(shard, file.rank, &manifest->tensors));
+    STRETTO_RETURN_IF_ERROR(AddPieces(shard, static_cast<int>(i), &manifest->tensors));
   }
   for (auto& [name, tensor] : manifest->tensors) {
-    STRETTO_RETURN_IF_ERROR(CheckCoverage(name, &tensor));
+    STRETTO_RETURN_IF_ERROR(CheckCoverage(name, manifest->files, &tensor));
   }
   return absl::OkStatus();
 }
 
 absl::StatusOr<std::string> ManifestToJson(const Manifest& manifest) {
+  bool rows_only = manifest.files.size() == static_cast<size_t>(manifest.world_size);
+  for (const auto& [name, tensor] : manifest.tensors) {
+    for (const Piece& piece : tensor.pieces) rows_only &= piece.columns < 0;
+  }
   json document = {{"format", "stretto checkpoint"},
-                   {"version", kManifestVersion},
+                   {"version", rows_only ? 1 : kManifestVersion},
                    {"step", manifest.step},
                    {"world_size", manifest.world_size}};
   json& files = document["files"] = json::array();
@@ -206,7 +280,12 @@ absl::StatusOr<std::string> ManifestToJson(const Manifest& manifest) {
   for (const auto& [name, tensor] : manifest.tensors) {
     json pieces = json::array();
     for (const Piece& piece : tensor.pieces) {
-      pieces.push_back({piece.file, piece.first_row, piece.rows});
+      json item = {piece.file, piece.first_row, piece.rows};
+      if (piece.columns >= 0) {
+        item.push_back(piece.first_column);
+        item.push_back(piece.columns);
+      }
+      pieces.push_back(std::move(item));
     }
     tensors[name] = {{"dtype", SafetensorsType(tensor.dtype)},
                      {"shape", tensor.shape},
@@ -226,10 +305,10 @@ absl::StatusOr<Manifest> ParseManifest(const std::string& text, const std::strin
   if (format == nullptr || *format != "stretto checkpoint") return Malformed(source, "\"format\"");
   int64_t version = 0;
   if (!ReadMember(document, "version", &version)) return Malformed(source, "\"version\"");
-  if (version != kManifestVersion) {
-    return absl::UnimplementedError(absl::StrCat(source, ": checkpoint format version ", version,
-                                                 ", this library reads version ", kManifestVersion,
-                                                 "; use the library that wrote it"));
+  if (version < 1 || version > kManifestVersion) {
+    return absl::UnimplementedError(absl::StrCat(
+        source, ": checkpoint format version ", version, ", this library reads versions up to ",
+        kManifestVersion, "; use the library that wrote it"));
   }
   const json* digest_text = Member(document, "xxh3_64", Type::string);
   uint64_t digest = 0;
@@ -252,10 +331,11 @@ absl::StatusOr<Manifest> ParseManifest(const std::string& text, const std::strin
   if (tensors == nullptr) return Malformed(source, "\"tensors\"");
   if (state == nullptr) return Malformed(source, "\"trainer_state\"");
   if (!ReadMember(document, "world_size", &world_size) || world_size < 1 ||
-      world_size != static_cast<int64_t>(files->size())) {
+      world_size > static_cast<int64_t>(files->size())) {
     return Malformed(source, "\"world_size\"");
   }
   manifest.world_size = static_cast<int>(world_size);
+  int rank = -1, part = 0, parts = 0;
   for (const json& value : *files) {
     ManifestFile file;
     const json* name = Member(value, "name", Type::string);
@@ -265,11 +345,20 @@ absl::StatusOr<Manifest> ParseManifest(const std::string& text, const std::strin
       return Malformed(source, "a file's description");
     }
     file.name = name->get<std::string>();
-    if (file.name != ShardFileName(static_cast<int>(manifest.files.size()))) {
+    // A rank's files follow each other, one at least.
+    if (part == parts) {
+      part = 0;
+      parts = FilesOfRank(file.name);
+      ++rank;
+    }
+    if (file.name != ShardFileName(rank, part, parts)) {
       return Malformed(source, absl::StrCat("the file name \"", file.name, "\""));
     }
+    ++part;
+    file.rank = rank;
     manifest.files.push_back(std::move(file));
   }
+  if (part != parts || rank + 1 != world_size) return Malformed(source, "\"files\"");
   for (const auto& [name, value] : tensors->items()) {
     ManifestTensor tensor;
     const json* pieces = Member(value, "pieces", Type::array);
@@ -278,12 +367,18 @@ absl::StatusOr<Manifest> ParseManifest(const std::string& text, const std::strin
     }
     for (const json& item : *pieces) {
       std::vector<int64_t> numbers;
-      if (!ReadShape(item, &numbers) || numbers.size() != 3 || numbers[0] >= world_size) {
+      const bool read = ReadShape(item, &numbers), box = numbers.size() == 5;
+      if (!read || (!box && numbers.size() != 3) ||
+          numbers[0] >= static_cast<int64_t>(manifest.files.size()) ||
+          (box && (tensor.shape.size() != 2 || numbers[4] > tensor.shape[1] ||
+                   numbers[3] > tensor.shape[1] - numbers[4]))) {
         return Malformed(source, absl::StrCat("a piece of tensor \"", name, "\""));
       }
-      tensor.pieces.push_back({static_cast<int>(numbers[0]), numbers[1], numbers[2]});
+      Piece piece = {static_cast<int>(numbers[0]), numbers[1], numbers[2]};
+      if (box) piece.first_column = numbers[3], piece.columns = numbers[4];
+      tensor.pieces.push_back(piece);
     }
-    STRETTO_RETURN_IF_ERROR(CheckCoverage(name, &tensor));
+    STRETTO_RETURN_IF_ERROR(CheckCoverage(name, manifest.files, &tensor));
     manifest.tensors.emplace(name, std::move(tensor));
   }
   STRETTO_ASSIGN_OR_RETURN(manifest.trainer_state, DumpJson(*state));

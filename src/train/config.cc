@@ -71,16 +71,26 @@ void TrainConfig::Optimizer::Visit(ConfigVisitor& v) {
 }
 
 void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
-  v.Field("dp", &dp, "data-parallel ranks; 0: all ranks, divided by pp", {.min = 0});
+  v.Field("dp", &dp, "data-parallel ranks; 0: all ranks, divided by pp and tp", {.min = 0});
   v.Field("pp", &pp, "ranks of a pipeline, each with a part of the model's blocks", {.min = 1});
+  v.Field("tp", &tp,
+          "ranks of a tensor axis, which share each layer: heads, inner features, the vocabulary, "
+          "and the tokens in between; on one machine",
+          {.min = 1});
   v.Choice("schedule", &schedule, {"gpipe", "1f1b", "interleaved", "zb-h1", "v-shaped"},
            "order of forward and backward in a pipeline; docs/parallelism.md has pictures");
   v.Field("chunks", &chunks,
           "stages on each rank of a pipeline; 0: as the schedule wants, 2 for interleaved",
           {.min = 0, .max = 1 << 16});
+  v.Field(
+      "zero", &zero,
+      "what each data-parallel rank keeps a shard of only: 1: the optimizer's state; 2: gradients, "
+      "too, reduced in every micro-batch; 3: parameters, too, gathered before they are needed",
+      {.min = 1, .max = 3});
   v.Field("overlap", &overlap, "reduce gradients while the backward pass still runs");
-  v.Field("bucket_bytes", &bucket_bytes, "gradient bytes that are reduced together, about",
-          {.min = 1});
+  v.Field("prefetch", &prefetch, "gather parameters ahead of the layers that need them");
+  v.Field("bucket_bytes", &bucket_bytes,
+          "gradient bytes that are reduced, and with zero 3 gathered, together, about", {.min = 1});
 }
 
 void TrainConfig::Runtime::Visit(ConfigVisitor& v) {
@@ -200,14 +210,22 @@ absl::Status TrainConfig::Resolve(int ranks) {
 
   if (absl::Status s = model.Resolve(); !s.ok()) errors.emplace_back(s.message());
 
-  if (parallel.dp == 0 && ranks % parallel.pp == 0) parallel.dp = ranks / parallel.pp;
+  const bool fit = parallel.pp <= ranks && parallel.tp <= ranks;
+  const int64_t replica = fit ? parallel.pp * parallel.tp : 0;  // ranks of a copy of the model
+  if (parallel.dp == 0 && fit && ranks % replica == 0) parallel.dp = ranks / replica;
   if (parallel.dp == 0) {
-    fail("parallel.pp is ", parallel.pp, " but ", ranks, ranks == 1 ? " rank runs" : " ranks run",
+    fail(parallel.tp == 1 ? absl::StrCat("parallel.pp is ", parallel.pp)
+         : parallel.pp == 1
+             ? absl::StrCat("parallel.tp is ", parallel.tp)
+             : absl::StrCat("parallel.pp times parallel.tp is ", parallel.pp, " x ", parallel.tp),
+         " but ", ranks, ranks == 1 ? " rank runs" : " ranks run",
          "; their number must be a multiple of it.");
-  } else if (parallel.dp > ranks || parallel.pp > ranks || parallel.dp * parallel.pp != ranks) {
-    fail("parallel.dp is ", parallel.dp,
-         parallel.pp == 1 ? "" : absl::StrCat(" and parallel.pp ", parallel.pp), " but ", ranks,
-         ranks == 1 ? " rank runs" : " ranks run", "; set parallel.dp to 0 to use all ranks.");
+  } else if (parallel.dp > ranks || !fit || parallel.dp * replica != ranks) {
+    std::string axes = absl::StrCat("parallel.dp is ", parallel.dp);
+    if (parallel.pp > 1) absl::StrAppend(&axes, " and parallel.pp ", parallel.pp);
+    if (parallel.tp > 1) absl::StrAppend(&axes, " and parallel.tp ", parallel.tp);
+    fail(axes, " but ", ranks, ranks == 1 ? " rank runs" : " ranks run",
+         "; set parallel.dp to 0 to use all ranks.");
   } else if (batch.global < parallel.dp) {
     fail("batch.global is ", batch.global, ", so some of the ", parallel.dp,
          " data-parallel ranks would have nothing to do; raise it or start fewer ranks.");
@@ -295,6 +313,31 @@ absl::Status TrainConfig::Resolve(int ranks) {
       fail("sample.tokens is ", sample.tokens, " and parallel.pp ", parallel.pp,
            "; text is sampled from a whole model only: set sample.tokens=0, and sample later from "
            "the checkpoint with parallel.pp=1.");
+    }
+  }
+  if (parallel.tp > 1) {
+    // Each rank of the axis has one of these at least.
+    const auto enough = [&](const char* what, int64_t count) {
+      if (count >= parallel.tp) return;
+      fail("parallel.tp is ", parallel.tp, " but model.", what, " ", count,
+           ", and each rank of a tensor axis needs one at least; lower parallel.tp.");
+    };
+    enough("kv_heads", model.kv_heads > 0 ? model.kv_heads : model.heads);
+    enough("vocabulary", model.vocabulary);
+    if (model.ffn > 0) enough("ffn", model.ffn);
+    if (!model.rotary()) enough("max_positions", model.max_positions);
+    if (runtime.fp8 != "none") {
+      fail("runtime.fp8 is ", runtime.fp8, " and parallel.tp ", parallel.tp,
+           "; layers in FP8 run without a tensor axis only: set one of them back.");
+    }
+    if (runtime.device == "cuda") {
+      fail("parallel.tp is ", parallel.tp,
+           ", and tensor axes run on CPUs only; set runtime.device=cpu or parallel.tp=1.");
+    }
+    if (sample.tokens > 0) {
+      fail("sample.tokens is ", sample.tokens, " and parallel.tp ", parallel.tp,
+           "; text is sampled from a whole model only: set sample.tokens=0, and sample later from "
+           "the checkpoint with parallel.tp=1.");
     }
   }
   if (runtime.dtype == "f64" && runtime.device == "cuda") {

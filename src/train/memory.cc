@@ -1,6 +1,7 @@
 #include "stretto/train/memory.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -8,6 +9,7 @@
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/parallel/stages.h"
+#include "stretto/parallel/tensor_parallel.h"
 #include "stretto/train/flops.h"
 
 namespace stretto {
@@ -49,19 +51,6 @@ std::string RunPlan::MemoryTable() const {
   return out;
 }
 
-namespace {
-
-// Bytes that one rank sends when every rank sends each other rank its part.
-int64_t SentParts(const Graph& graph, int ranks, DType dtype) {
-  int64_t bytes = 0;
-  for (const ParameterInfo& p : graph.parameters) {
-    bytes += CutRows(p.rows(), ranks, 0).part * p.columns() * SizeOf(dtype) * (ranks - 1);
-  }
-  return bytes;
-}
-
-}  // namespace
-
 AdamWOptions OptimizerOptions(const TrainConfig& config) {
   const TrainConfig::Optimizer& o = config.optimizer;
   return {.beta1 = o.beta1,
@@ -79,9 +68,23 @@ int64_t DeviceWorkspaceBytes(DeviceKind device) {
 }
 
 absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank) {
-  return Mesh::Create(
-      ranks, rank,
-      {{"pp", static_cast<int>(config.parallel.pp)}, {"dp", static_cast<int>(config.parallel.dp)}});
+  return Mesh::Create(ranks, rank,
+                      {{"pp", static_cast<int>(config.parallel.pp)},
+                       {"dp", static_cast<int>(config.parallel.dp)},
+                       {"tp", static_cast<int>(config.parallel.tp)}});
+}
+
+absl::Status CheckMachines(const Mesh& mesh, const std::vector<int>& machines) {
+  const RankList ranks = mesh.Along({"tp"});
+  const auto machine = [&](int rank) { return machines[static_cast<size_t>(rank)]; };
+  for (const int r : ranks) {
+    if (machine(r) == machine(ranks.front())) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat("parallel.tp is ", ranks.size(), ", but ranks ", ranks.front(), " and ", r,
+                     " of one tensor axis are on different machines; start a multiple of ",
+                     ranks.size(), " ranks on each machine, or lower parallel.tp"));
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Program> StepProgram(const TrainConfig& config, int micro_batches) {
@@ -120,6 +123,26 @@ PartCosts CostsOf(const TrainConfig& config) {
   return {block, with_one - block};
 }
 
+// The micro-batches of the rank that has the most samples, when those are full: so many of so many
+// tokens.
+struct MicroBatches {
+  int64_t count = 0, tokens = 0;
+};
+std::vector<MicroBatches> MicroBatchesOf(const TrainConfig& config) {
+  const int64_t samples = (config.batch.global + config.parallel.dp - 1) / config.parallel.dp;
+  const int64_t micro = config.batch.micro, length = config.data.sequence_length;
+  std::vector<MicroBatches> all = {{samples / micro, micro * length}};
+  if (samples % micro > 0) all.push_back({1, samples % micro * length});
+  return all;
+}
+
+// Nothing bounds batch.global, so what it multiplies ends at the largest number.
+int64_t Times(int64_t count, int64_t bytes) {
+  int64_t product = 0;
+  const bool too_large = __builtin_mul_overflow(count, bytes, &product);
+  return too_large ? std::numeric_limits<int64_t>::max() / 4 : product;
+}
+
 }  // namespace
 
 std::vector<int> StepCounts(const TrainConfig& config) {
@@ -145,7 +168,11 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   STRETTO_ASSIGN_OR_RETURN(const Recompute recompute, ParseRecompute(config.runtime.recompute));
   STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, ranks, rank));
   const int dp = mesh.Size("dp"), dp_index = mesh.Coord("dp"), place = mesh.Coord("pp");
+  const int tp = mesh.Size("tp");
   plan.micro_batch_tokens = config.batch.micro * config.data.sequence_length;
+  const int64_t samples = (config.batch.global + dp - 1) / dp;
+  plan.micro_batches = (samples + config.batch.micro - 1) / config.batch.micro;
+  plan.boundary_tokens = CutRows(plan.micro_batch_tokens, tp, 0).part;
   const std::vector<int> counts = StepCounts(config);
   STRETTO_ASSIGN_OR_RETURN(plan.step, StepProgram(config, counts.front()));
   STRETTO_ASSIGN_OR_RETURN(const Program evaluation, EvaluationProgram(config));
@@ -176,6 +203,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   if (const std::optional<DType> gradients = Float8GradientType(config.runtime.fp8)) {
     options.strategies = Float8Strategies(*gradients);
   }
+  if (tp > 1) options.strategies = TensorStrategies(tp, mesh.Coord("tp"));
   ModelPart part;
   for (int s = 0; s < plan.step.stages; ++s) {
     part.end_block = part.first_block + plan.blocks[static_cast<size_t>(s)];
@@ -192,6 +220,12 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       STRETTO_ASSIGN_OR_RETURN(
           stage.evaluation_frame,
           PlanFrame(stage.model.graph, stage.evaluation_actions, plan.micro_batch_tokens));
+      stage.buckets = PlanBuckets(stage.model.graph, stage.train_actions, stage.evaluation_actions,
+                                  {.zero = static_cast<int>(config.parallel.zero),
+                                   .ranks = dp,
+                                   .bucket_bytes = config.parallel.bucket_bytes,
+                                   .pieces = plan.step.stages > 1,
+                                   .halves = halves});
       stage.frames = std::max(1, in_flight[static_cast<size_t>(s)]);
     }
     part.first_block = part.end_block;
@@ -199,17 +233,26 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
 
   StorageBytes storage;
   int64_t constants = 0, activations = 0, tokens = 0, float8_bytes = 0, tied_bytes = 0;
-  int64_t float8_operands = 0;
+  int64_t bucket_buffers = 0;
+  int64_t float8_operands = 0, partial_bytes = 0;
   AdamW::Bytes update;
   for (const StagePlan& stage : plan.stages) {
     const Graph& graph = stage.model.graph;
-    const StorageBytes of_stage = DataParallelStorage(graph, dp);
+    const StorageBytes of_stage = DataParallelStorage(graph, dp, stage.buckets.zero);
+    bucket_buffers += stage.buckets.buffer_bytes;
     storage.parameters += of_stage.parameters;
     storage.gradients += of_stage.gradients;
     for (const ConstantInfo& c : graph.constants) constants += c.rows * c.columns * SizeOf(c.dtype);
     AdamWOptions optimizer = OptimizerOptions(config);
     optimizer.without = stage.copy;
     const AdamW::Bytes of_update = AdamW::BytesOf(graph, dp, dp_index, optimizer);
+    const PartialGradients::Costs partial = PartialGradients::CostsOf(graph, dp, dp_index);
+    partial_bytes += partial.memory;
+    plan.tensor_bytes_sent += partial.sent;
+    for (const MicroBatches& m : MicroBatchesOf(config)) {
+      plan.tensor_bytes_sent +=
+          Times(m.count, ExchangedBytes(graph, stage.train_actions, m.tokens));
+    }
     update.state += of_update.state;
     update.table += of_update.table;
     activations += stage.frames * stage.frame_bytes();
@@ -233,22 +276,24 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       {"gradients", storage.gradients},
       {"constants", constants},
   };
+  if (bucket_buffers > 0) plan.arenas.push_back({"bucket buffers", bucket_buffers});
   const bool offload = config.optimizer.offload && device != DeviceKind::kCpu;
   (offload ? plan.host_arenas : plan.arenas).push_back({"optimizer state", update.state});
   plan.arenas.push_back({"optimizer table", update.table});
   plan.arenas.push_back({"activations", activations});
+  if (tp > 1) plan.arenas.push_back({"partial gradients", partial_bytes});
   if (plan.step.stages > 1) {
-    plan.arenas.push_back(
-        {"boundaries", PipelineExecutor::Bytes(plan.buffers, plan.micro_batch_tokens,
-                                               config.model.hidden, *dtype)});
+    plan.arenas.push_back({"boundaries", PipelineExecutor::Bytes(plan.buffers, plan.boundary_tokens,
+                                                                 config.model.hidden, *dtype)});
     if (tied_bytes > 0) plan.arenas.push_back({"tied gradients", tied_bytes});
     int64_t sends = 0;  // of one micro-batch
     for (const BoundaryMessage& m : MessagesOf(plan.step, place)) {
       sends += m.receive || m.item != 0 ? 0 : 1;
     }
-    const int64_t samples = (config.batch.global + dp - 1) / dp;
-    plan.boundary_bytes_sent =
-        sends * samples * config.data.sequence_length * config.model.hidden * SizeOf(*dtype);
+    for (const MicroBatches& m : MicroBatchesOf(config)) {
+      plan.boundary_bytes_sent += m.count * sends * CutRows(m.tokens, tp, mesh.Coord("tp")).count *
+                                  config.model.hidden * SizeOf(*dtype);
+    }
   }
   if (float8_bytes > 0) plan.arenas.push_back({"fp8 weights", float8_bytes});
   if (device != DeviceKind::kCpu) {
@@ -273,12 +318,10 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
                                               static_cast<int64_t>(counts.size() + 1)});
   }
   for (const NamedBytes& o : plan.overheads) plan.overhead_bytes += o.bytes;
-  if (dp > 1) {
-    for (const StagePlan& stage : plan.stages) {
-      const Graph& graph = stage.model.graph;
-      plan.gradient_bytes_sent += SentParts(graph, dp, AccumulateType(graph.dtype));
-      plan.parameter_bytes_sent += SentParts(graph, dp, graph.dtype);
-    }
+  for (const StagePlan& stage : plan.stages) {
+    const BucketBytes sent = SentBytes(stage.model.graph, stage.buckets, plan.micro_batches);
+    plan.gradient_bytes_sent += sent.gradients;
+    plan.parameter_bytes_sent += sent.parameters;
   }
   // Small all-reduces send everything to everybody.
   plan.scalar_bytes_sent = StepScalars::kReduced * SizeOf(DType::kF64) * (ranks - 1) +

@@ -4,6 +4,7 @@
 #include <limits>
 #include <thread>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/copy.h"
@@ -75,6 +76,21 @@ absl::Status SameConfigEverywhere(World& world, const TrainConfig& config) {
   return absl::OkStatus();
 }
 
+// The machine of each rank.
+absl::StatusOr<std::vector<int>> Machines(World& world) {
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                           world.AllGather("machines", absl::StrCat(world.info().node)));
+  std::vector<int> machines;
+  for (const std::string& machine : all) {
+    int number = 0;
+    if (!absl::SimpleAtoi(machine, &number)) {
+      return absl::InternalError(absl::StrCat("'", machine, "' is no number of a machine"));
+    }
+    machines.push_back(number);
+  }
+  return machines;
+}
+
 // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
 // floating point, as nothing bounds batch.global.
 double BatchBytes(const TrainConfig& config) {
@@ -92,7 +108,7 @@ absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const W
       return absl::ResourceExhaustedError(
           absl::StrCat(what,
                        "; what saves most: runtime.recompute=block, a smaller batch.micro, "
-                       "runtime.loss_chunk=8192, optimizer.offload=true\n",
+                       "runtime.loss_chunk=8192, optimizer.offload=true, parallel.zero=3\n",
                        plan.MemoryTable()));
     };
     const int64_t budget = config.runtime.device_memory_bytes;
@@ -169,9 +185,13 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   timer = std::make_unique<PhaseTimer>(*stream, static_cast<int>(StepPhase::kCount));
   comm = std::make_unique<Communicator>(world);
   STRETTO_RETURN_IF_ERROR(comm->UseDevice(device));
-  STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, world.size(), world.rank()));
-  STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh.Along({"dp"})));
-  STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh.Along({"pp"})));
+  STRETTO_ASSIGN_OR_RETURN(mesh, MeshOf(config, world.size(), world.rank()));
+  STRETTO_ASSIGN_OR_RETURN(machines, Machines(world));
+  STRETTO_RETURN_IF_ERROR(CheckMachines(*mesh, machines));
+  STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh->Along({"dp"})));
+  STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh->Along({"pp"})));
+  STRETTO_ASSIGN_OR_RETURN(tp_group, comm->MakeGroup("tp", mesh->Along({"tp"})));
+  tensor_axis = std::make_unique<TensorAxis>(*comm, tp_group, timer.get());
   STRETTO_ASSIGN_OR_RETURN(learning_rate, LearningRate::Create(config.optimizer, config.steps));
   return absl::OkStatus();
 }
@@ -193,9 +213,13 @@ absl::Status Trainer::Impl::SetUpModel() {
         stage.dp, DataParallel::Create(*comm, dp_group, part, *stream, *kernels,
                                        static_cast<uint64_t>(config.seed), budget,
                                        {.overlap = config.parallel.overlap,
+                                        .prefetch = config.parallel.prefetch,
                                         .bucket_bytes = config.parallel.bucket_bytes,
+                                        .buckets = &planned.buckets,
                                         .timer = timer.get(),
                                         .threads = static_cast<int>(config.runtime.threads)}));
+    STRETTO_ASSIGN_OR_RETURN(
+        stage.partial, PartialGradients::Create(*comm, tp_group, part, *stage.dp, ops(), budget));
     AdamWOptions options = OptimizerOptions(config);
     options.without = planned.copy;
     STRETTO_ASSIGN_OR_RETURN(stage.optimizer,
@@ -228,9 +252,9 @@ absl::Status Trainer::Impl::SetUpModel() {
   host_inputs = host_scalars + StepScalars::kCount;
   STRETTO_ASSIGN_OR_RETURN(worker,
                            ModelStages::Create(*stream, memory, plan.micro_batch_tokens, budget));
-  STRETTO_ASSIGN_OR_RETURN(executor, PipelineExecutor::Create(*comm, pp_group, *stream,
-                                                              plan.buffers, plan.micro_batch_tokens,
-                                                              config.model.hidden, dtype, budget));
+  STRETTO_ASSIGN_OR_RETURN(
+      executor, PipelineExecutor::Create(*comm, pp_group, *stream, plan.buffers,
+                                         plan.boundary_tokens, config.model.hidden, dtype, budget));
   executor->SetTimer(timer.get());
   for (const int count : StepCounts(config)) {
     STRETTO_ASSIGN_OR_RETURN(Program made, StepProgram(config, count));
@@ -244,8 +268,10 @@ absl::Status Trainer::Impl::SetUpModel() {
     stage.evaluation_run.emplace(ops());
     stage.dp->Attach(&*stage.run, scalars.Rows(StepScalars::kLossSum, 2));
     stage.dp->Attach(&*stage.evaluation_run, evaluation_total);
-    stage.run->SetFloat8(float8.get());
-    stage.evaluation_run->SetFloat8(float8.get());
+    for (stretto::Run* run : {&*stage.run, &*stage.evaluation_run}) {
+      run->SetFloat8(float8.get());
+      run->SetTensorAxis(tensor_axis.get());
+    }
     STRETTO_RETURN_IF_ERROR(stage.dp->Register(&registry, plan.stages[i].copy));
     STRETTO_RETURN_IF_ERROR(stage.optimizer->Register(&registry));
   }

@@ -8,6 +8,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "src/train/trainer_impl.h"
+#include "stretto/comm/transport.h"
 #include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
@@ -32,17 +33,25 @@ absl::Status Trainer::Impl::RunBatches(const std::vector<PackedBatch>& batches, 
         .actions = training ? &planned.train_actions : &planned.evaluation_actions,
         .layout = training ? &planned.train_frame : &planned.evaluation_frame,
         .run = training ? &*stage.run : &*stage.evaluation_run,
-        .parameters = hooks ? stage.dp.get() : nullptr,
+        .parameters = hooks || zero() > 1 ? stage.dp.get() : nullptr,
+        .local = !hooks,
     };
   }
   STRETTO_RETURN_IF_ERROR(worker->Use(parts));
-  worker->SetReplays(hooks && replays ? &*replays : nullptr);
+  worker->SetReplays(training && hooks && replays ? &*replays : nullptr);
   const auto run = [&](const RankProgram& program, size_t first, bool more) -> absl::Status {
     worker->SetBatches(program, batches, first, more);
     return executor->Run(program, *worker);
   };
   if (!training) return run(*evaluation_program, 0, false);
+  // With ZeRO-2 and 3 ranks exchange something in every micro-batch: all go through as many.
+  const bool all_alike = zero() > 1 && hooks;
+  if (all_alike && batches.size() > static_cast<size_t>(plan.micro_batches)) {
+    return absl::InternalError(absl::StrCat("a step has ", batches.size(), " micro-batches, ",
+                                            plan.micro_batches, " were planned"));
+  }
   if (plan.step.stages > 1) {
+    if (all_alike) return run(*step_programs.front(), 0, false);
     for (const auto& program : step_programs) {
       if (program->program().items.size() == batches.size()) return run(*program, 0, false);
     }
@@ -50,8 +59,9 @@ absl::Status Trainer::Impl::RunBatches(const std::vector<PackedBatch>& batches, 
         absl::StrCat("no program was made for ", batches.size(), " micro-batches"));
   }
   // Without a pipeline one after the other.
-  for (size_t i = 0; i < batches.size(); ++i) {
-    STRETTO_RETURN_IF_ERROR(run(*step_programs.front(), i, i + 1 < batches.size()));
+  const size_t count = all_alike ? static_cast<size_t>(plan.micro_batches) : batches.size();
+  for (size_t i = 0; i < count; ++i) {
+    STRETTO_RETURN_IF_ERROR(run(*step_programs.front(), i, i + 1 < count));
   }
   return absl::OkStatus();
 }
@@ -143,13 +153,15 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   for (Stage& stage : stages) stage.dp->BeginStep(*stage.run);
   ops::Zero(ops(), scalars);
   TokenWork work;
-  if (pp_group.index == 0) {  // all ranks of a pipeline work on the same tokens
+  // All ranks of a pipeline and of a tensor axis work on the same tokens.
+  if (pp_group.index == 0 && tp_group.index == 0) {
     for (const PackedBatch& batch : *batches) work += WorkOf(batch.cu_seqlens);
   }
   STRETTO_RETURN_IF_ERROR(RunBatches(*batches, /*training=*/true, /*hooks=*/true));
   // In the order in which backward completes stages, on all ranks alike.
   for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) {
     STRETTO_RETURN_IF_ERROR(stage->dp->FinishGradients(*stage->run));
+    STRETTO_RETURN_IF_ERROR(stage->partial->Sum());
   }
   STRETTO_RETURN_IF_ERROR(executor->Finish());
   STRETTO_RETURN_IF_ERROR(SumTiedGradients());
@@ -168,11 +180,11 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   for (const Stage& stage : stages) stage.optimizer->Step(scalars, lr, state.applied + 1);
   STRETTO_RETURN_IF_ERROR(EndFloat8Step());
   CopyBytes(*stream, host_scalars, scalars.data, scalars.bytes());
-  if (config.parallel.overlap) timer->End();
+  if (config.parallel.prefetch) timer->End();
   // The update is known to be good before parameters leave: a failed stream must not spread.
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
   STRETTO_RETURN_IF_ERROR(GatherParameters());
-  if (!config.parallel.overlap) {
+  if (!config.parallel.prefetch) {
     timer->End();
     STRETTO_RETURN_IF_ERROR(stream->Synchronize());
   }
@@ -254,12 +266,13 @@ absl::StatusOr<double> Trainer::Impl::Evaluate() {
     // One micro-batch for each rank at a time, samples dealt in order.
     const int64_t begin = std::min(samples, first + config.batch.micro * dp_group.index);
     const int64_t end = std::min(samples, begin + config.batch.micro);
-    if (begin == end) continue;
+    if (begin == end && zero() < 3) continue;  // else others gather what this rank has a part of
     evaluation_batch[0].Clear();
     for (int64_t i = begin; i < end; ++i) {
       STRETTO_RETURN_IF_ERROR(validation_data->Append(i, &evaluation_batch[0]));
     }
-    STRETTO_RETURN_IF_ERROR(RunBatches(evaluation_batch, /*training=*/false, /*hooks=*/false));
+    STRETTO_RETURN_IF_ERROR(RunBatches(begin == end ? no_batch : evaluation_batch,
+                                       /*training=*/false, /*hooks=*/true));
     STRETTO_RETURN_IF_ERROR(stream->Synchronize());  // the batch is about to be overwritten
   }
   STRETTO_RETURN_IF_ERROR(executor->Finish());
@@ -399,6 +412,10 @@ std::string Trainer::Describe() const {
                           t.dp_group.size(), t.pp_group.size(), Name(t.plan.step.kind),
                           absl::StrJoin(t.plan.blocks, "+"));
   }
+  if (t.zero() > 1) absl::StrAppendFormat(&out, "; ZeRO-%d", t.zero());
+  if (t.tp_group.size() > 1) {
+    absl::StrAppendFormat(&out, "; each layer shared by %d ranks", t.tp_group.size());
+  }
   if (t.float8 != nullptr) {
     absl::StrAppendFormat(&out, "; %d linear layers in FP8 (%s)", t.float8->weights(),
                           t.config.runtime.fp8.c_str());
@@ -407,7 +424,13 @@ std::string Trainer::Describe() const {
     absl::StrAppendFormat(&out, "; MFU against %.3f TFLOP/s a rank (%s)", t.peak_tflops,
                           t.config.runtime.peak_tflops > 0 ? "configured" : "measured product");
   }
-  absl::StrAppend(&out, "\nmemory of a rank\n", t.plan.MemoryTable());
+  absl::StrAppend(&out, "\n");
+  if (t.world.size() > 1) {
+    const bool cpu = t.stream->device().kind == DeviceKind::kCpu;
+    absl::StrAppend(&out, "ranks\n",
+                    t.mesh->Describe(t.machines, cpu ? t.world.transport().name() : "NCCL"));
+  }
+  absl::StrAppend(&out, "memory of a rank\n", t.plan.MemoryTable());
   return out;
 }
 
@@ -419,7 +442,7 @@ absl::StatusOr<Tensor> Trainer::Parameter(const std::string& name) {
     const Graph& graph = t.plan.stages[s].model.graph;
     for (size_t i = 0; i < graph.parameters.size(); ++i) {
       if (graph.parameters[i].spec.name == name) {
-        return t.stages[s].dp->Parameter(ParamId{static_cast<int>(i)});
+        return t.stages[s].dp->CompleteParameter(ParamId{static_cast<int>(i)});
       }
     }
   }

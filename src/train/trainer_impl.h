@@ -21,6 +21,7 @@
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/parallel/stages.h"
+#include "stretto/parallel/tensor_parallel.h"
 #include "stretto/snapshot/checkpoint.h"
 #include "stretto/train/flops.h"
 #include "stretto/train/memory.h"
@@ -63,10 +64,13 @@ struct Trainer::Impl {
   Budget budget;
   RunPlan plan;
   const KernelTable* kernels = nullptr;
-  Group dp_group, pp_group;
+  std::optional<Mesh> mesh;
+  std::vector<int> machines;  // of the ranks
+  Group dp_group, pp_group, tp_group;
   // What a stage of this rank runs with; stages[i] is planned in plan.stages[i].
   struct Stage {
     std::unique_ptr<DataParallel> dp;
+    std::unique_ptr<PartialGradients> partial;
     std::unique_ptr<AdamW> optimizer;
     std::optional<stretto::Run> run, evaluation_run;
     Arena frames;
@@ -94,6 +98,7 @@ struct Trainer::Impl {
   std::unique_ptr<TokenDataset> train_data, validation_data;
   std::unique_ptr<Loader> loader;
   std::vector<PackedBatch> evaluation_batch;  // one
+  std::vector<PackedBatch> no_batch;          // none
 
   OutputLock lock;  // rank 0
   StateRegistry registry;
@@ -110,6 +115,7 @@ struct Trainer::Impl {
   std::unique_ptr<Stream> stream;
   std::unique_ptr<Communicator> comm;
   std::unique_ptr<PhaseTimer> timer;
+  std::unique_ptr<TensorAxis> tensor_axis;
   std::optional<ReplayCache> replays;  // with runtime.graphs
 
   ops::Context ops() const { return {stream.get(), kernels}; }
@@ -130,8 +136,9 @@ struct Trainer::Impl {
   absl::Status EndFloat8Step();
   // In place, over all ranks.
   absl::Status SumOverRanks(Tensor data, const char* label);
-  // Forward and backward, or forward alone, of this rank's micro-batches. Without `hooks` gradients
-  // stay here and parameters must be complete.
+  // Forward and backward, or forward alone, of this rank's micro-batches, and as many empty ones as
+  // others have more where they exchange something in each. Without `hooks` gradients stay here and
+  // parameters must be complete; those that are not are whatever lies in their buffers.
   absl::Status RunBatches(const std::vector<PackedBatch>& batches, bool training, bool hooks);
   // The table that the first and the last stage share: its gradients are summed where it is
   // updated, and the copy receives the new values.
@@ -140,6 +147,7 @@ struct Trainer::Impl {
   absl::Status GatherParameters();
   absl::Status WaitParameters();
   const Graph& first_graph() const { return plan.stages.front().model.graph; }
+  int zero() const { return plan.stages.front().buckets.zero; }
 };
 
 }  // namespace stretto

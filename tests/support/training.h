@@ -136,10 +136,11 @@ inline RunRecord TrainOnThreads(int ranks, const TrainConfig& config,
           }
         }
         STRETTO_ASSIGN_OR_RETURN(const double loss, trainer->Evaluate());
-        if (world.rank() == 0) {
-          record.eval_loss = loss;
-          for (const ParameterInfo& p : trainer->model().graph.parameters) {
-            STRETTO_ASSIGN_OR_RETURN(const Tensor t, trainer->Parameter(p.spec.name));
+        if (world.rank() == 0) record.eval_loss = loss;
+        // All ranks ask, because with ZeRO-3 each of them has a part.
+        for (const ParameterInfo& p : trainer->model().graph.parameters) {
+          STRETTO_ASSIGN_OR_RETURN(const Tensor t, trainer->Parameter(p.spec.name));
+          if (world.rank() == 0) {
             record.parameters.emplace_back();
             for (int64_t i = 0; i < t.elements(); ++i) {
               record.parameters.back().push_back(

@@ -40,8 +40,12 @@ class Mesh {
   int CoordOf(int rank, const std::string& axis) const;
   // The ranks reached from this one by varying the named axes, in the order of the mesh.
   RankList Along(const std::vector<std::string>& axes) const;
-  // One line an axis: size, this rank's coordinate, its group.
-  std::string Describe() const;
+  // Who talks to whom, and over what: one line an axis with its size, this rank's coordinate, its
+  // group and, where `machines` names the machine of each rank, whether the group lies on one.
+  // `transport` is what carries messages ("mpi", "tcp", "threads"); empty: not said.
+  //   tp: size 2, coordinate 1, ranks 6 7, on machine 1, over mpi
+  std::string Describe(const std::vector<int>& machines = {},
+                       const std::string& transport = "") const;
 
  private:
   int rank_ = 0;

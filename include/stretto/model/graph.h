@@ -9,16 +9,19 @@
 #include <string>
 #include <vector>
 
+#include "stretto/core/cut.h"
 #include "stretto/core/dtype.h"
 #include "stretto/core/memory_plan.h"
+#include "stretto/core/state.h"
 #include "stretto/core/status.h"
+#include "stretto/core/tensor.h"
 
 namespace stretto {
 
 class Layer;
 
 // A value of [tokens, width], and, unless declared without, its gradient of the same shape and
-// type.
+// type. The tokens are all of the micro-batch, or this rank's part of them (SlotInfo::shard).
 struct SlotId {
   int value = -1;
   bool valid() const { return value >= 0; }
@@ -54,10 +57,19 @@ enum class SlotKind : uint8_t {
   kInput,       // filled from outside the graph (tests, pipeline boundaries)
 };
 
+// The ranks of a tensor axis, which share the tokens of a micro-batch where slots hold a part of
+// them only (sequence parallelism), and the place of this one. Parts are those of CutRows: equal
+// but for the end, so that collectives can move them.
+struct TokenCut {
+  int ranks = 1, index = 0;
+};
+
 struct SlotInfo {
   std::string name;
   SlotKind kind = SlotKind::kActivation;
-  int64_t width = 0;        // elements per token
+  int64_t width = 0;   // elements per token
+  bool shard = false;  // holds this rank's part of the tokens (Graph::tokens), not all of them;
+                       // never with one rank
   int64_t fixed_bytes = 0;  // further bytes that do not depend on the tokens
   DType dtype = DType::kF32;
   int producer = -1;                      // layer; -1 for kInput
@@ -86,12 +98,28 @@ struct SlotInfo {
 
 enum class Init : uint8_t { kZeros, kOnes, kNormal };
 
+// Which part of a parameter a rank of a tensor axis has.
+struct ParameterPart {
+  std::vector<int64_t> whole;  // shape of the whole parameter; empty: this one is whole
+  std::vector<Range> rows;     // of the whole, whose rows are those of the part, one range behind
+                               // the other
+  int64_t first_column = 0;    // of the whole
+};
+
 struct ParameterSpec {
   std::string name;
-  std::vector<int64_t> shape;  // [rows] or [rows, columns]
+  std::vector<int64_t> shape;  // [rows] or [rows, columns] on this rank
   Init init = Init::kNormal;
   double std = 0.02;         // kNormal
   bool weight_decay = true;  // by convention matrices decay, biases and norm weights do not
+  ParameterPart part;
+  // Each rank of the tensor axis has the whole parameter and a part of its gradient, from the
+  // tokens or heads that it sees: the parts are added up before the update.
+  bool partial_gradient = false;
+
+  const std::vector<int64_t>& whole_shape() const {
+    return part.whole.empty() ? shape : part.whole;
+  }
 };
 
 struct ParameterInfo {
@@ -100,9 +128,35 @@ struct ParameterInfo {
   // Storage of the parameter and of its gradient has at least this many rows on every rank; those
   // behind rows() hold zeros. They exist in storage alone.
   int64_t padded_rows = 0;
+  // false: another rank of the tensor axis has the same, and counts and saves it.
+  bool owned = true;
   int64_t rows() const { return spec.shape[0]; }
   int64_t columns() const { return spec.shape.size() > 1 ? spec.shape[1] : 1; }
   int64_t elements() const { return rows() * columns(); }
+};
+
+// A range of rows of a parameter on this rank, and where it lies in the whole one: columns
+// [first_column, first_column + columns()) of rows [whole, whole + rows.count).
+struct ParameterBox {
+  Range rows;
+  int64_t whole = 0;
+};
+// Rows [first, first + count) of this rank's part as boxes of the whole.
+std::vector<ParameterBox> BoxesOf(const ParameterSpec& spec, int64_t first, int64_t count);
+// Adds `local`, rows [first_row, first_row + local.rows()) of this rank's part of the parameter or
+// of something of its shape, under `prefix` and the parameter's name.
+absl::Status RegisterRows(StateRegistry* registry, const std::string& prefix,
+                          const ParameterInfo& info, int64_t first_row, const Tensor& local);
+
+// What a layer exchanges with the other ranks of the tensor axis in some halves of its work: a
+// gather or a scattered sum of [tokens, width].
+struct ExchangeInfo {
+  int layer = 0;
+  unsigned uses = 0;  // Use; a recomputation counts as forward
+  int64_t width = 0;
+  DType dtype = DType::kF32;
+  bool every_token = false;  // each rank sends what it has of all tokens, not of its part of them
+  int unless_kept = -1;      // a recomputation does without while this slot is kept
 };
 
 // A table that never changes after set-up, e.g. cosines and sines.
@@ -150,6 +204,8 @@ struct Graph {
   std::vector<std::string> layer_names;
   std::vector<int> layer_block;  // transformer block of a layer, -1 outside
   std::vector<SlotInfo> slots;
+  TokenCut tokens;
+  std::vector<ExchangeInfo> exchanges;
   std::vector<ParameterInfo> parameters;
   std::vector<ConstantInfo> constants;
   std::vector<Float8OperandInfo> float8_operands;
@@ -176,6 +232,12 @@ ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_w
 // Forward only.
 ActionList EvaluationActions(const Graph& graph);
 std::string Describe(const Graph& graph, const ActionList& list);
+// Payload bytes that this rank sends over the tensor axis when the actions run on `tokens` tokens.
+int64_t ExchangedBytes(const Graph& graph, const ActionList& list, int64_t tokens);
+
+// Rows of storage that a slot has in a frame for `tokens` tokens: with the padding that makes the
+// parts of a tensor axis equal.
+int64_t StoredRows(const Graph& graph, const SlotInfo& slot, int64_t tokens);
 
 // Where the slots of one frame lie.
 struct FrameLayout {

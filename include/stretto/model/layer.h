@@ -21,6 +21,7 @@ class Builder;
 class Float8State;  // model/float8.h
 class Frame;
 class Run;
+class TensorAxis;  // parallel/tensor_parallel.h
 
 // One differentiable piece of a model. Inputs and outputs are slots; the constructor receives the
 // input slots, Declare declares everything else. Forward and the two backward halves only enqueue
@@ -39,6 +40,10 @@ class Layer {
   virtual void Recompute(Run& run, Frame& frame) const { Forward(run, frame); }
   virtual void BackwardInput(Run& run, Frame& frame) const = 0;
   virtual void BackwardWeight(Run& run, Frame& frame) const = 0;
+  // In which halves (Use) the layer reads its parameters, recomputation being part of forward, and
+  // in which it writes their gradients. In others they need not be there.
+  virtual unsigned ReadsParameters() const { return kInForward | kInBackwardInput; }
+  virtual unsigned WritesGradients() const { return kInBackwardWeight; }
 };
 
 // How a linear layer's weight is meant to be cut when a tensor axis exists.
@@ -46,6 +51,14 @@ enum class Role : uint8_t {
   kColumn,  // output features are cut
   kRow,     // input features are cut; outputs are summed
   kReplicated,
+};
+
+// What a cut of a linear layer's features has to respect: they are `parts` side by side, such as
+// [q | k | v] or [gate | up], each of `groups` equal groups that stay whole, such as the heads that
+// share a key head. Each rank has the same groups of every part.
+struct Features {
+  std::vector<int64_t> parts;  // features of each; empty: all are one part
+  int64_t groups = 0;          // 0: each feature is one
 };
 
 struct LinearOptions {
@@ -56,6 +69,8 @@ struct LinearOptions {
   SlotId* gelu_output = nullptr;
   // `x` is gelu of this slot.
   SlotId gelu_input;
+  // Of the features that the layer's role cuts: outputs of a column layer, inputs of a row layer.
+  Features features;
 };
 struct NormOptions {
   bool rms = true;
@@ -71,13 +86,24 @@ struct AttentionOptions {
 };
 
 // One strategy for each role; an axis of size 1 gets the local one (design: parallelism never
-// touches model code). Replace a member to inject another.
+// touches model code). Replace a member to inject another. What follows a layer takes its input as
+// it comes: norms and element-wise layers work on all tokens or on a part of them, and on all
+// features or a part.
 struct Strategies {
+  TokenCut tokens;  // of the graph
   std::function<std::unique_ptr<Layer>(SlotId x, Role role, int64_t in, int64_t out,
                                        const LinearOptions& options, SlotId* y)>
       linear;
   std::function<std::unique_ptr<Layer>(SlotId qkv, const AttentionOptions& options, SlotId* o)>
       attention;
+  std::function<std::unique_ptr<Layer>(int64_t vocabulary, int64_t width, int64_t positions,
+                                       double init_std, SlotId* y, ParamId* table)>
+      embedding;
+  // As Builder::LossHead.
+  std::function<std::unique_ptr<Layer>(SlotId x, int64_t vocabulary, int64_t chunk, ParamId tied,
+                                       double init_std, const std::string& tied_to,
+                                       ParamId* weight)>
+      loss_head;
 };
 Strategies LocalStrategies();
 
@@ -96,7 +122,7 @@ class Builder {
 
   // Each returns an invalid slot after an error, which Finish reports; so model code needs no
   // checks.
-  SlotId Input(const std::string& name, int64_t width);  // filled from outside
+  SlotId Input(const std::string& name, int64_t width, bool shard = false);  // filled from outside
   SlotId Embedding(const std::string& name, int64_t vocabulary, int64_t width, int64_t positions,
                    double init_std, ParamId* table = nullptr);  // positions 0: none learned
   SlotId Linear(const std::string& name, Role role, SlotId x, int64_t in, int64_t out,
@@ -114,7 +140,7 @@ class Builder {
   ParamId LossHead(const std::string& name, SlotId x, int64_t vocabulary, int64_t chunk,
                    ParamId tied, double init_std, const std::string& tied_to = "");
   // Where a model is cut into parts that run on different ranks: the part begins with what the part
-  // before it ended with, [tokens, width].
+  // before it ended with, [tokens, width]; of a tensor axis each rank hands on its part of them.
   SlotId StageInput(const std::string& name, int64_t width);
   // x + branch leaves for the next part.
   void StageOutput(const std::string& name, SlotId x, SlotId branch);
@@ -128,10 +154,13 @@ class Builder {
   absl::StatusOr<Graph> Finish();
 
   // --- For Declare ---
+  const std::string& layer_name() const { return prefix_; }
   DType dtype() const { return graph_.dtype; }
   DType accumulate_type() const;
   const KernelTable* kernels() const { return kernels_; }  // null: not known
   int64_t Width(SlotId slot) const;
+  bool IsShard(SlotId slot) const;  // see SlotInfo
+  const TokenCut& tokens() const { return graph_.tokens; }
   bool IsGeluOf(SlotId slot, SlotId pre) const;
   // Whether the layer that writes `slot` reads it again in backward, so that it is there anyway.
   bool KeptByProducer(SlotId slot) const;
@@ -146,7 +175,8 @@ class Builder {
     bool recompute_source = false;
     bool recomputed_if_dropped = false;
     bool grad_changed_by_producer = false;
-    SlotId gelu_of;  // see SlotInfo
+    SlotId gelu_of;      // see SlotInfo
+    bool shard = false;  // see SlotInfo
   };
   SlotId Output(const std::string& name, int64_t width, const OutputOptions& options);
   // Written in forward, read in `uses`; no gradient.
@@ -154,6 +184,7 @@ class Builder {
     int64_t fixed_bytes = 0;  // on top of the tokens', behind them (Frame::Fixed)
     bool cheap = false;       // see SlotInfo, as the next
     bool recomputed_if_dropped = false;
+    bool shard = false;  // see SlotInfo
   };
   SlotId Saved(const std::string& name, int64_t width, DType dtype, unsigned uses) {
     return Saved(name, width, dtype, uses, SavedOptions());
@@ -164,6 +195,16 @@ class Builder {
   // top of the tokens' (Frame::Fixed); with them `width` may be 0.
   SlotId Scratch(const std::string& name, int64_t width, DType dtype, unsigned uses,
                  int64_t fixed_bytes = 0);
+  // The running layer exchanges [tokens, width] with the other ranks of the tensor axis in these
+  // halves. What a plan of the traffic counts.
+  struct ExchangeOptions {
+    bool every_token = false;  // see ExchangeInfo
+    SlotId unless_kept;        // see ExchangeInfo
+  };
+  void Exchanges(unsigned uses, int64_t width, DType dtype) {
+    Exchanges(uses, width, dtype, ExchangeOptions());
+  }
+  void Exchanges(unsigned uses, int64_t width, DType dtype, const ExchangeOptions& options);
   // The layer changes `slot` in place in Forward; it must be the slot's only reader.
   void ModifiesInPlace(SlotId slot);
   // After this layer's BackwardInput grad(input) equals grad(output): the planner may give both the
@@ -227,12 +268,19 @@ class Frame {
 
   TokenViews tokens;
   // What enters and leaves this part of the model, [tokens, width]: activations in forward,
-  // gradients in backward. Absent at the model's own ends.
+  // gradients in backward. Absent at the model's own ends. With a tensor axis of this rank's part
+  // of the tokens.
   struct Boundary {
     Tensor in, out;
   } boundary;
 
-  Tensor Value(SlotId slot) const;  // [tokens, width]
+  Tensor Value(SlotId slot) const;  // [tokens, width], of all tokens or of this rank's part
+  // The same and its gradient with the rows that make the parts of all ranks equal: what
+  // collectives take. The rows behind the tokens hold anything.
+  Tensor Padded(SlotId slot) const;
+  Tensor PaddedGrad(SlotId slot) const;
+  // This rank's part of the tokens.
+  RowCut Part() const { return CutRows(tokens.tokens, graph_->tokens.ranks, graph_->tokens.index); }
   // The slot's fixed bytes as elements of its type; absent for slots without.
   Tensor Fixed(SlotId slot) const;
   // [tokens, width], or absent for slots without a gradient.
@@ -247,6 +295,8 @@ class Frame {
 
  private:
   int64_t ValueOffset(SlotId slot) const;
+  Tensor View(const SlotInfo& slot, int64_t offset, int64_t rows) const;
+  int64_t Rows(const SlotInfo& slot) const { return slot.shard ? Part().count : tokens.tokens; }
 
   const Graph* graph_;
   const ActionList* actions_;
@@ -288,6 +338,8 @@ class Run {
     return t;
   }
 
+  // The ranks that share the layers; null where the driver has none.
+  TensorAxis* tensor_axis() const { return tensor_axis_; }
   // Scales and FP8 weights; null where the driver has none.
   Float8State* float8() const { return float8_; }
   // True for the first to ask since BeginStep, who then makes the weight's FP8 codes.
@@ -298,8 +350,18 @@ class Run {
 
   // --- For whoever drives the step ---
   void SetFloat8(Float8State* state);
+  void SetTensorAxis(TensorAxis* axis) { tensor_axis_ = axis; }
   void SetStorage(std::vector<Tensor> parameters, std::vector<Tensor> gradients,
                   std::vector<Tensor> constants, Tensor loss_total);
+  // A parameter, or where its gradient goes from now on, with nothing accumulated there yet. Absent
+  // while it is nowhere in full.
+  void SetParameter(ParamId id, const Tensor& value) {
+    parameters_[static_cast<size_t>(id.value)] = value;
+  }
+  void SetGradient(ParamId id, const Tensor& gradient) {
+    gradients_[static_cast<size_t>(id.value)] = gradient;
+    touched_.gradients[static_cast<size_t>(id.value)] = 0;
+  }
   // Nothing has been accumulated yet, and parameters may have changed.
   void BeginStep();
   // What has been written since BeginStep and is added to, or used, from now on.
@@ -320,6 +382,7 @@ class Run {
   Touched touched_;
   Tensor loss_total_;
   Float8State* float8_ = nullptr;
+  TensorAxis* tensor_axis_ = nullptr;
 };
 
 }  // namespace stretto

@@ -43,8 +43,9 @@ struct Model {
 // outside of the model.
 absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& options = {});
 
-// Writes rows [first_row, first_row + rows.rows()) of a parameter's initial value to `rows`
-// (contiguous, on the host). Values depend on (seed, name, element) only, never on the layout.
+// Writes rows [first_row, first_row + rows.rows()) of this rank's part of a parameter's initial
+// value to `rows` (contiguous, on the host). Values depend on (seed, name, element of the whole)
+// only, never on the layout.
 void InitialValues(const ParameterSpec& spec, uint64_t seed, int64_t first_row, Tensor rows);
 
 }  // namespace stretto

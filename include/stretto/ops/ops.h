@@ -62,8 +62,11 @@ void AttentionBackward(Context c, Tensor dq, Tensor dk, Tensor dv, Tensor delta,
 void Embedding(Context c, Tensor y, Tensor ids, Tensor table, Tensor positions,
                Tensor positions_table);
 void EmbeddingBackward(Context c, Tensor dtable, Tensor dy, Tensor ids, bool acc);
+void LocalIds(Context c, Tensor local, Tensor ids, int64_t first, int64_t rows, int64_t all,
+              const char* what);
 
 void LossFold(Context c, Tensor state, Tensor logits, Tensor targets, int64_t first, bool start);
+void LossMerge(Context c, Tensor state, Tensor parts);
 void LossFinish(Context c, Tensor losses, Tensor total, Tensor state, Tensor weights, bool acc,
                 Tensor targets = {});
 void LossBackward(Context c, Tensor logits, Tensor state, Tensor targets, Tensor weights,

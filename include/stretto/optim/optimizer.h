@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "stretto/core/arena.h"
@@ -39,7 +40,7 @@ class AdamW {
                                                        const AdamWOptions& options);
 
   // Adds the sum of squares of all gradient shards to scalars[kSumSquares] (this rank's part of
-  // it).
+  // it), but for what another rank of a tensor axis has as well and counts (ParameterInfo::owned).
   void AddSumSquares(Tensor scalars) const;
   // Updates all shards; `scalars` as PrepareStep left them. `step` counts from 1.
   void Step(Tensor scalars, double lr, int64_t step) const;
@@ -70,6 +71,8 @@ class AdamW {
   std::vector<ParameterShard> shards_;
   std::vector<OptimizerItem> items_;  // of the shards, in their order
   OptimizerTable table_;
+  // Of what this rank counts in the global norm, where that is not all.
+  std::optional<OptimizerTable> counted_;
 };
 
 }  // namespace stretto

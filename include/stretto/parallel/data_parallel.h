@@ -1,5 +1,5 @@
-// Data parallelism with ZeRO-1: where parameters and gradients live, how gradients are summed over
-// ranks while backward still runs, and how updated parameters come back under the next forward.
+// Data parallelism with ZeRO-1, 2 and 3: where parameters and gradients live, how gradients are
+// summed over ranks while backward still runs, and how parameters arrive before they are needed.
 #ifndef STRETTO_PARALLEL_DATA_PARALLEL_H_
 #define STRETTO_PARALLEL_DATA_PARALLEL_H_
 
@@ -11,6 +11,7 @@
 #include "stretto/comm/communicator.h"
 #include "stretto/core/arena.h"
 #include "stretto/core/budget.h"
+#include "stretto/core/cut.h"
 #include "stretto/core/phase_timer.h"
 #include "stretto/core/state.h"
 #include "stretto/model/graph.h"
@@ -20,11 +21,24 @@
 
 namespace stretto {
 
+struct BucketPlan;  // parallel/bucket_plan.h
+namespace internal {
+class BucketBuffers;
+}
+
 struct DataParallelOptions {
-  // false: all gradient communication happens after backward and all gathers before forward.
+  // false: one waits for gradients where they are sent, with ZeRO-1 after all of backward.
   bool overlap = true;
-  // A bucket is closed when its gradients reach this size.
+  // false: one waits for parameters where they are asked for: with ZeRO-1 and 2 after the update,
+  // with ZeRO-3 before the layers that need them.
+  bool prefetch = true;
+  // A bucket is closed when its gradients reach this size. A plan has its buckets already.
   int64_t bucket_bytes = 25 << 20;
+  // ZeRO-2 or 3, as PlanBuckets planned it for this group's size; null, or a plan of ZeRO-1:
+  // ZeRO-1. Outlives the DataParallel.
+  const BucketPlan* buckets = nullptr;
+  // Buffers that became free are filled with NaN, so that using them shows (CPU).
+  bool poison = false;
   // Told when forward, backward and waits begin; null: nobody is. Outlives the DataParallel.
   PhaseTimer* timer = nullptr;
   // Host threads that draw the initial values.
@@ -41,22 +55,15 @@ struct ParameterShard {
   Tensor grad;   // the same rows of the summed gradient, f32 or f64
 };
 
-// How rows are cut: pure, so that planners and checkpoints agree with the runtime.
-struct RowCut {
-  int64_t part = 0;   // rows of a full part; storage holds ranks * part rows
-  int64_t first = 0;  // of this rank
-  int64_t count = 0;  // real rows of this rank, 0 <= count <= part
-};
-RowCut CutRows(int64_t rows, int ranks, int index);
-
 // Parameters by the order in which backward completes their gradients, cut into buckets.
 std::vector<std::vector<int>> MakeBuckets(const Graph& graph, int64_t bucket_bytes);
 
-// Bytes of parameter and gradient storage for `ranks` ranks, padding included.
+// Bytes of parameter and gradient storage for `ranks` ranks, padding included. With ZeRO-2 and 3
+// the buffers that rotate come on top (BucketPlan).
 struct StorageBytes {
   int64_t parameters = 0, gradients = 0;
 };
-StorageBytes DataParallelStorage(const Graph& graph, int ranks);
+StorageBytes DataParallelStorage(const Graph& graph, int ranks, int zero = 1);
 
 // One step:
 //   BeginStep(run)
@@ -64,6 +71,9 @@ StorageBytes DataParallelStorage(const Graph& graph, int ranks);
 //   FinishGradients(run)        summed gradients are in shards()[i].grad, on all ranks
 //   ... the optimizer updates shards()[i].value ...
 //   GatherParameters()          returns at once; the next forward waits layer by layer
+//
+// With ZeRO-2 and 3 ranks exchange something in every micro-batch, so that all ranks of the group
+// go through as many of them: one that has fewer calls FollowHooks in place of Execute.
 class DataParallel {
  public:
   // Reserves its arenas from `budget` and draws initial values from `seed`.
@@ -77,7 +87,9 @@ class DataParallel {
 
   const std::vector<ParameterShard>& shards() const { return shards_; }
   const Group& group() const { return group_; }
-  // Full parameter and gradient of this rank: [rows, columns] or [rows].
+  int zero() const { return zero_; }
+  // Full parameter and gradient of this rank: [rows, columns] or [rows]. Absent where this rank
+  // keeps its shard alone: gradients with ZeRO-2, both with ZeRO-3.
   Tensor Parameter(ParamId id) const { return parameters_[id.value]; }
   Tensor Gradient(ParamId id) const { return gradients_[id.value]; }
 
@@ -87,11 +99,25 @@ class DataParallel {
   void BeginStep(Run& run);
   // Hooks for one micro-batch of the step. After the last one gradients of finished layers leave.
   ActionHooks& hooks(bool last_micro_batch);
+  // With ZeRO-3, starts the gather that the hooks of training action `action` would start: for
+  // whoever knows what this rank runs next and has to wait for something else before. All ranks of
+  // the group call it in the same place.
+  void GatherFor(size_t action);
+  // Hooks for a list of evaluation that `run` goes through, by all ranks alike; null where
+  // parameters are complete anyway.
+  ActionHooks* evaluation_hooks(Run& run);
+  // Hooks that exchange nothing: buffers are given out as they lie there, for work whose results do
+  // not matter; gathers under way end first. Null where there are none.
+  ActionHooks* local_hooks(Run& run, bool training);
   // Sends what has not left yet (all of it on a rank without micro-batches) and waits for the sums.
   absl::Status FinishGradients(Run& run);
   absl::Status GatherParameters();
-  // Waits until all parameters are complete on this rank (before evaluation, export, sampling).
+  // Waits until all parameters are complete on this rank (before evaluation, export, sampling), or
+  // with ZeRO-3 until no gather is under way.
   absl::Status WaitParameters();
+  // A parameter in full, until the next call. With ZeRO-3 all ranks of the group call it together,
+  // and it takes memory.
+  absl::StatusOr<Tensor> CompleteParameter(ParamId id);
 
   // Adds the parameters, each rank owning its shard, under their names; all but `without`.
   absl::Status Register(StateRegistry* registry, ParamId without = {}) const;
@@ -99,6 +125,7 @@ class DataParallel {
 
  private:
   class Hooks;
+  class BufferHooks;
   absl::Status TimedWait(Ticket* ticket);
   // Returns the phase until now, -1 when there was none.
   int Enter(StepPhase phase);
@@ -121,12 +148,16 @@ class DataParallel {
   Stream& stream_;
   ops::Context ops_;
   DataParallelOptions options_;
-  Arena parameter_arena_, gradient_arena_, constant_arena_;
+  int zero_ = 1;
+  Arena parameter_arena_, gradient_arena_, constant_arena_, buffer_arena_, complete_arena_;
   std::vector<Tensor> parameters_, gradients_, constants_;
+  std::vector<Tensor> value_parts_;  // all rows of the shards, with padding (ZeRO-3)
   std::vector<ParameterShard> shards_;
   std::vector<Bucket> buckets_;
   std::vector<std::vector<int>> layer_buckets_;  // whose parameters a layer's forward needs
   std::unique_ptr<Hooks> plain_hooks_, last_hooks_;
+  std::unique_ptr<internal::BucketBuffers> buffers_;  // null with ZeRO-1
+  std::unique_ptr<BufferHooks> evaluation_hooks_, local_hooks_;
   Run* run_ = nullptr;
 };
 

@@ -24,11 +24,12 @@ class ActionHooks {
   virtual ~ActionHooks() = default;
   // Forward begins, or backward (recomputation counts as backward).
   virtual void BeginPass(bool /*backward*/) {}
-  // Whether BeforeForward or AfterBackwardWeight has something to do at this action now. They are
-  // not called where it has not, and what lies between may be enqueued as one piece.
-  virtual bool ActsAt(const Action& /*action*/) const { return true; }
-  virtual void BeforeForward(int /*layer*/) {}
-  virtual void AfterBackwardWeight(int /*layer*/) {}
+  // Whether Before or After have something to do at the action with this index in its list now.
+  // They are not called where they have not, and what lies between may be enqueued as one piece.
+  virtual bool ActsBefore(size_t /*index*/, const Action& /*action*/) const { return true; }
+  virtual bool ActsAfter(size_t /*index*/, const Action& /*action*/) const { return true; }
+  virtual void Before(size_t /*index*/, const Action& /*action*/) {}
+  virtual void After(size_t /*index*/, const Action& /*action*/) {}
   virtual void BetweenActions() {}
 };
 
@@ -101,6 +102,9 @@ void Execute(const Graph& graph, const ActionList& list, Run& run, Frame& frame,
 // The same for actions [first, end) of the list.
 void ExecuteSome(const Graph& graph, const ActionList& list, size_t first, size_t end, Run& run,
                  Frame& frame, ActionHooks* hooks = nullptr, ReplayCache* replays = nullptr);
+// Calls the hooks of actions [first, end) in the same order without running a layer: for a rank
+// that has no micro-batch where others have one, and takes part in what they exchange.
+void FollowHooks(const ActionList& list, size_t first, size_t end, ActionHooks& hooks);
 
 }  // namespace stretto
 

@@ -74,6 +74,9 @@ class StageWorker {
   virtual ~StageWorker() = default;
   // Rows of this rank's share of an item.
   virtual int64_t Tokens(int item) const = 0;
+  // Whether this rank's pipeline has no such item where others have one: nothing travels then, and
+  // Run is called with both tensors absent.
+  virtual bool Empty(int /*item*/) const { return false; }
   // Forward: `in` [tokens, width] is what the stage before made (absent on the first), `out` what
   // this one makes (absent on the last). Backward and its input half: `in` is the gradient of what
   // this stage made (absent on the last), `out` that of what it took (absent on the first). Weight

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "stretto/core/arena.h"
@@ -40,7 +41,8 @@ struct StageParts {
                                         // the program runs them apart (TrainingActions)
   const FrameLayout* layout = nullptr;
   Run* run = nullptr;
-  DataParallel* parameters = nullptr;  // null: no hooks (evaluation)
+  DataParallel* parameters = nullptr;  // null: no hooks
+  bool local = false;                  // hooks that exchange nothing (DataParallel::local_hooks)
 };
 
 // Keeps the activations of the micro-batches in flight, each in a frame of its own.
@@ -56,8 +58,9 @@ class ModelStages : public StageWorker {
   // frame does not fit its memory.
   absl::Status Use(const std::vector<StageParts>& parts);
   // What the items of the next program are: batches[first + i] is this rank's share of item i. They
-  // stay as they are until the work is done. With `more` the step goes on with another program, so
-  // gradients do not leave yet.
+  // stay as they are until the work is done. Items behind the last batch are empty: other ranks
+  // have something there, and the stages follow their hooks. With `more` the step goes on with
+  // another program, so gradients do not leave yet.
   void SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches,
                   size_t first = 0, bool more = false);
   // One of the feeders, for whoever runs a frame of the first stage by hand between programs.
@@ -66,6 +69,9 @@ class ModelStages : public StageWorker {
   void SetReplays(ReplayCache* replays) { replays_ = replays; }
 
   int64_t Tokens(int item) const override;
+  bool Empty(int item) const override {
+    return first_ + static_cast<size_t>(item) >= batches_->size();
+  }
   absl::Status Run(const ProgramAction& action, Tensor in, Tensor out) override;
 
  private:
@@ -73,6 +79,8 @@ class ModelStages : public StageWorker {
   struct Stage;
   explicit ModelStages(Stream& stream);
   absl::StatusOr<Slot*> SlotOf(Stage& stage, int item);
+  // The actions [first, end) of a stage's list that a program's action stands for.
+  static std::pair<size_t, size_t> RangeOf(const Stage& stage, StageWork work);
 
   Stream& stream_;
   std::vector<Stage> stages_;

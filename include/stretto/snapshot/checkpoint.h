@@ -92,7 +92,7 @@ struct LoadOptions {
   bool allow_unused = false;
 };
 
-// Fills every entry's local rows from the shards that hold them, whatever the layout that wrote
+// Fills every entry's local box from the files that hold it, whatever the layout that wrote
 // them. Every entry must be found with the same global shape; floating types are converted.
 // FAILED_PRECONDITION lists what does not fit (a checkpoint of another model names the first
 // differing tensors of each side); DATA_LOSS names a damaged file. Nothing is changed before all

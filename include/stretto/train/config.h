@@ -59,9 +59,12 @@ struct TrainConfig {
   struct Parallel {
     int64_t dp = 0;
     int64_t pp = 1;
+    int64_t tp = 1;
     std::string schedule = "1f1b";
     int64_t chunks = 0;
+    int64_t zero = 1;
     bool overlap = true;
+    bool prefetch = true;
     int64_t bucket_bytes = int64_t{25} << 20;
     void Visit(ConfigVisitor& v);
   } parallel;

@@ -12,6 +12,7 @@
 #include "stretto/core/status.h"
 #include "stretto/model/model.h"
 #include "stretto/optim/optimizer.h"
+#include "stretto/parallel/bucket_plan.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/plan/program.h"
 #include "stretto/train/config.h"
@@ -29,15 +30,19 @@ struct StagePlan {
   Model model;
   ActionList train_actions, evaluation_actions;
   FrameLayout train_frame, evaluation_frame;
+  BucketPlan buckets;
   int frames = 1;  // micro-batches in flight at most
   int64_t frame_bytes() const { return std::max(train_frame.bytes(), evaluation_frame.bytes()); }
   // The copy of a table that another stage updates (tied embeddings); invalid: there is none.
   ParamId copy;
 };
 
-// The ranks of a run as a mesh: "pp" outermost, so that the ranks of one stage are neighbours, and
-// "dp". `config` must be resolved.
+// The ranks of a run as a mesh: "pp" outermost, then "dp", and "tp" innermost, so that the ranks
+// that exchange most are neighbours on one machine. `config` must be resolved.
 absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank);
+// FAILED_PRECONDITION when this rank's tensor axis is not on one machine: each of its layers would
+// wait for the network several times. `machines`: of each rank.
+absl::Status CheckMachines(const Mesh& mesh, const std::vector<int>& machines);
 
 // The plan of one rank. Frames are planned by the same functions that the trainer runs.
 struct RunPlan {
@@ -47,6 +52,8 @@ struct RunPlan {
   BoundaryBuffers buffers;         // for any step, and for an evaluation
   std::vector<int64_t> blocks;     // transformer blocks of each stage of the model
   int64_t micro_batch_tokens = 0;  // capacity of a frame
+  int64_t micro_batches = 1;       // in a step, of the rank that has most
+  int64_t boundary_tokens = 0;     // of what travels between stages: of a tensor axis a rank's part
   // On the run's device: parameters, gradients, constants, optimizer state, activations.
   std::vector<NamedBytes> arenas;
   int64_t arena_bytes = 0;  // their sum
@@ -64,6 +71,8 @@ struct RunPlan {
   int64_t boundary_bytes_sent = 0;  // activations and their gradients between stages, when all
                                     // samples are full; of the rank with the most samples
   int64_t tied_bytes_sent = 0;      // of a table that two stages share
+  int64_t tensor_bytes_sent = 0;    // over the tensor axis, when all samples are full; of the rank
+                                    // with the most samples
 
   // Arenas and overheads as a table.
   std::string MemoryTable() const;

@@ -52,11 +52,13 @@ class Trainer {
   const TrainConfig& config() const;
   // Without pipelines the whole model, else this rank's first stage.
   const Model& model() const;
-  // Payload bytes that this rank has sent to others since the start, on the axis "dp" or "pp".
+  // Payload bytes that this rank has sent to others since the start, on the axis "dp", "pp" or
+  // "tp".
   int64_t BytesSent(const std::string& axis) const;
   // Memory by arena, the mesh and the resolved sizes, for the banner.
   std::string Describe() const;
-  // A parameter's value on this rank, complete (tests, export).
+  // A parameter's value on this rank, complete, until the next call (tests, export); with a tensor
+  // axis its part of it. With parallel.zero=3 all ranks that share it call this together.
   absl::StatusOr<Tensor> Parameter(const std::string& name);
 
  private:

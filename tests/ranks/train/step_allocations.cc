@@ -76,10 +76,12 @@ namespace stretto {
 namespace {
 
 absl::Status Steps(World& world, const std::string& dtype, const std::string& fp8,
-                   const std::string& recompute) {
+                   const std::string& recompute, int tp, int64_t zero) {
   testing::ScratchDirectory scratch;
   STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, "llama"));
   config.steps = 12;
+  config.model.kv_heads = 2;
+  config.parallel.tp = tp;
   config.runtime.dtype = dtype;
   config.runtime.fp8 = fp8;
   if (fp8 != "none") {  // widths that FP8 layers take
@@ -88,6 +90,7 @@ absl::Status Steps(World& world, const std::string& dtype, const std::string& fp
     config.model.ffn = 48;
   }
   config.runtime.recompute = recompute;
+  config.parallel.zero = zero;
   STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
   while (trainer->step() < config.steps) {
     if (trainer->step() == 3) {
@@ -99,9 +102,9 @@ absl::Status Steps(World& world, const std::string& dtype, const std::string& fp
     if (!stats.ok()) return stats.status();
   }
   std::printf(
-      "rank %d, %s, fp8 %s, recompute %s: %ld allocations by the step, %ld by MPI, %ld by other "
-      "threads, steps 4 to %ld\n",
-      world.rank(), dtype.c_str(), fp8.c_str(), recompute.c_str(),
+      "rank %d, %s, fp8 %s, recompute %s, tp %d, zero %ld: %ld allocations by the step, %ld by MPI, "
+      "%ld by other threads, steps 4 to %ld\n",
+      world.rank(), dtype.c_str(), fp8.c_str(), recompute.c_str(), tp, static_cast<long>(zero),
       static_cast<long>(driver_allocations.load()), static_cast<long>(mpi_allocations.load()),
       static_cast<long>(other_allocations.load()), static_cast<long>(config.steps));
   if (driver_allocations != 0) {
@@ -133,8 +136,17 @@ absl::Status RunAll(World& world) {
       {"f32", "none"}, {"bf16", "none"}, {"bf16", "hybrid"}};
   for (const auto& [dtype, fp8] : types) {
     for (const char* recompute : {"none", "block"}) {
-      STRETTO_RETURN_IF_ERROR(world.Agree("steps", Steps(world, dtype, fp8, recompute)));
+      STRETTO_RETURN_IF_ERROR(world.Agree("steps", Steps(world, dtype, fp8, recompute, 1, 1)));
     }
+  }
+  // The ranks as a tensor axis.
+  for (const char* recompute : {"none", "block"}) {
+    if (world.size() > 2) break;
+    STRETTO_RETURN_IF_ERROR(
+        world.Agree("steps", Steps(world, "f32", "none", recompute, world.size(), 1)));
+  }
+  for (const int64_t zero : {2, 3}) {
+    STRETTO_RETURN_IF_ERROR(world.Agree("steps", Steps(world, "bf16", "none", "block", 1, zero)));
   }
   return absl::OkStatus();
 }

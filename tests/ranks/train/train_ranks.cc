@@ -22,13 +22,14 @@ absl::Status Compare(World& world, const TrainConfig& config) {
   if (world.rank() == 0) {
     for (const int ranks : {world.size(), 1}) {
       TrainConfig here = config;
-      if (ranks == 1) here.parallel.pp = 1;
+      if (ranks == 1) here.parallel.pp = here.parallel.tp = 1;
       const testing::RunRecord record = testing::TrainOnThreads(ranks, here);
+      const double tolerance = config.runtime.dtype == "f64" ? 1e-9 : 1e-5;
       verdict.Update(record.status);
       for (size_t i = 0; record.status.ok() && i < mine.size(); ++i) {
         const double expected = record.steps[i].loss, got = mine[i].loss;
         const bool exact = ranks == world.size();
-        if (exact ? expected != got : !(std::abs(expected - got) <= 1e-5 * expected)) {
+        if (exact ? expected != got : !(std::abs(expected - got) <= tolerance * expected)) {
           verdict.Update(absl::InternalError(absl::StrCat(config.model.family, ", step ", i + 1,
                                                           ": loss ", got, " over MPI, ", expected,
                                                           " on ", ranks, " threads")));
@@ -45,6 +46,16 @@ absl::Status RunAll(World& world) {
     STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, family));
     config.steps = 20;
     STRETTO_RETURN_IF_ERROR(Compare(world, config));
+    // With gradients and parameters sharded, too.
+    TrainConfig sharded = config;
+    sharded.steps = 6;
+    for (const int64_t zero : {2, 3}) {
+      for (const char* dtype : {"f32", "f64"}) {
+        sharded.parallel.zero = zero;
+        sharded.runtime.dtype = dtype;
+        STRETTO_RETURN_IF_ERROR(Compare(world, sharded));
+      }
+    }
     // With pipelines of two ranks, under a schedule of each kind.
     if (world.size() % 2 != 0) continue;
     config.model.layers = 5;
@@ -52,6 +63,25 @@ absl::Status RunAll(World& world) {
     for (const char* schedule : {"zb-h1", "v-shaped"}) {
       config.parallel.schedule = schedule;
       STRETTO_RETURN_IF_ERROR(Compare(world, config));
+    }
+    sharded = config;
+    sharded.steps = 6;
+    sharded.parallel.zero = 3;
+    STRETTO_RETURN_IF_ERROR(Compare(world, sharded));
+    // With tensor axes of two ranks, alone and within pipelines.
+    config.model.heads = 6;
+    config.model.kv_heads = config.model.family == "gpt2" ? 6 : 3;
+    config.parallel.schedule = "1f1b";
+    config.parallel.tp = 2;
+    for (const int pp : {1, 2}) {
+      if (world.size() % (2 * pp) != 0) continue;
+      config.parallel.pp = pp;
+      STRETTO_RETURN_IF_ERROR(Compare(world, config));
+      // With parameters sharded over the data axis, where there is one.
+      TrainConfig all = config;
+      all.steps = 6;
+      all.parallel.zero = 3;
+      STRETTO_RETURN_IF_ERROR(Compare(world, all));
     }
   }
   // Nobody removes the files that another rank still reads.

@@ -31,6 +31,46 @@ TEST(Mesh, AxesAndGroups) {
   EXPECT_THAT(mesh->Describe(), HasSubstr("dp: size 3, coordinate 0, ranks 7 9 11"));
 }
 
+TEST(Mesh, DescribesWhoTalksToWhomAndOverWhat) {
+  // Two machines of four ranks.
+  const std::vector<int> machines = {0, 0, 0, 0, 1, 1, 1, 1};
+  const auto mesh = Mesh::Create(8, 6, {{"pp", 2}, {"ep", 1}, {"dp", 2}, {"tp", 2}});
+  ASSERT_TRUE(mesh.ok()) << mesh.status();
+  EXPECT_EQ(mesh->Describe(machines, "mpi"),
+            "pp: size 2, coordinate 1, ranks 2 6, between machines 0 1, over mpi\n"
+            "ep: size 1, coordinate 0, ranks 6\n"
+            "dp: size 2, coordinate 1, ranks 4 6, on machine 1, over mpi\n"
+            "tp: size 2, coordinate 0, ranks 6 7, on machine 1, over mpi\n");
+}
+
+// Axes may come in any order, and a view names the same ranks in another way.
+TEST(Mesh, AxesInAnyOrder) {
+  const std::vector<Axis> axes = {{"pp", 2}, {"dp", 3}, {"tp", 4}};
+  std::vector<int> order = {0, 1, 2};
+  do {
+    std::vector<Axis> permuted;
+    for (int i : order) permuted.push_back(axes[static_cast<std::size_t>(i)]);
+    for (int rank = 0; rank < 24; ++rank) {
+      const auto mesh = Mesh::Create(24, rank, permuted);
+      ASSERT_TRUE(mesh.ok());
+      const auto view = Mesh::Create(24, rank, {{"all", 24}})->View(permuted);
+      ASSERT_TRUE(view.ok());
+      for (const Axis& axis : axes) {
+        const RankList group = mesh->Along({axis.name});
+        ASSERT_EQ(group.size(), static_cast<std::size_t>(axis.size));
+        EXPECT_EQ(view->Along({axis.name}), group);
+        // Its ranks differ in this coordinate alone, ascending.
+        for (std::size_t i = 0; i < group.size(); ++i) {
+          for (const Axis& other : axes) {
+            EXPECT_EQ(mesh->CoordOf(group[i], other.name),
+                      other == axis ? static_cast<int>(i) : mesh->Coord(other.name));
+          }
+        }
+      }
+    }
+  } while (std::next_permutation(order.begin(), order.end()));
+}
+
 TEST(Mesh, GroupsPartitionTheRanks) {
   for (const std::vector<std::string>& axes :
        {std::vector<std::string>{"a"}, {"b"}, {"c"}, {"a", "c"}, {"a", "b", "c"}}) {

@@ -71,8 +71,34 @@ TEST_F(StateTest, RefusesSlicesOutsideTheTensor) {
   ExpectRefused(Entry("w", {7, 3}, 3, 5), "5 rows from row 3");
   ExpectRefused(Entry("w", {7, 3}, -1, 5), "from row -1");
   ExpectRefused(Entry("w", {7, 3}, INT64_MAX, 5), "must lie inside");
-  ExpectRefused(Entry("w", {7, 4}, 0, 5), "all dimensions but the first");
+  ExpectRefused(Entry("w", {7, 2}, 0, 5), "all dimensions but the first");
   ExpectRefused(Entry("w", {7, 3, 1}, 0, 5), "all dimensions but the first");
+}
+
+TEST_F(StateTest, ATensorMayHaveSeveralBoxes) {
+  StateRegistry registry;
+  const auto box = [&](int64_t first_row, int64_t rows, int64_t first_column) {
+    StateEntry entry = Entry("w", {9, 7}, first_row, rows);
+    entry.first_column = first_column;
+    return entry;
+  };
+  ASSERT_TRUE(registry.Add(box(0, 2, 0)).ok());
+  ASSERT_TRUE(registry.Add(box(2, 3, 0)).ok());
+  ASSERT_TRUE(registry.Add(box(0, 5, 3)).ok());
+  EXPECT_EQ(registry.entries().size(), 3u);
+  EXPECT_EQ(registry.Find("w")->local.rows(), 2);
+  EXPECT_EQ(registry.LocalBytes(), 10 * 3 * 4);
+  for (const StateEntry& wrong : {box(1, 2, 2), box(4, 2, 0), box(4, 1, 5)}) {
+    EXPECT_FALSE(registry.Add(wrong).ok());
+  }
+  StateEntry other = Entry("w", {9, 3}, 6, 1);
+  EXPECT_THAT(std::string(registry.Add(other).message()), HasSubstr("two types or shapes"));
+  ExpectRefused(box(0, 2, 5), "starts at column 5");
+  ExpectRefused(box(0, 2, -1), "starts at column -1");
+  StateEntry cube = Entry("w", {7, 3, 1}, 0, 5);
+  cube.local = Tensor::Of(memory_.data(), DType::kF32, {5, 3, 1});
+  cube.first_column = 1;
+  ExpectRefused(cube, "starts at column 1");
 }
 
 TEST_F(StateTest, RefusesWhatCannotBeStored) {

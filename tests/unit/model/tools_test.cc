@@ -189,12 +189,44 @@ TEST_F(PlanTool, FallsBackToMoreRanksAndSmallerModels) {
               HasSubstr("does not fit"));
 }
 
+TEST_F(PlanTool, AdvisesAndShowsShards) {
+  const std::string all =
+      "c.json --ranks 8 --set batch.micro=1 --set runtime.recompute=block"
+      " --set runtime.loss_chunk=8192 ";
+  EXPECT_THAT(Plan(all + "--device-memory 8GiB").output, HasSubstr("; set parallel.zero=2, "));
+  EXPECT_THAT(Plan(all + "--device-memory 6GiB").output, HasSubstr("; set parallel.zero=3, "));
+  EXPECT_EQ(Plan(all + "--device-memory 6GiB --set parallel.zero=3").code, 0);
+  const Result events = Plan(all + "--set parallel.zero=3 --buckets");
+  EXPECT_EQ(events.code, 0);
+  EXPECT_THAT(events.output, HasSubstr("before F embed"));
+  EXPECT_THAT(events.output, HasSubstr(": gather ahead parameters "));
+  EXPECT_THAT(Plan(all + "--buckets").output, HasSubstr("stage 0, ZeRO-1"));
+}
+
 TEST_F(PlanTool, JsonHasTheSameFigures) {
   const Result r = Plan("c.json --json --ranks 2");
   EXPECT_EQ(r.code, 0) << r.output;
   EXPECT_THAT(r.output, HasSubstr("\"arena_bytes\": "));
   EXPECT_THAT(r.output, HasSubstr("\"flops_per_step\""));
   EXPECT_EQ(r.output.find("fits"), std::string::npos);  // nobody asked
+}
+
+TEST_F(PlanTool, CoversTheTensorAxis) {
+  const Result whole = Plan("c.json --ranks 1 --json");
+  const Result shared = Plan("c.json --ranks 4 --json --set parallel.tp=4");
+  EXPECT_EQ(shared.code, 0) << shared.output;
+  const auto number = [](const Result& r, const std::string& name) {
+    const size_t at = r.output.find("\"" + name + "\": ");
+    return at == std::string::npos ? -1 : std::stoll(r.output.substr(at + name.size() + 4));
+  };
+  EXPECT_EQ(number(whole, "tensor_axis"), 0);
+  EXPECT_GT(number(shared, "tensor_axis"), 0);
+  // A quarter of the memory, and the norms.
+  EXPECT_LT(number(shared, "arena_bytes"), number(whole, "arena_bytes") * 27 / 100);
+  EXPECT_GT(number(shared, "arena_bytes"), number(whole, "arena_bytes") * 25 / 100);
+  EXPECT_THAT(Plan("c.json --ranks 4 --set parallel.tp=4").output, HasSubstr("tensor axis"));
+  EXPECT_THAT(Plan("c.json --ranks 4 --set parallel.tp=3").output,
+              HasSubstr("parallel.tp is 3 but 4 ranks run"));
 }
 
 TEST_F(PlanTool, SaysWhatIsWrong) {

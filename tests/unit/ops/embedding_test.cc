@@ -48,6 +48,26 @@ TEST_P(EmbeddingTest, BackwardSumsRepeatedIds) {
   }
 }
 
+TEST_P(EmbeddingTest, IdsOfAPartOfTheTable) {
+  if (!run.on_cpu()) GTEST_SKIP() << "this backend has no kernel for it";
+  Buffer ids = Indices({0, 3, 4, 6, 7, 9}), local = Indices({0, 0, 0, 0, 0, 0});
+  ops::LocalIds(c, local, ids, 4, 3, 10, "id");
+  run.ExpectOk();
+  EXPECT_EQ(local.Read(), (Values{3, 3, 0, 2, 3, 3}));
+  for (int bad : {-1, 10}) {
+    Runner fresh(GetParam());
+    Buffer wrong = Indices({2, bad, 4, 4, 4, 4});
+    ops::LocalIds(fresh.context(), local, wrong, 4, 3, 10, "position");
+    const absl::Status status = fresh.Wait();
+    EXPECT_EQ(status.code(), absl::StatusCode::kOutOfRange);
+    EXPECT_NE(std::string(status.message()).find("position " + std::to_string(bad) + " in row 1"),
+              std::string::npos)
+        << status.message();
+    // What follows stays inside of the table, with its row of zeros.
+    for (const double v : local.Read()) EXPECT_EQ(v, 3);
+  }
+}
+
 TEST_P(EmbeddingTest, IdOutsideTheTableIsNamed) {
   Buffer table = run.Make({7, 3}, Random(21, 1)), y = run.Make({3, 3});
   for (int bad : {-1, 7}) {

@@ -168,6 +168,41 @@ TEST_P(LossTest, TargetOutsideTheVocabularyIsNamed) {
   }
 }
 
+// Three ranks fold a part of the vocabulary each; one of them has masked columns alone.
+TEST_P(LossTest, MergedPartsEqualTheWhole) {
+  if (!run.on_cpu()) GTEST_SKIP() << "this backend has no kernel for it";
+  constexpr int64_t kVocabulary = 97, kCuts[] = {0, 41, 60, kVocabulary};
+  Problem p(run, kVocabulary, 20.0);
+  for (int64_t t = 0; t < kTokens; ++t) {
+    for (int64_t j = kCuts[1]; j < kCuts[2]; ++j) {
+      if (p.target[static_cast<size_t>(t)] != j) p.logits[t * kVocabulary + j] = -INFINITY;
+    }
+  }
+  p.Run(run, kVocabulary, true, false);
+  const Values whole = p.state.Read(), losses = p.losses.Read();
+  Buffer parts = run.Wide({3 * kTokens, 3});
+  Values folded;
+  for (int rank = 0; rank < 3; ++rank) {
+    Buffer mine = run.Wide({kTokens, 3});
+    const int64_t n = kCuts[rank + 1] - kCuts[rank];
+    Buffer logits = run.Make({kTokens, n}, p.Chunk(kCuts[rank], n), 5);
+    ops::LossFold(c, mine, logits, p.targets, kCuts[rank], true);
+    run.ExpectOk();
+    const Values of_rank = mine.Read();
+    folded.insert(folded.end(), of_rank.begin(), of_rank.end());
+  }
+  parts.Write(folded);
+  ops::LossMerge(c, p.state, parts);
+  ops::LossFinish(c, p.losses, p.total, p.state, p.weights, false, p.targets);
+  run.ExpectOk();
+  EXPECT_TRUE(Near(p.losses.Read(), losses, run.wide_tolerance()));
+  const Values merged = p.state.Read();
+  for (int64_t t = 0; t < kTokens; ++t) {
+    EXPECT_EQ(merged[3 * t], whole[3 * t]);          // the maximum
+    EXPECT_EQ(merged[3 * t + 2], whole[3 * t + 2]);  // the target's logit
+  }
+}
+
 TEST_P(LossTest, NanLogitsGiveNanLoss) {
   for (bool fused : {false, true}) {
     Problem p(run, 31, 1.0);

@@ -15,7 +15,7 @@ Manifest Sample() {
   Manifest m;
   m.step = 100;
   m.world_size = 2;
-  m.files = {{ShardFileName(0), 10, 0xfedcba9876543210u}, {ShardFileName(1), 20, 5}};
+  m.files = {{ShardFileName(0), 10, 0xfedcba9876543210u, 0}, {ShardFileName(1), 20, 5, 1}};
   m.tensors["w"] = {DType::kF32, {7, 3}, {{0, 0, 3}, {1, 3, 4}}};
   m.tensors["empty"] = {DType::kBF16, {0}, {}};
   m.trainer_state = R"({"tokens":123,"lr":0.1})";
@@ -52,8 +52,8 @@ TEST(ManifestTest, EveryFlippedBitInContentIsNoticed) {
 TEST(ManifestTest, OtherDefects) {
   EXPECT_THAT(Message(ParseManifest("[]", "x").status()), HasSubstr("\"format\""));
   EXPECT_THAT(
-      Message(ParseManifest(R"({"format":"stretto checkpoint","version":2})", "x").status()),
-      HasSubstr("version 2"));
+      Message(ParseManifest(R"({"format":"stretto checkpoint","version":3})", "x").status()),
+      HasSubstr("version 3"));
   std::string deep(1000000, '[');
   EXPECT_THAT(Message(ParseManifest(deep, "x").status()), HasSubstr("nested deeper"));
   Manifest m = Sample();
@@ -82,10 +82,10 @@ class IndexShardsTest : public ::testing::Test {
     std::vector<SafetensorsItem> items;
     if (rows > 0) items.push_back({"w", dtype, {rows, width}, data.data()});
     const int rank = static_cast<int>(manifest_.files.size());
-    const auto written =
-        WriteSafetensorsFile(dir_.File(ShardFileName(rank)), items, *ShardMetadata(registry));
+    const auto written = WriteSafetensorsFile(dir_.File(ShardFileName(rank)), items,
+                                              *ShardMetadata(registry, FilesOf(registry)[0]));
     ASSERT_TRUE(written.ok()) << written.status();
-    manifest_.files.push_back({ShardFileName(rank), written->bytes, written->digest});
+    manifest_.files.push_back({ShardFileName(rank), written->bytes, written->digest, rank});
   }
   std::string Index() { return Message(IndexShards(dir_.path(), &manifest_)); }
 

@@ -63,5 +63,57 @@ TEST(RunPlan, OffloadedStateCountsAgainstTheHost) {
   EXPECT_THAT(offloaded.MemoryTable(), HasSubstr("in host memory"));
 }
 
+// Gradients and parameters of which a rank keeps a shard, beside buffers that do not grow with the
+// model.
+TEST(RunPlan, ShardsShrinkWithTheRanks) {
+  TrainConfig config;
+  config.model.family = "llama";
+  config.model.vocabulary = 512;
+  config.model.hidden = 128;
+  config.model.heads = 4;
+  config.model.kv_heads = 4;
+  config.model.ffn = 256;
+  config.model.tie_embeddings = false;
+  config.parallel.bucket_bytes = 1;
+  const auto plan = [&](int zero, int64_t layers, int ranks) {
+    TrainConfig c = config;
+    c.model.layers = layers;
+    c.parallel.zero = zero;
+    EXPECT_TRUE(c.Resolve(ranks).ok());
+    return PlanRun(c, ranks, 0).value();
+  };
+  for (const int64_t layers : {4, 12}) {
+    const RunPlan whole = plan(1, layers, 8), two = plan(2, layers, 8), three = plan(3, layers, 8);
+    // Nothing is padded: all rows divide by 8, and all shards by 64 bytes.
+    const int64_t bytes = Bytes(whole.arenas, "parameters");
+    EXPECT_EQ(bytes, 4 * whole.stages.front().model.graph.ParameterElements());
+    EXPECT_EQ(Bytes(whole.arenas, "gradients"), bytes);
+    EXPECT_EQ(Bytes(two.arenas, "parameters"), bytes);
+    EXPECT_EQ(Bytes(two.arenas, "gradients"), bytes / 8);
+    EXPECT_EQ(Bytes(three.arenas, "parameters"), bytes / 8);
+    EXPECT_EQ(Bytes(three.arenas, "gradients"), bytes / 8);
+    EXPECT_EQ(Bytes(two.arenas, "optimizer state"), Bytes(whole.arenas, "optimizer state"));
+    EXPECT_EQ(Bytes(whole.arenas, "bucket buffers"), -1);
+    EXPECT_EQ(Bytes(two.arenas, "bucket buffers"), Bytes(plan(2, 4, 8).arenas, "bucket buffers"));
+    EXPECT_EQ(Bytes(three.arenas, "bucket buffers"), Bytes(plan(3, 4, 8).arenas, "bucket buffers"));
+    // Sent: 7/8 of everything, once a step, or once or twice in each of its micro-batches. Backward
+    // reads no embedding, and finds the head and the norm before it where forward left them.
+    const int64_t table = 4 * 512 * 128, norm = 4 * 128, micro_batches = two.micro_batches;
+    EXPECT_EQ(whole.gradient_bytes_sent, 7 * bytes / 8);
+    EXPECT_EQ(two.gradient_bytes_sent, micro_batches * 7 * bytes / 8);
+    EXPECT_EQ(two.parameter_bytes_sent, 7 * bytes / 8);
+    EXPECT_EQ(three.gradient_bytes_sent, two.gradient_bytes_sent);
+    EXPECT_EQ(three.parameter_bytes_sent, micro_batches * 7 * (2 * bytes - 2 * table - norm) / 8);
+  }
+  // A table that embedding and head share is gathered and reduced for each of them.
+  config.model.tie_embeddings = true;
+  const RunPlan tied = plan(3, 4, 8);
+  const int64_t bytes = 4 * tied.stages.front().model.graph.ParameterElements();
+  EXPECT_EQ(tied.gradient_bytes_sent, tied.micro_batches * 7 * (bytes + 4 * 512 * 128) / 8);
+  EXPECT_EQ(tied.parameter_bytes_sent, tied.micro_batches * 7 * (2 * bytes - 4 * 128) / 8);
+  // On one rank there is nothing to shard.
+  EXPECT_EQ(plan(3, 4, 1).arena_bytes, plan(1, 4, 1).arena_bytes);
+}
+
 }  // namespace
 }  // namespace stretto

@@ -1,0 +1,93 @@
+// Tensor parallelism with sequence parallelism (Shoeybi et al., "Megatron-LM", arXiv 1909.08053;
+// Korthikanti et al., "Reducing activation recomputation in large transformer models", arXiv
+// 2205.05198): the ranks of a tensor axis share each layer.
+//
+// Between a row layer and the next column layer (residuals, norms) each rank has a part of the
+// tokens and all features; from a column layer to the next row layer (attention, MLP) all tokens
+// and a part of the features. A column layer gathers the tokens, a row layer sums what the ranks
+// have computed and leaves each its part. docs/parallelism.md tells it by its order of events.
+#ifndef STRETTO_PARALLEL_TENSOR_PARALLEL_H_
+#define STRETTO_PARALLEL_TENSOR_PARALLEL_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "stretto/comm/communicator.h"
+#include "stretto/core/arena.h"
+#include "stretto/core/budget.h"
+#include "stretto/core/phase_timer.h"
+#include "stretto/model/graph.h"
+#include "stretto/model/layer.h"
+#include "stretto/parallel/data_parallel.h"
+
+namespace stretto {
+
+// What the layers of one rank exchange with the other ranks of the axis: a run is given one
+// (Run::SetTensorAxis), on as many ranks as the graph was built for. All ranks of the axis run the
+// same actions in the same order. Waits only as long as work on the stream depends on the result;
+// an error fails the stream.
+class TensorAxis {
+ public:
+  // `timer` is told of waits for other ranks (StepPhase::kExposed); null: nobody is. All outlive
+  // the axis.
+  TensorAxis(Communicator& comm, const Group& group, PhaseTimer* timer = nullptr)
+      : comm_(comm), group_(group), timer_(timer) {}
+  const Group& group() const { return group_; }
+
+  // `whole` receives the parts of all ranks in order; it has size() * part.elements() elements.
+  void Gather(Stream& stream, Tensor whole, Tensor part, const std::string& label);
+  // `part` receives this rank's part of the sum of all ranks' `whole`; it may lie in it.
+  void SumToParts(Stream& stream, Tensor part, Tensor whole, const std::string& label);
+
+ private:
+  void Wait(Stream& stream, Ticket ticket);
+
+  Communicator& comm_;
+  Group group_;
+  PhaseTimer* timer_;
+};
+
+// Layers for rank `index` of an axis of `ranks` ranks; with one rank LocalStrategies. Features,
+// heads and the vocabulary are cut into parts that may differ by one; a layer that has less of
+// something than there are ranks fails its Declare in one sentence.
+Strategies TensorStrategies(int ranks, int index);
+
+// Adds up what the ranks of the axis have of the gradients of parameters that all of them have
+// (ParameterSpec::partial_gradient): those of norms, of which each rank sees a part of the tokens
+// or of the heads. Works on the shards that data parallelism has left, so that they are summed
+// once.
+class PartialGradients {
+ public:
+  // Reserves its memory from `budget`. The objects outlive it.
+  static absl::StatusOr<std::unique_ptr<PartialGradients>> Create(Communicator& comm,
+                                                                  const Group& group,
+                                                                  const Graph& graph,
+                                                                  const DataParallel& parameters,
+                                                                  ops::Context ops, Budget& budget);
+  // After DataParallel::FinishGradients, on all ranks of the axis alike. Every rank then has the
+  // same bits.
+  absl::Status Sum();
+
+  // Of Create, and of what Sum sends from a rank, on rank `index` of `ranks` data-parallel ranks.
+  struct Costs {
+    int64_t memory = 0, sent = 0;
+  };
+  static Costs CostsOf(const Graph& graph, int ranks, int index);
+
+ private:
+  PartialGradients(Communicator& comm, const Group& group, ops::Context ops)
+      : comm_(comm), group_(group), ops_(ops) {}
+
+  Communicator& comm_;
+  Group group_;
+  ops::Context ops_;
+  Arena memory_;
+  Tensor packed_;              // all of them one behind the other, in equal parts for the ranks
+  std::vector<Tensor> grads_;  // where they come from and return to, flat
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_PARALLEL_TENSOR_PARALLEL_H_

@@ -1,0 +1,186 @@
+#include "stretto/parallel/tensor_parallel.h"
+
+#include "absl/strings/str_cat.h"
+#include "src/parallel/tensor_layers.h"
+#include "stretto/parallel/step_phase.h"
+
+namespace stretto {
+
+void TensorAxis::Gather(Stream& stream, Tensor whole, Tensor part, const std::string& label) {
+  Wait(stream, comm_.AllGather(group_, whole, part, label, stream.Record()));
+}
+
+void TensorAxis::SumToParts(Stream& stream, Tensor part, Tensor whole, const std::string& label) {
+  Wait(stream, comm_.ReduceScatter(group_, part, whole, label, stream.Record()));
+}
+
+void TensorAxis::Wait(Stream& stream, Ticket ticket) {
+  const int before = timer_ == nullptr ? -1 : timer_->Begin(static_cast<int>(StepPhase::kExposed));
+  absl::Status status = comm_.Wait(stream, ticket);
+  if (before >= 0) timer_->Begin(before);
+  if (!status.ok()) stream.Fail(std::move(status));
+}
+
+Strategies TensorStrategies(int ranks, int index) {
+  Strategies s = LocalStrategies();
+  if (ranks == 1) return s;
+  const TokenCut axis = {ranks, index};
+  s.tokens = axis;
+  s.linear = [local = s.linear](SlotId x, Role role, int64_t in, int64_t out,
+                                const LinearOptions& options, SlotId* y) -> std::unique_ptr<Layer> {
+    switch (role) {
+      case Role::kColumn:
+        return std::make_unique<internal::ColumnLinearLayer>(x, in, out, options, y);
+      case Role::kRow:
+        return std::make_unique<internal::RowLinearLayer>(x, in, out, options, y);
+      case Role::kReplicated:
+        break;
+    }
+    return local(x, role, in, out, options, y);
+  };
+  s.attention = [local = s.attention, axis](SlotId qkv, const AttentionOptions& options,
+                                            SlotId* o) {
+    // Query heads stay with the key head that they share.
+    AttentionOptions mine = options;
+    mine.kv_heads = CutEvenly(options.kv_heads, axis.ranks, axis.index).count;
+    mine.heads = options.heads / options.kv_heads * mine.kv_heads;
+    return local(qkv, mine, o);
+  };
+  s.embedding = [](int64_t vocabulary, int64_t width, int64_t positions, double init_std, SlotId* y,
+                   ParamId* table) {
+    return std::make_unique<internal::VocabularyEmbeddingLayer>(vocabulary, width, positions,
+                                                                init_std, y, table);
+  };
+  s.loss_head = [](SlotId x, int64_t vocabulary, int64_t chunk, ParamId tied, double init_std,
+                   const std::string& tied_to, ParamId* weight) {
+    return std::make_unique<internal::VocabularyLossHeadLayer>(x, vocabulary, chunk, tied, init_std,
+                                                               tied_to, weight);
+  };
+  return s;
+}
+
+namespace {
+
+// Elements that each of the ranks adds up, of all shards of partial gradients together.
+int64_t PackedPart(const Graph& graph, int ranks, int index) {
+  int64_t elements = 0;
+  for (const ParameterInfo& p : graph.parameters) {
+    if (p.spec.partial_gradient) {
+      elements += CutRows(p.rows(), ranks, index).count * p.columns();
+    }
+  }
+  return CutRows(elements, graph.tokens.ranks, 0).part;
+}
+
+}  // namespace
+
+PartialGradients::Costs PartialGradients::CostsOf(const Graph& graph, int ranks, int index) {
+  if (graph.tokens.ranks == 1) return {};
+  const int64_t part = PackedPart(graph, ranks, index) * SizeOf(AccumulateType(graph.dtype));
+  // A scattered sum, and a gather of the parts.
+  return {part * graph.tokens.ranks, 2 * part * (graph.tokens.ranks - 1)};
+}
+
+absl::StatusOr<std::unique_ptr<PartialGradients>> PartialGradients::Create(
+    Communicator& comm, const Group& group, const Graph& graph, const DataParallel& parameters,
+    ops::Context ops, Budget& budget) {
+  auto sums = std::unique_ptr<PartialGradients>(new PartialGradients(comm, group, ops));
+  if (graph.tokens.ranks == 1) return sums;
+  const Group& data = parameters.group();
+  const int64_t bytes = CostsOf(graph, data.size(), data.index).memory;
+  const Device device = ops.stream->device();
+  STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(device), "partial gradients", bytes));
+  STRETTO_ASSIGN_OR_RETURN(sums->memory_, Arena::Create(device, "partial gradients", bytes));
+  const int64_t elements = PackedPart(graph, data.size(), data.index) * graph.tokens.ranks;
+  sums->packed_ = Tensor::Of(sums->memory_.data(), AccumulateType(graph.dtype), {elements}, device);
+  for (const ParameterShard& shard : parameters.shards()) {
+    if (!graph.parameters[static_cast<size_t>(shard.param.value)].spec.partial_gradient) continue;
+    if (shard.grad.elements() > 0) sums->grads_.push_back(shard.grad.Flat());
+  }
+  return sums;
+}
+
+absl::Status PartialGradients::Sum() {
+  if (!packed_.present() || packed_.elements() == 0) return absl::OkStatus();
+  int64_t next = 0;
+  for (const Tensor& grad : grads_) {
+    ops::Copy(ops_, packed_.Rows(next, grad.elements()), grad);
+    next += grad.elements();
+  }
+  const int64_t part = packed_.elements() / group_.size();
+  const Tensor mine = packed_.Rows(part * group_.index, part);
+  Stream& stream = *ops_.stream;
+  static const std::string kSum = "partial gradients", kGather = "summed gradients";
+  STRETTO_RETURN_IF_ERROR(
+      comm_.Wait(stream, comm_.ReduceScatter(group_, mine, packed_, kSum, stream.Record())));
+  STRETTO_RETURN_IF_ERROR(
+      comm_.Wait(stream, comm_.AllGather(group_, packed_, mine, kGather, stream.Record())));
+  next = 0;
+  for (const Tensor& grad : grads_) {
+    ops::Copy(ops_, grad, packed_.Rows(next, grad.elements()));
+    next += grad.elements();
+  }
+  return absl::OkStatus();
+}
+
+namespace internal {
+
+std::vector<Range> CutFeatures(const Features& features, int64_t all, const TokenCut& axis) {
+  const std::vector<int64_t> parts =
+      features.parts.empty() ? std::vector<int64_t>{all} : features.parts;
+  std::vector<Range> ranges;
+  int64_t begin = 0;
+  for (const int64_t part : parts) {
+    const int64_t groups = features.groups > 0 ? features.groups : part;
+    const int64_t each = groups == 0 ? 0 : part / groups;
+    const Range mine = CutEvenly(groups, axis.ranks, axis.index);
+    ranges.push_back({begin + mine.first * each, mine.count * each});
+    begin += part;
+  }
+  return ranges;
+}
+
+int64_t Total(const std::vector<Range>& ranges) {
+  int64_t total = 0;
+  for (const Range& range : ranges) total += range.count;
+  return total;
+}
+
+TensorAxis* AxisOf(const Run& run) {
+  if (run.tensor_axis() == nullptr) {
+    run.ops().stream->Fail(absl::FailedPreconditionError(
+        "a layer that is cut over a tensor axis runs without one; give the run a TensorAxis "
+        "(Run::SetTensorAxis)"));
+  }
+  return run.tensor_axis();
+}
+
+void ZeroPadding(Run& run, Tensor padded, int64_t tokens) {
+  const int64_t rows = padded.rows() - tokens;
+  if (rows > 0) ops::Zero(run.ops(), padded.Rows(tokens, rows));
+}
+
+void Gather(Run& run, const Frame& frame, SlotId whole, SlotId slot, const std::string& label) {
+  TensorAxis* const axis = AxisOf(run);
+  if (axis == nullptr) return;
+  axis->Gather(*run.ops().stream, frame.Padded(whole), frame.Padded(slot), label);
+}
+
+void SumToGradient(Run& run, const Frame& frame, SlotId slot, SlotId whole,
+                   const std::string& label) {
+  TensorAxis* const axis = AxisOf(run);
+  if (axis == nullptr) return;
+  const Tensor all = frame.Padded(whole);
+  ZeroPadding(run, all, frame.tokens.tokens);
+  if (!frame.AccumulateGrad(slot)) {
+    axis->SumToParts(*run.ops().stream, frame.PaddedGrad(slot), all, label);
+    return;
+  }
+  const RowCut part = frame.Part();
+  axis->SumToParts(*run.ops().stream, all.Rows(part.part * axis->group().index, part.part), all,
+                   label);
+  ops::Add(run.ops(), frame.Grad(slot), all.Rows(part.part * axis->group().index, part.count));
+}
+
+}  // namespace internal
+}  // namespace stretto

@@ -1,0 +1,205 @@
+// Layers that ranks share: loss and every gradient against one rank's.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "stretto/parallel/tensor_parallel.h"
+#include "tests/support/layout_step.h"
+
+namespace stretto {
+namespace {
+
+using testing::CompareSteps;
+using ::testing::HasSubstr;
+using testing::Layout;
+using testing::StepError;
+using testing::StepOnThreads;
+using testing::StepOptions;
+using testing::UnevenBatches;
+
+ModelConfig Config(const std::string& family, bool tied, int64_t kv_heads = 4) {
+  ModelConfig config = testing::OddModel(family, tied);
+  config.heads = family == "gpt2" ? 5 : 2 * kv_heads;
+  config.kv_heads = family == "gpt2" ? 5 : kv_heads;
+  config.layers = 3;
+  EXPECT_TRUE(config.Resolve().ok());
+  return config;
+}
+
+void ExpectLikeOneRank(const ModelConfig& config, const Layout& layout,
+                       const StepOptions& options = {}) {
+  const auto batches = [&](int pipelines) { return UnevenBatches(config.vocabulary, pipelines); };
+  const auto one = StepOnThreads(config, {}, {.dtype = options.dtype}, batches(1));
+  ASSERT_TRUE(one.ok()) << one.status().message();
+  const auto many = StepOnThreads(config, layout, options, batches(layout.dp));
+  ASSERT_TRUE(many.ok()) << many.status().message();
+  const StepError error = CompareSteps(*many, *one);
+  EXPECT_LT(error.worst, options.dtype == DType::kF64 ? 1e-9 : 1e-5) << error.where;
+}
+
+class TensorParallel : public ::testing::TestWithParam<int> {};
+
+TEST_P(TensorParallel, GivesTheGradientsOfOneRank) {
+  for (const char* family : {"gpt2", "llama", "qwen2", "qwen3"}) {
+    for (const bool tied : {true, false}) {
+      SCOPED_TRACE(absl::StrCat(family, tied ? " tied" : " untied"));
+      ExpectLikeOneRank(Config(family, tied), {.tp = GetParam()});
+    }
+  }
+}
+
+TEST_P(TensorParallel, InSinglePrecision) {
+  ExpectLikeOneRank(Config("gpt2", true), {.tp = GetParam()}, {.dtype = DType::kF32});
+  ExpectLikeOneRank(Config("qwen3", false), {.tp = GetParam()}, {.dtype = DType::kF32});
+}
+
+TEST_P(TensorParallel, RecomputesAndCutsTheVocabularyIntoChunks) {
+  for (const Recompute recompute : {Recompute::kNormsAndActivations, Recompute::kBlock}) {
+    for (const char* family : {"gpt2", "qwen3"}) {
+      ModelConfig config = Config(family, true);
+      config.vocabulary = 531;
+      ExpectLikeOneRank(config, {.tp = GetParam()}, {.recompute = recompute, .loss_chunk = 64});
+    }
+  }
+}
+
+TEST_P(TensorParallel, RunsOnQueuedStreams) {
+  ExpectLikeOneRank(Config("qwen3", true), {.tp = GetParam()}, {.stream = StreamMode::kFifo});
+}
+
+TEST_P(TensorParallel, HasTheSameBitsAgainWhateverTheDelays) {
+  const ModelConfig config = Config("qwen3", true);
+  const Layout layout = {.dp = 2, .tp = GetParam()};
+  const auto batches = UnevenBatches(config.vocabulary, 2);
+  const auto first = StepOnThreads(config, layout, {}, batches);
+  const auto again = StepOnThreads(config, layout, {.stream = StreamMode::kFifo}, batches,
+                                   {.random_delay_us = 100, .delay_seed = 7});
+  ASSERT_TRUE(first.ok() && again.ok()) << first.status() << again.status();
+  EXPECT_EQ(first->loss, again->loss);
+  EXPECT_EQ(first->gradients, again->gradients);
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, TensorParallel, ::testing::Values(2, 3, 4),
+                         [](const auto& info) { return absl::StrCat("Tp", info.param); });
+
+// With data-parallel ranks and pipelines: every pair, and the product on 8 ranks.
+class ThreeAxes : public ::testing::TestWithParam<Layout> {};
+
+TEST_P(ThreeAxes, GiveTheGradientsOfOneRank) {
+  for (const bool tied : {true, false}) {
+    ModelConfig config = Config(tied ? "gpt2" : "qwen3", tied, 3);
+    config.layers = 7;
+    ExpectLikeOneRank(config, GetParam());
+    ExpectLikeOneRank(config, GetParam(),
+                      {.recompute = Recompute::kBlock, .stream = StreamMode::kFifo});
+    ExpectLikeOneRank(config, GetParam(), {.dtype = DType::kF32});
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Layouts, ThreeAxes,
+                         ::testing::Values(Layout{.dp = 2, .tp = 2}, Layout{.dp = 3, .tp = 2},
+                                           Layout{.dp = 2, .tp = 3}, Layout{.pp = 2, .tp = 2},
+                                           Layout{.pp = 3, .tp = 2}, Layout{.pp = 2, .tp = 3},
+                                           Layout{.dp = 2, .pp = 2},
+                                           Layout{.dp = 2, .pp = 2, .tp = 2},
+                                           Layout{1, 2, 2, ScheduleKind::kGPipe},
+                                           Layout{1, 2, 2, ScheduleKind::kZeroBubbleH1},
+                                           Layout{2, 2, 2, ScheduleKind::kZeroBubbleH1},
+                                           Layout{2, 2, 2, ScheduleKind::kVShaped, 2},
+                                           Layout{1, 2, 3, ScheduleKind::kInterleaved, 3}),
+                         [](const auto& info) { return info.param.Name(); });
+
+TEST(TensorParallelSizes, ThreeKeyHeadsOnTwoRanks) {
+  ExpectLikeOneRank(Config("qwen3", false, 3), {.tp = 2});
+  ExpectLikeOneRank(Config("llama", true, 3), {.tp = 2});
+}
+
+TEST(TensorParallelSizes, TheVocabularyOfGpt2OnFourRanks) {
+  ModelConfig config = Config("gpt2", true);
+  config.vocabulary = 50257;
+  config.hidden = 8;
+  config.layers = 1;
+  ExpectLikeOneRank(config, {.tp = 4});
+  ExpectLikeOneRank(config, {.tp = 4}, {.loss_chunk = 4096});
+}
+
+TEST(TensorParallelSizes, AsManyRanksAsThereAreHeads) {
+  ModelConfig config = Config("qwen3", true, 7);
+  ExpectLikeOneRank(config, {.tp = 7});
+}
+
+// What is there less often than there are ranks is refused by the layer that it belongs to.
+TEST(TensorParallelSizes, RefusesWhatIsTooFew) {
+  const auto error = [](auto change, int ranks) {
+    ModelConfig config = Config("gpt2", false);
+    change(config);
+    return std::string(
+        BuildModel(config, {.strategies = TensorStrategies(ranks, ranks - 1)}).status().message());
+  };
+  EXPECT_THAT(
+      error([](ModelConfig&) {}, 6),
+      HasSubstr("layer blocks.0.attn.qkv: it has fewer groups of features than the 6 ranks"));
+  EXPECT_THAT(error([](ModelConfig& c) { c.vocabulary = 3; }, 4),
+              HasSubstr("layer embed: its 3 entries are fewer than the 4 ranks"));
+  EXPECT_THAT(error([](ModelConfig& c) { c.max_positions = 3; }, 4),
+              HasSubstr("layer embed: its 3 positions are fewer"));
+  EXPECT_THAT(error([](ModelConfig& c) { c.ffn = 2; }, 3), HasSubstr("mlp.up: it has fewer"));
+}
+
+TEST(TensorParallelSizes, TheIdOutsideTheVocabularyIsNamed) {
+  const ModelConfig config = Config("qwen3", true);
+  auto batches = UnevenBatches(config.vocabulary, 1);
+  batches[0][1].ids[3] = 53;
+  const auto outcome = StepOnThreads(config, {.tp = 2}, {}, batches);
+  EXPECT_THAT(std::string(outcome.status().message()),
+              HasSubstr("id 53 in row 3 is outside the table of 53 rows"));
+}
+
+// The control: sums that are left out, or made twice, are seen.
+TEST(TensorParallelControl, SeesTheGradientsOfOneRankAlone) {
+  const ModelConfig config = Config("qwen3", true);
+  const auto one = StepOnThreads(config, {}, {}, UnevenBatches(config.vocabulary, 1));
+  ASSERT_TRUE(one.ok()) << one.status();
+  testing::StepOutcome wrong = *one;
+  for (double& v : wrong.gradients["blocks.1.mlp_norm.weight"]) v *= 2;
+  EXPECT_GT(CompareSteps(wrong, *one).worst, 0.9);
+  EXPECT_EQ(CompareSteps(wrong, *one).where, "blocks.1.mlp_norm.weight");
+  wrong = *one;
+  wrong.loss *= 2;
+  EXPECT_GT(CompareSteps(wrong, *one).worst, 0.9);
+}
+
+// Rows and columns of a part begin as those of the whole do.
+TEST(TensorParallelParameters, BeginAsOnOneRank) {
+  const ModelConfig config = Config("gpt2", true);
+  const Model whole = BuildModel(config, {}).value();
+  for (int rank = 0; rank < 3; ++rank) {
+    const Model part = BuildModel(config, {.strategies = TensorStrategies(3, rank)}).value();
+    ASSERT_EQ(part.graph.parameters.size(), whole.graph.parameters.size());
+    for (size_t p = 0; p < whole.graph.parameters.size(); ++p) {
+      const ParameterInfo &all = whole.graph.parameters[p], &mine = part.graph.parameters[p];
+      ASSERT_EQ(all.spec.name, mine.spec.name);
+      ASSERT_EQ(mine.spec.whole_shape(), all.spec.shape);
+      EXPECT_EQ(mine.spec.weight_decay, all.spec.weight_decay);
+      std::vector<float> a(static_cast<size_t>(all.elements())), b(a.size());
+      InitialValues(all.spec, 3, 0, Tensor::Of(a.data(), DType::kF32, {all.rows(), all.columns()}));
+      InitialValues(mine.spec, 3, 0,
+                    Tensor::Of(b.data(), DType::kF32, {mine.rows(), mine.columns()}));
+      for (const ParameterBox& box : BoxesOf(mine.spec, 0, mine.rows())) {
+        for (int64_t r = 0; r < box.rows.count; ++r) {
+          for (int64_t c = 0; c < mine.columns(); ++c) {
+            ASSERT_EQ(b[static_cast<size_t>((box.rows.first + r) * mine.columns() + c)],
+                      a[static_cast<size_t>((box.whole + r) * all.columns() +
+                                            mine.spec.part.first_column + c)])
+                << all.spec.name;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace stretto

@@ -247,6 +247,17 @@ __global__ void __launch_bounds__(32 * kJoinWarps)
 
 int64_t Aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
+// local[t] = ids[t] - first where that is one of `rows` rows, `rows` elsewhere; one thread each.
+__global__ void LocalIdsKernel(int32_t* local, const int32_t* ids, int64_t tokens, int64_t first,
+                               int64_t rows, int64_t all, DeviceFault::Code code,
+                               DeviceFault* fault) {
+  const int64_t t = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (t >= tokens) return;
+  const int64_t id = ids[t], row = id - first;
+  if (id < 0 || id >= all) Report(fault, code, id, t, all);
+  local[t] = static_cast<int32_t>(row >= 0 && row < rows ? row : rows);
+}
+
 class CudaEmbedding final : public EmbeddingKernels {
  public:
   void Forward(Stream& s, Tensor y, Tensor ids, Tensor table, Tensor positions,
@@ -269,6 +280,17 @@ class CudaEmbedding final : public EmbeddingKernels {
         launch(ForwardKernel<T, 1>);
       }
     });
+  }
+
+  void LocalIds(Stream& s, Tensor local, Tensor ids, int64_t first, int64_t rows, int64_t all,
+                const char* what) const override {
+    if (ids.rows() == 0) return;
+    const bool position = std::strcmp(what, "position") == 0;
+    LocalIdsKernel<<<static_cast<unsigned>((ids.rows() + kThreads - 1) / kThreads), kThreads, 0,
+                     Native(s)>>>(
+        Data<int32_t>(local), Data<int32_t>(ids), ids.rows(), first, rows, all,
+        position ? DeviceFault::kEmbeddingPosition : DeviceFault::kEmbeddingId, s.fault());
+    Launched(s, "LocalIds");
   }
 
   void Backward(Stream& s, Tensor dtable, Tensor dy, Tensor ids, bool acc) const override {

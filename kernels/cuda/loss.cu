@@ -356,6 +356,27 @@ int64_t SharedBytes() {
   return bytes;
 }
 
+// One thread for each token: what `ranks` parts have of its state, one part behind the other.
+__global__ void MergeKernel(float* state, int64_t stride, const float* parts, int64_t part_stride,
+                            int64_t tokens, int64_t ranks) {
+  const int64_t t = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (t >= tokens) return;
+  const auto part = [&](int64_t r) { return parts + (r * tokens + t) * part_stride; };
+  float max = kLowest, sum = 0, target = kLowest;
+  for (int64_t r = 0; r < ranks; ++r) {
+    max = fmaxf(max, part(r)[0]);
+    target = fmaxf(target, part(r)[2]);
+  }
+  const float shift = Softmax::Shift(max);
+  for (int64_t r = 0; r < ranks; ++r) {
+    if (part(r)[1] != 0) sum += part(r)[1] * expf(part(r)[0] - shift);
+  }
+  float* const to = state + t * stride;
+  to[0] = max;
+  to[1] = sum;
+  to[2] = target;
+}
+
 class CudaLoss final : public LossKernels {
  public:
   void Fold(Stream& s, Tensor state, Tensor logits, Tensor targets, int64_t first,
@@ -369,6 +390,15 @@ class CudaLoss final : public LossKernels {
           Data<int32_t>(targets), first, start);
       Launched(s, "LossFold");
     });
+  }
+
+  void Merge(Stream& s, Tensor state, Tensor parts) const override {
+    const int64_t tokens = state.rows();
+    if (tokens == 0) return;
+    MergeKernel<<<static_cast<unsigned>((tokens + 255) / 256), 256, 0, Native(s)>>>(
+        Data<float>(state), state.row_stride, Data<float>(parts), parts.row_stride, tokens,
+        parts.rows() / tokens);
+    Launched(s, "LossMerge");
   }
 
   void Finish(Stream& s, Tensor losses, Tensor total, Tensor state, Tensor weights, bool acc,

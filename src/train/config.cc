@@ -305,10 +305,6 @@ absl::Status TrainConfig::Resolve(int ranks) {
       fail("runtime.fp8 is ", runtime.fp8, " and parallel.pp ", parallel.pp,
            "; layers in FP8 run without a pipeline only: set one of them back.");
     }
-    if (runtime.device == "cuda") {
-      fail("parallel.pp is ", parallel.pp,
-           ", and pipelines run on CPUs only; set runtime.device=cpu or parallel.pp=1.");
-    }
     if (sample.tokens > 0) {
       fail("sample.tokens is ", sample.tokens, " and parallel.pp ", parallel.pp,
            "; text is sampled from a whole model only: set sample.tokens=0, and sample later from "
@@ -330,9 +326,9 @@ absl::Status TrainConfig::Resolve(int ranks) {
       fail("runtime.fp8 is ", runtime.fp8, " and parallel.tp ", parallel.tp,
            "; layers in FP8 run without a tensor axis only: set one of them back.");
     }
-    if (runtime.device == "cuda") {
-      fail("parallel.tp is ", parallel.tp,
-           ", and tensor axes run on CPUs only; set runtime.device=cpu or parallel.tp=1.");
+    if (runtime.graphs) {
+      fail("runtime.graphs is on and parallel.tp ", parallel.tp,
+           "; layers that talk to other ranks are not captured: set one of them back.");
     }
     if (sample.tokens > 0) {
       fail("sample.tokens is ", sample.tokens, " and parallel.tp ", parallel.tp,

@@ -478,12 +478,13 @@ absl::Status Trainer::Impl::WarmUp() {
     STRETTO_ASSIGN_OR_RETURN(scales, float8->Remember());
   }
   // Rank 0 measures, then everybody has its choices. Those of a checkpoint come first: a run that
-  // was interrupted goes on with the same bits.
+  // was interrupted goes on with the same bits. With a pipeline or a tensor axis ranks need each
+  // other, so that all go through both.
   if (!state.choices.empty()) {
     STRETTO_RETURN_IF_ERROR(kernels->import_choices(state.choices));
   }
   std::vector<PackedBatch> batches(1);
-  PackedBatch& batch = batches[0];
+  PackedBatch batch;
   batch.Clear();
   const int64_t length = config.data.sequence_length;
   for (int64_t t = 0; t < plan.micro_batch_tokens; ++t) {
@@ -495,6 +496,8 @@ absl::Status Trainer::Impl::WarmUp() {
     if ((t + 1) % length == 0) batch.cu_seqlens.push_back(static_cast<int32_t>(t + 1));
   }
   batch.max_length = length;
+  batches[0] = batch;
+  if (plan.step.stages > 1) batches.resize(step_programs.front()->program().items.size(), batch);
   const auto run_through = [&]() -> absl::Status {
     for (int i = 0; i < 2; ++i) {  // gradients are written first and added to afterwards
       STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/true, /*hooks=*/false));
@@ -504,20 +507,23 @@ absl::Status Trainer::Impl::WarmUp() {
     return stream->Synchronize();
   };
   for (Stage& stage : stages) stage.run->BeginStep();
+  const bool together = config.parallel.tp > 1 || config.parallel.pp > 1;
   absl::Status measured;
   if (world.rank() == 0) {
     kernels->set_measuring(true);
     measured = run_through();
     kernels->set_measuring(false);
     state.choices = kernels->export_choices();
+  } else if (together) {
+    measured = run_through();
   }
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                            world.AllGather("measured choices", state.choices));
   if (world.rank() != 0 && measured.ok()) {
     state.choices = all[0];
     measured = kernels->import_choices(all[0]);
-    if (measured.ok()) measured = run_through();
   }
+  if ((world.rank() != 0 || together) && measured.ok()) measured = run_through();
   if (float8 != nullptr && measured.ok()) measured = float8->Recall(scales);
   // From here on nothing is measured, so nothing stands in the way of capturing.
   if (config.runtime.graphs && stream->CanCapture()) replays.emplace(*stream);

@@ -195,11 +195,8 @@ class EmbeddingKernels {
   // first where the row is there, and `rows` where another rank has it. i32 [tokens] each. An id
   // outside [0, all) fails the stream with the id and its row. `what` names the ids in that message
   // ("id", "position") and outlives the call's work.
-  virtual void LocalIds(Stream& s, Tensor /*local*/, Tensor /*ids*/, int64_t /*first*/,
-                        int64_t /*rows*/, int64_t /*all*/, const char* /*what*/) const {
-    s.Fail(absl::UnimplementedError(
-        "LocalIds: this backend has no kernel for tables that are cut; set parallel.tp=1"));
-  }
+  virtual void LocalIds(Stream& s, Tensor local, Tensor ids, int64_t first, int64_t rows,
+                        int64_t all, const char* what) const = 0;
 };
 
 // Softmax cross-entropy over a vocabulary cut into chunks of columns. Per token the kernels keep a
@@ -215,10 +212,7 @@ class LossKernels {
                     bool start) const = 0;
   // What several ranks have folded of their columns each, as one: state [tokens, 3] from parts
   // [ranks * tokens, 3], which are added in the order of the ranks.
-  virtual void Merge(Stream& s, Tensor /*state*/, Tensor /*parts*/) const {
-    s.Fail(absl::UnimplementedError(
-        "LossMerge: this backend has no kernel for a vocabulary that is cut; set parallel.tp=1"));
-  }
+  virtual void Merge(Stream& s, Tensor state, Tensor parts) const = 0;
   // losses[t] = weight[t] * (log-sum-exp - target logit) (same type as state), total[0] (acc)=
   // their sum, total[1] (acc)= the sum of weights; total is f64 [2]. weights f32 [tokens] or absent
   // (1). Tokens of weight 0 contribute nothing whatever their target; a token of another weight

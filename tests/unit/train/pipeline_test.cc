@@ -196,8 +196,6 @@ TEST(PipelineConfig, NamesWhatDoesNotFit) {
               HasSubstr("at most 65536 are supported"));
   EXPECT_THAT(error({1, 2}, 2, [](TrainConfig& c) { c.sample.tokens = 5; }),
               HasSubstr("sample.tokens=0"));
-  EXPECT_THAT(error({1, 2}, 2, [](TrainConfig& c) { c.runtime.device = "cuda"; }),
-              HasSubstr("pipelines run on CPUs only"));
   EXPECT_THAT(error({1, 2}, 2,
                     [](TrainConfig& c) {
                       c.runtime.dtype = "bf16";

@@ -101,8 +101,7 @@ absl::Status StateRegistry::Add(StateEntry entry) {
     if (other.dtype != entry.dtype || other.global_shape != entry.global_shape) {
       return Invalid(entry, "is registered with two types or shapes; names must be unique");
     }
-    // Boxes without elements say that the rank has nothing, which can be said once.
-    if (Overlap(other, entry) || entry.local.elements() == 0 || other.local.elements() == 0) {
+    if (Overlap(other, entry)) {
       return Invalid(entry, "is registered twice; its boxes must not overlap");
     }
   }

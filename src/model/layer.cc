@@ -237,12 +237,15 @@ ParamId Builder::Parameter(ParameterSpec spec) { return CopyOfParameter(prefix_,
 ParamId Builder::CopyOfParameter(const std::string& owner, ParameterSpec spec) {
   if (!InDeclare("parameter " + spec.name)) return {};
   spec.name = owner + "." + spec.name;
-  if (!parameter_names_.insert(spec.name).second) {
+  // Parts of one parameter may be apart.
+  std::string key = spec.name;
+  for (const Range& range : spec.part.rows) absl::StrAppend(&key, "[", range.first, "]");
+  if (!parameter_names_.insert(std::move(key)).second) {
     Fail(absl::InvalidArgumentError(
         absl::StrCat("parameter ", spec.name, " is declared twice; layer names must differ")));
   }
   ParameterInfo info;
-  info.owned = !spec.part.whole.empty() || graph_.tokens.index == 0;
+  info.owned = spec.part.whole.empty() ? graph_.tokens.index == 0 : spec.part.owned;
   info.spec = std::move(spec);
   info.layers.push_back(current_);
   graph_.parameters.push_back(std::move(info));

@@ -70,14 +70,15 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
     } else {
       std::tie(x, n) = b.AddNorm(block + "attn_norm", x, branch, norm);
     }
-    const SlotId qkv =
-        b.Linear(block + "attn.qkv", Role::kColumn, n, c.hidden, c.qkv_width(),
-                 {.bias = c.qkv_bias(),
-                  .init_std = c.init_std,
-                  .features = {.parts = {heads, kv_heads, kv_heads}, .groups = c.kv_heads}});
+    const SlotId qkv = b.Linear(block + "attn.qkv", Role::kColumn, n, c.hidden, c.qkv_width(),
+                                {.bias = c.qkv_bias(),
+                                 .init_std = c.init_std,
+                                 .features = {.parts = {heads, kv_heads, kv_heads},
+                                              .groups = c.kv_heads,
+                                              .members = c.heads / c.kv_heads}});
     const SlotId o = b.Attention(block + "attn", qkv, attention);
     LinearOptions out = into_residual;
-    out.features.groups = c.kv_heads;
+    out.features = {.groups = c.kv_heads, .members = c.heads / c.kv_heads};
     branch = b.Linear(block + "attn.out", Role::kRow, o, heads, c.hidden, out);
     std::tie(x, n) = b.AddNorm(block + "mlp_norm", x, branch, norm);
     SlotId inner, pre;

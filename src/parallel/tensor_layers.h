@@ -12,9 +12,24 @@
 
 namespace stretto::internal {
 
-// This rank's part of features (see Features): ranges of the whole, one for each part.
-std::vector<Range> CutFeatures(const Features& features, int64_t all, const TokenCut& axis);
-int64_t Total(const std::vector<Range>& ranges);
+// This rank's share of one part of a layer's features.
+struct FeatureCut {
+  Range range;  // of all features
+  // Several ranks have it, which is group `group` of `groups`; the first of them owns it.
+  bool copied = false, owned = true;
+  int64_t group = 0, groups = 1;
+};
+// One for each part (see Features); INVALID_ARGUMENT when they do not make `all` features, or when
+// this rank would have none of some.
+absl::StatusOr<std::vector<FeatureCut>> CutFeatures(const Features& features, int64_t all,
+                                                    const TokenCut& axis);
+// Which group this rank has where there are fewer groups than ranks, and its place among the ranks
+// that have it.
+struct GroupPlace {
+  int64_t group = 0;
+  int ranks = 1, index = 0;
+};
+GroupPlace PlaceInGroups(int64_t groups, const TokenCut& axis);
 
 // The axis of a run; null after having failed the stream when it has none.
 TensorAxis* AxisOf(const Run& run);
@@ -43,10 +58,19 @@ class ColumnLinearLayer : public Layer {
   SlotId x_, y_, gelu_;
   SlotId whole_x_, again_,
       whole_dx_;  // of all tokens: x in forward and in W, and dx before its sum
+  // What this rank has alone comes first, then what others have as well.
+  struct Piece {
+    Range columns;  // of y
+    ParamId weight, bias;
+  };
+  static Tensor Columns(const Piece& piece, const Tensor& y) {
+    return y.Columns(piece.columns.first, piece.columns.count);
+  }
+
   int64_t in_, out_;
   LinearOptions options_;
   SlotId* y_out_;
-  ParamId weight_, bias_;
+  std::vector<Piece> pieces_;
   std::string gather_label_, sum_label_, again_label_;
 };
 

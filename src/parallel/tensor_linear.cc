@@ -3,30 +3,66 @@
 #include "src/parallel/tensor_layers.h"
 
 namespace stretto::internal {
-namespace {
 
-absl::Status CheckCut(const Features& features, int64_t all, const std::vector<Range>& mine,
-                      const TokenCut& axis) {
-  int64_t sum = features.parts.empty() ? all : 0;
-  for (const int64_t part : features.parts) sum += part;
-  bool whole = sum == all;
-  for (const int64_t part : features.parts) {
-    whole = whole && (features.groups == 0 || part % features.groups == 0);
+GroupPlace PlaceInGroups(int64_t groups, const TokenCut& axis) {
+  GroupPlace place;
+  for (; place.group < groups; ++place.group) {
+    const Range ranks =
+        CutEvenly(axis.ranks, static_cast<int>(groups), static_cast<int>(place.group));
+    if (axis.index >= ranks.first + ranks.count) continue;
+    place.ranks = static_cast<int>(ranks.count);
+    place.index = static_cast<int>(axis.index - ranks.first);
+    break;
   }
-  if (features.parts.empty() && features.groups > 0) whole = whole && all % features.groups == 0;
-  if (!whole) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("its ", all, " features are not the parts and groups that it was told of"));
-  }
-  for (const Range& range : mine) {
-    if (range.count > 0) continue;
-    return absl::InvalidArgumentError(absl::StrCat("it has fewer groups of features than the ",
-                                                   axis.ranks, " ranks of the tensor axis"));
-  }
-  return absl::OkStatus();
+  return place;
 }
 
-}  // namespace
+absl::StatusOr<std::vector<FeatureCut>> CutFeatures(const Features& features, int64_t all,
+                                                    const TokenCut& axis) {
+  const std::vector<int64_t> parts =
+      features.parts.empty() ? std::vector<int64_t>{all} : features.parts;
+  std::vector<FeatureCut> cuts;
+  int64_t begin = 0;
+  for (const int64_t part : parts) {
+    const int64_t groups = features.groups > 0 ? features.groups : part;
+    const int64_t members = cuts.empty() ? features.members : 1;
+    if (part <= 0 || members <= 0 || part % (groups * members) != 0) {
+      return absl::InvalidArgumentError(absl::StrCat("its part of ", part, " features is not ",
+                                                     groups, " equal groups of ", members));
+    }
+    const int64_t each = part / groups;  // features of a group
+    FeatureCut cut;
+    if (features.members > 1 && groups < axis.ranks) {
+      const GroupPlace place = PlaceInGroups(groups, axis);
+      const int64_t first = begin + place.group * each;
+      if (cuts.empty()) {
+        const int64_t one = each / members;
+        const Range mine = CutEvenly(members, place.ranks, place.index);
+        cut.range = {first + mine.first * one, mine.count * one};
+      } else {
+        cut = {.range = {first, each},
+               .copied = true,
+               .owned = place.index == 0,
+               .group = place.group,
+               .groups = groups};
+      }
+    } else {
+      const Range mine = CutEvenly(groups, axis.ranks, axis.index);
+      cut.range = {begin + mine.first * each, mine.count * each};
+    }
+    if (cut.range.count == 0) {
+      return absl::InvalidArgumentError(absl::StrCat("it has fewer groups of features than the ",
+                                                     axis.ranks, " ranks of the tensor axis"));
+    }
+    begin += part;
+    cuts.push_back(cut);
+  }
+  if (begin != all) {
+    return absl::InvalidArgumentError(absl::StrCat("its ", all, " features are not the ", begin,
+                                                   " of the parts that it was told of"));
+  }
+  return cuts;
+}
 
 absl::Status ColumnLinearLayer::Declare(Builder& b) {
   if (b.Width(x_) != in_) {
@@ -38,9 +74,10 @@ absl::Status ColumnLinearLayer::Declare(Builder& b) {
         "a column layer gathers its input from the ranks' parts of the tokens, as a norm leaves "
         "them; put a row layer in front of it");
   }
-  const std::vector<Range> mine = CutFeatures(options_.features, out_, b.tokens());
-  STRETTO_RETURN_IF_ERROR(CheckCut(options_.features, out_, mine, b.tokens()));
-  const int64_t out = Total(mine);
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<FeatureCut> mine,
+                           CutFeatures(options_.features, out_, b.tokens()));
+  int64_t out = 0;
+  for (const FeatureCut& cut : mine) out += cut.range.count;
   const bool gelu = options_.gelu_output != nullptr;
   b.Reads(x_, kInForward | kInBackwardWeight);
   *y_out_ = y_ = b.Output("y", out, {.recompute_source = gelu});
@@ -51,19 +88,41 @@ absl::Status ColumnLinearLayer::Declare(Builder& b) {
   whole_x_ = b.Scratch("whole_x", in_, b.dtype(), kInForward);
   again_ = b.Scratch("whole_x_again", in_, b.dtype(), kInBackwardWeight);
   whole_dx_ = b.Scratch("whole_dx", in_, b.dtype(), kInBackwardInput);
-  weight_ = b.Parameter({.name = "weight",
-                         .shape = {out, in_},
-                         .init = Init::kNormal,
-                         .std = options_.init_std,
-                         .weight_decay = true,
-                         .part = {.whole = {out_, in_}, .rows = mine}});
-  if (options_.bias) {
-    bias_ = b.Parameter({.name = "bias",
-                         .shape = {out},
-                         .init = Init::kZeros,
-                         .std = 0,
-                         .weight_decay = false,
-                         .part = {.whole = {out_}, .rows = mine}});
+  for (const bool copied : {false, true}) {
+    Piece piece;
+    if (!pieces_.empty()) piece.columns.first = pieces_.back().columns.count;
+    ParameterPart part;
+    for (const FeatureCut& cut : mine) {
+      if (cut.copied != copied) continue;
+      part.rows.push_back(cut.range);
+      part.owned = cut.owned;
+      part.copy = cut.group;
+      part.copies = cut.groups;
+      piece.columns.count += cut.range.count;
+    }
+    if (part.rows.empty()) continue;
+    part.whole = {out_, in_};
+    piece.weight = b.Parameter({.name = "weight",
+                                .shape = {piece.columns.count, in_},
+                                .init = Init::kNormal,
+                                .std = options_.init_std,
+                                .weight_decay = true,
+                                .part = part,
+                                .partial_gradient = copied});
+    if (options_.bias) {
+      part.whole = {out_};
+      piece.bias = b.Parameter({.name = "bias",
+                                .shape = {piece.columns.count},
+                                .init = Init::kZeros,
+                                .std = 0,
+                                .weight_decay = false,
+                                .part = part,
+                                .partial_gradient = copied});
+    }
+    pieces_.push_back(piece);
+  }
+  if (gelu && pieces_.size() > 1) {
+    return absl::InvalidArgumentError("gelu behind it needs features that no two ranks share");
   }
   b.Exchanges(kInForward, in_, b.dtype(), {.unless_kept = gelu ? y_ : SlotId()});
   b.Exchanges(kInBackwardInput, in_, b.dtype());
@@ -76,12 +135,15 @@ absl::Status ColumnLinearLayer::Declare(Builder& b) {
 
 void ColumnLinearLayer::Forward(Run& run, Frame& frame) const {
   Gather(run, frame, whole_x_, x_, gather_label_);
-  const Tensor bias = bias_.valid() ? run.Parameter(bias_) : Tensor();
-  if (gelu_.valid()) {
-    ops::LinearGelu(run.ops(), frame.Value(gelu_), frame.Value(y_), frame.Value(whole_x_),
-                    run.Parameter(weight_), bias);
-  } else {
-    ops::Linear(run.ops(), frame.Value(y_), frame.Value(whole_x_), run.Parameter(weight_), bias);
+  const Tensor x = frame.Value(whole_x_), y = frame.Value(y_);
+  for (const Piece& piece : pieces_) {
+    const Tensor w = run.Parameter(piece.weight);
+    const Tensor bias = piece.bias.valid() ? run.Parameter(piece.bias) : Tensor();
+    if (gelu_.valid()) {
+      ops::LinearGelu(run.ops(), frame.Value(gelu_), y, x, w, bias);
+    } else {
+      ops::Linear(run.ops(), Columns(piece, y), x, w, bias);
+    }
   }
 }
 
@@ -95,24 +157,28 @@ void ColumnLinearLayer::Recompute(Run& run, Frame& frame) const {
 
 void ColumnLinearLayer::BackwardInput(Run& run, Frame& frame) const {
   if (!frame.Grad(x_).present()) return;
-  ops::LinearBackwardInput(run.ops(), frame.Value(whole_dx_), frame.Grad(y_),
-                           run.Parameter(weight_), /*acc=*/false);
+  for (const Piece& piece : pieces_) {
+    ops::LinearBackwardInput(run.ops(), frame.Value(whole_dx_), Columns(piece, frame.Grad(y_)),
+                             run.Parameter(piece.weight), /*acc=*/&piece != pieces_.data());
+  }
   SumToGradient(run, frame, x_, whole_dx_, sum_label_);
 }
 
 void ColumnLinearLayer::BackwardWeight(Run& run, Frame& frame) const {
   // Gathered again rather than kept: between the halves a rank keeps its part of the tokens.
   Gather(run, frame, again_, x_, again_label_);
-  const Run::Target dw = run.Gradient(weight_);
-  const Tensor db = bias_.valid() ? run.Gradient(bias_).tensor : Tensor();
-  ops::LinearBackwardWeight(run.ops(), dw.tensor, db, frame.Grad(y_), frame.Value(again_),
-                            dw.accumulate);
+  for (const Piece& piece : pieces_) {
+    const Run::Target dw = run.Gradient(piece.weight);
+    const Tensor db = piece.bias.valid() ? run.Gradient(piece.bias).tensor : Tensor();
+    ops::LinearBackwardWeight(run.ops(), dw.tensor, db, Columns(piece, frame.Grad(y_)),
+                              frame.Value(again_), dw.accumulate);
+  }
 }
 
 absl::Status RowLinearLayer::Declare(Builder& b) {
-  const std::vector<Range> mine = CutFeatures(options_.features, in_, b.tokens());
-  STRETTO_RETURN_IF_ERROR(CheckCut(options_.features, in_, mine, b.tokens()));
-  const int64_t in = Total(mine);
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<FeatureCut> mine,
+                           CutFeatures(options_.features, in_, b.tokens()));
+  const int64_t in = mine[0].range.count;
   if (b.Width(x_) != in || b.IsShard(x_)) {
     return absl::InvalidArgumentError(absl::StrCat(
         "its input has ", b.Width(x_), " features of ", b.IsShard(x_) ? "a part of the" : "all",
@@ -141,7 +207,7 @@ absl::Status RowLinearLayer::Declare(Builder& b) {
                          .init = Init::kNormal,
                          .std = options_.init_std,
                          .weight_decay = true,
-                         .part = {.whole = {out_, in_}, .first_column = mine[0].first}});
+                         .part = {.whole = {out_, in_}, .first_column = mine[0].range.first}});
   if (options_.bias) {
     // Every rank has it, and its whole gradient: dy is gathered for the weight anyway.
     bias_ = b.Parameter(

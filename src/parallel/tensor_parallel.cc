@@ -1,5 +1,7 @@
 #include "stretto/parallel/tensor_parallel.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "src/parallel/tensor_layers.h"
 #include "stretto/parallel/step_phase.h"
@@ -42,8 +44,15 @@ Strategies TensorStrategies(int ranks, int index) {
                                             SlotId* o) {
     // Query heads stay with the key head that they share.
     AttentionOptions mine = options;
-    mine.kv_heads = CutEvenly(options.kv_heads, axis.ranks, axis.index).count;
-    mine.heads = options.heads / options.kv_heads * mine.kv_heads;
+    const int64_t share = options.heads / std::max<int64_t>(1, options.kv_heads);
+    if (options.kv_heads < axis.ranks && share > 1) {
+      const internal::GroupPlace place = internal::PlaceInGroups(options.kv_heads, axis);
+      mine.kv_heads = 1;
+      mine.heads = CutEvenly(share, place.ranks, place.index).count;
+    } else {
+      mine.kv_heads = CutEvenly(options.kv_heads, axis.ranks, axis.index).count;
+      mine.heads = share * mine.kv_heads;
+    }
     return local(qkv, mine, o);
   };
   s.embedding = [](int64_t vocabulary, int64_t width, int64_t positions, double init_std, SlotId* y,
@@ -66,7 +75,7 @@ int64_t PackedPart(const Graph& graph, int ranks, int index) {
   int64_t elements = 0;
   for (const ParameterInfo& p : graph.parameters) {
     if (p.spec.partial_gradient) {
-      elements += CutRows(p.rows(), ranks, index).count * p.columns();
+      elements += CutRows(p.rows(), ranks, index).count * p.columns() * p.spec.part.copies;
     }
   }
   return CutRows(elements, graph.tokens.ranks, 0).part;
@@ -93,19 +102,24 @@ absl::StatusOr<std::unique_ptr<PartialGradients>> PartialGradients::Create(
   STRETTO_ASSIGN_OR_RETURN(sums->memory_, Arena::Create(device, "partial gradients", bytes));
   const int64_t elements = PackedPart(graph, data.size(), data.index) * graph.tokens.ranks;
   sums->packed_ = Tensor::Of(sums->memory_.data(), AccumulateType(graph.dtype), {elements}, device);
+  int64_t next = 0;
   for (const ParameterShard& shard : parameters.shards()) {
-    if (!graph.parameters[static_cast<size_t>(shard.param.value)].spec.partial_gradient) continue;
-    if (shard.grad.elements() > 0) sums->grads_.push_back(shard.grad.Flat());
+    const ParameterSpec& spec = graph.parameters[static_cast<size_t>(shard.param.value)].spec;
+    const int64_t count = shard.grad.elements();
+    if (!spec.partial_gradient || count == 0) continue;
+    sums->items_.push_back({.grad = shard.grad.Flat(),
+                            .packed = sums->packed_.Rows(next, count * spec.part.copies),
+                            .mine = sums->packed_.Rows(next + spec.part.copy * count, count)});
+    next += count * spec.part.copies;
   }
   return sums;
 }
 
 absl::Status PartialGradients::Sum() {
   if (!packed_.present() || packed_.elements() == 0) return absl::OkStatus();
-  int64_t next = 0;
-  for (const Tensor& grad : grads_) {
-    ops::Copy(ops_, packed_.Rows(next, grad.elements()), grad);
-    next += grad.elements();
+  for (const Item& item : items_) {
+    if (item.packed.elements() > item.mine.elements()) ops::Zero(ops_, item.packed);
+    ops::Copy(ops_, item.mine, item.grad);
   }
   const int64_t part = packed_.elements() / group_.size();
   const Tensor mine = packed_.Rows(part * group_.index, part);
@@ -115,36 +129,11 @@ absl::Status PartialGradients::Sum() {
       comm_.Wait(stream, comm_.ReduceScatter(group_, mine, packed_, kSum, stream.Record())));
   STRETTO_RETURN_IF_ERROR(
       comm_.Wait(stream, comm_.AllGather(group_, packed_, mine, kGather, stream.Record())));
-  next = 0;
-  for (const Tensor& grad : grads_) {
-    ops::Copy(ops_, grad, packed_.Rows(next, grad.elements()));
-    next += grad.elements();
-  }
+  for (const Item& item : items_) ops::Copy(ops_, item.grad, item.mine);
   return absl::OkStatus();
 }
 
 namespace internal {
-
-std::vector<Range> CutFeatures(const Features& features, int64_t all, const TokenCut& axis) {
-  const std::vector<int64_t> parts =
-      features.parts.empty() ? std::vector<int64_t>{all} : features.parts;
-  std::vector<Range> ranges;
-  int64_t begin = 0;
-  for (const int64_t part : parts) {
-    const int64_t groups = features.groups > 0 ? features.groups : part;
-    const int64_t each = groups == 0 ? 0 : part / groups;
-    const Range mine = CutEvenly(groups, axis.ranks, axis.index);
-    ranges.push_back({begin + mine.first * each, mine.count * each});
-    begin += part;
-  }
-  return ranges;
-}
-
-int64_t Total(const std::vector<Range>& ranges) {
-  int64_t total = 0;
-  for (const Range& range : ranges) total += range.count;
-  return total;
-}
 
 TensorAxis* AxisOf(const Run& run) {
   if (run.tensor_axis() == nullptr) {

@@ -318,7 +318,18 @@ absl::Status TrainConfig::Resolve(int ranks) {
       fail("parallel.tp is ", parallel.tp, " but model.", what, " ", count,
            ", and each rank of a tensor axis needs one at least; lower parallel.tp.");
     };
-    enough("kv_heads", model.kv_heads > 0 ? model.kv_heads : model.heads);
+    // Ranks may share a key head, but no query head.
+    const int64_t key_heads = model.kv_heads > 0 ? model.kv_heads : model.heads;
+    const int64_t share = model.heads / key_heads;
+    if ((parallel.tp + key_heads - 1) / key_heads > std::max<int64_t>(1, share)) {
+      if (share <= 1) {
+        enough("kv_heads", key_heads);
+      } else {
+        fail("parallel.tp is ", parallel.tp, " but model.kv_heads ", key_heads, " with ", share,
+             " query heads each, and each rank of a tensor axis needs one of these at least; lower "
+             "parallel.tp.");
+      }
+    }
     enough("vocabulary", model.vocabulary);
     if (model.ffn > 0) enough("ffn", model.ffn);
     if (!model.rotary()) enough("max_positions", model.max_positions);

@@ -104,6 +104,11 @@ struct ParameterPart {
   std::vector<Range> rows;     // of the whole, whose rows are those of the part, one range behind
                                // the other
   int64_t first_column = 0;    // of the whole
+  // Where several ranks have the same part: whether this one counts and saves it.
+  bool owned = true;
+  // Of partial gradients: the ranks have `copies` different parts of this shape among them, and
+  // those that have this one, number `copy`, add up.
+  int64_t copy = 0, copies = 1;
 };
 
 struct ParameterSpec {
@@ -113,8 +118,8 @@ struct ParameterSpec {
   double std = 0.02;         // kNormal
   bool weight_decay = true;  // by convention matrices decay, biases and norm weights do not
   ParameterPart part;
-  // Each rank of the tensor axis has the whole parameter and a part of its gradient, from the
-  // tokens or heads that it sees: the parts are added up before the update.
+  // Each rank of the tensor axis that has the parameter has a part of its gradient, from the tokens
+  // or heads that it sees: the parts are added up before the update.
   bool partial_gradient = false;
 
   const std::vector<int64_t>& whole_shape() const {

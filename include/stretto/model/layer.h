@@ -56,9 +56,14 @@ enum class Role : uint8_t {
 // What a cut of a linear layer's features has to respect: they are `parts` side by side, such as
 // [q | k | v] or [gate | up], each of `groups` equal groups that stay whole, such as the heads that
 // share a key head. Each rank has the same groups of every part.
+//
+// Where there are fewer groups than ranks, each rank has one, and several ranks the same: those
+// deal out the `members` of a group of the first part (query heads) among them, and each has the
+// other parts (the key head) as a copy.
 struct Features {
   std::vector<int64_t> parts;  // features of each; empty: all are one part
   int64_t groups = 0;          // 0: each feature is one
+  int64_t members = 1;         // equal ones of a group of the first part
 };
 
 struct LinearOptions {

@@ -50,14 +50,15 @@ class TensorAxis {
 };
 
 // Layers for rank `index` of an axis of `ranks` ranks; with one rank LocalStrategies. Features,
-// heads and the vocabulary are cut into parts that may differ by one; a layer that has less of
-// something than there are ranks fails its Declare in one sentence.
+// heads and the vocabulary are cut into parts that may differ by one; ranks may share a key head,
+// and a layer that has less of anything else than there are ranks fails its Declare in one
+// sentence.
 Strategies TensorStrategies(int ranks, int index);
 
-// Adds up what the ranks of the axis have of the gradients of parameters that all of them have
+// Adds up what the ranks of the axis have of the gradients of parameters that several of them have
 // (ParameterSpec::partial_gradient): those of norms, of which each rank sees a part of the tokens
-// or of the heads. Works on the shards that data parallelism has left, so that they are summed
-// once.
+// or of the heads, and of key heads that ranks share. Works on the shards that data parallelism has
+// left, so that they are summed once.
 class PartialGradients {
  public:
   // Reserves its memory from `budget`. The objects outlive it.
@@ -84,8 +85,13 @@ class PartialGradients {
   Group group_;
   ops::Context ops_;
   Arena memory_;
-  Tensor packed_;              // all of them one behind the other, in equal parts for the ranks
-  std::vector<Tensor> grads_;  // where they come from and return to, flat
+  Tensor packed_;  // all of them one behind the other, in equal parts for the ranks
+  struct Item {
+    Tensor grad;    // where it comes from and returns to, flat
+    Tensor packed;  // in `packed_`, of all copies
+    Tensor mine;    // in that
+  };
+  std::vector<Item> items_;
 };
 
 }  // namespace stretto

@@ -116,6 +116,27 @@ TEST(TensorParallelSizes, ThreeKeyHeadsOnTwoRanks) {
   ExpectLikeOneRank(Config("llama", true, 3), {.tp = 2});
 }
 
+// Fewer key heads than ranks: several ranks have the same one, and share its query heads.
+TEST(TensorParallelSizes, RanksThatShareAKeyHead) {
+  struct Case {
+    int64_t heads, kv_heads;
+    Layout layout;
+  };
+  const std::vector<Case> cases = {{4, 1, {.tp = 2}},          {4, 1, {.tp = 3}},
+                                   {4, 1, {.tp = 4}},          {6, 2, {.tp = 3}},
+                                   {6, 2, {.tp = 5}},          {6, 2, {.tp = 6}},
+                                   {15, 3, {.tp = 4}},         {6, 2, {.dp = 2, .tp = 3}},
+                                   {6, 2, {.pp = 2, .tp = 4}}, {6, 2, {.dp = 2, .pp = 1, .tp = 4}}};
+  for (const Case& c : cases) {
+    for (const char* family : {"llama", "qwen2", "qwen3"}) {
+      SCOPED_TRACE(absl::StrCat(family, " ", c.heads, "/", c.kv_heads, " ", c.layout.Name()));
+      ModelConfig config = Config(family, true, c.kv_heads);
+      config.heads = c.heads;
+      ExpectLikeOneRank(config, c.layout);
+    }
+  }
+}
+
 TEST(TensorParallelSizes, TheVocabularyOfGpt2OnFourRanks) {
   ModelConfig config = Config("gpt2", true);
   config.vocabulary = 50257;
@@ -146,6 +167,12 @@ TEST(TensorParallelSizes, RefusesWhatIsTooFew) {
   EXPECT_THAT(error([](ModelConfig& c) { c.max_positions = 3; }, 4),
               HasSubstr("layer embed: its 3 positions are fewer"));
   EXPECT_THAT(error([](ModelConfig& c) { c.ffn = 2; }, 3), HasSubstr("mlp.up: it has fewer"));
+  // Two query heads for each of two key heads.
+  ModelConfig config = Config("qwen3", true, 2);
+  for (int rank = 0; rank < 5; ++rank) {
+    const auto model = BuildModel(config, {.strategies = TensorStrategies(5, rank)});
+    EXPECT_EQ(model.ok(), rank != 2) << rank;
+  }
 }
 
 TEST(TensorParallelSizes, TheIdOutsideTheVocabularyIsNamed) {

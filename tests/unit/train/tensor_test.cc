@@ -171,6 +171,50 @@ TEST(TensorCheckpoint, GoesFromAnyLayoutToAnyOther) {
   }
 }
 
+// Ranks that have the same key heads: their sums, what they save and what they send.
+TEST(TensorTrainerCopies, FollowOneRankAndLoadAnywhere) {
+  const std::vector<Layout> layouts = {{1, 1, 4}, {2, 1, 3}, {2, 1, 4}, {1, 2, 4}, {1, 1, 1}};
+  for (const char* family : {"qwen2", "qwen3"}) {
+    const ScratchDirectory directory;
+    TrainConfig config = Uneven(directory, family, true);
+    config.model.heads = 6;
+    config.model.kv_heads = 2;
+    config.optimizer.schedule = "constant";
+    config.steps = 4;
+    const RunRecord one = TrainOnThreads(1, config);
+    for (size_t i = 0; i < layouts.size(); ++i) {
+      TrainConfig first = With(config, layouts[i]);
+      first.steps = 2;
+      first.output = directory / absl::StrCat("run", i);
+      const RunRecord saved =
+          TrainOnThreads(layouts[i].ranks(), first, {}, [](Trainer& t) { return t.Save(); });
+      ASSERT_TRUE(saved.status.ok()) << saved.status.message();
+      const Layout& to = layouts[(i + 2) % layouts.size()];
+      TrainConfig second = With(config, to);
+      second.output = first.output;
+      second.checkpoint.resume = "must";
+      const RunRecord resumed = TrainOnThreads(to.ranks(), second);
+      ASSERT_TRUE(resumed.status.ok()) << resumed.status.message();
+      for (size_t k = 0; k < 4; ++k) {
+        const StepStats& got = k < 2 ? saved.steps[k] : resumed.steps[k - 2];
+        EXPECT_NEAR(got.loss / one.steps[k].loss, 1, 1e-9) << layouts[i].Name() << " " << k;
+        EXPECT_NEAR(got.grad_norm / one.steps[k].grad_norm, 1, 1e-9) << layouts[i].Name();
+      }
+    }
+    // In bf16, rounded with random numbers: they belong to elements, so copies stay alike.
+    config.runtime.dtype = "bf16";
+    config.optimizer.moments = "bf16";
+    config.optimizer.masters = false;
+    config.output = directory / "bf16";
+    const RunRecord alone = TrainOnThreads(1, config);
+    const RunRecord four = TrainOnThreads(4, With(config, {1, 1, 4}));
+    ASSERT_TRUE(alone.status.ok() && four.status.ok()) << alone.status << four.status;
+    for (size_t k = 0; k < 4; ++k) {
+      EXPECT_NEAR(four.steps[k].loss / alone.steps[k].loss, 1, 0.02) << k;
+    }
+  }
+}
+
 TEST(TensorTrainerStart, InitialWeightsReachEveryRank) {
   const ScratchDirectory directory;
   TrainConfig config = Uneven(directory, "gpt2", true);
@@ -188,9 +232,12 @@ TEST(TensorTrainerStart, InitialWeightsReachEveryRank) {
 // What goes over each axis is what the plan says, to the byte.
 TEST(TensorTrainerTraffic, IsThatOfThePlan) {
   for (const char* recompute : {"none", "norms", "block"}) {
-    for (const Layout& layout : {Layout{1, 1, 2}, Layout{2, 1, 3}, Layout{2, 2, 2}}) {
+    for (const Layout& layout :
+         {Layout{1, 1, 2}, Layout{2, 1, 3}, Layout{2, 2, 2}, Layout{1, 1, 8}}) {
       const ScratchDirectory directory;
-      TrainConfig config = With(Uneven(directory, "gpt2", true), layout);
+      // With 8 ranks some of the 5 key heads are on two.
+      const bool copies = layout.tp > 5;
+      TrainConfig config = With(Uneven(directory, copies ? "qwen2" : "gpt2", true), layout);
       config.batch.global = 10;  // the same for all ranks
       config.batch.micro = 3;
       config.runtime.recompute = recompute;
@@ -291,6 +338,15 @@ TEST(TensorConfig, NamesWhatDoesNotFit) {
   EXPECT_THAT(error({1, 1, 8}, 8, nothing),
               HasSubstr("parallel.tp is 8 but model.kv_heads 4, and each rank of a tensor axis "
                         "needs one at least"));
+  const auto grouped = [](TrainConfig& c) {
+    c.model.family = "llama";
+    c.model.heads = 6;
+    c.model.kv_heads = 2;
+    c.model.head_dim = 32;
+  };
+  EXPECT_EQ(error({1, 1, 6}, 6, grouped), "");
+  EXPECT_THAT(error({1, 1, 7}, 7, grouped),
+              HasSubstr("parallel.tp is 7 but model.kv_heads 2 with 3 query heads each"));
   EXPECT_THAT(error({1, 1, 4}, 4, [](TrainConfig& c) { c.model.vocabulary = 3; }),
               HasSubstr("model.vocabulary 3"));
   EXPECT_THAT(error({1, 1, 4}, 4, [](TrainConfig& c) { c.model.ffn = 3; }),

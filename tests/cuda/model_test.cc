@@ -1,6 +1,7 @@
 // Whole models on the GPU against the CPU: loss and every gradient.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
@@ -272,6 +273,17 @@ TEST_F(CudaModel, LayersInFp8EqualTheCpu) {
       }
     }
   }
+}
+
+TEST_F(CudaModel, OwnAttentionOnTensorCoresEqualsTheCpu) {
+  setenv("STRETTO_ATTENTION_BACKWARD", "own", 1);
+  for (const char* family : {"llama", "qwen3"}) {
+    SCOPED_TRACE(family);
+    const Variant variant = {.family = family, .dtype = DType::kBF16};
+    Compare(variant, /*neat=*/true, Uniform(331));
+    Compare(variant, /*neat=*/true, LongRagged(331));
+  }
+  unsetenv("STRETTO_ATTENTION_BACKWARD");
 }
 
 // Pieces of a step that are launched as graphs read the tokens and parameters that are there then.

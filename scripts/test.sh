@@ -90,7 +90,7 @@ fi
 # Programs under a sanitizer take long to compile: only what reads hostile input or shares memory
 # between threads.
 memory_targets="core_test ops_test data_test plan_test snapshot_test"
-thread_targets="core_test comm_test data_test snapshot_test model_test parallel_test pipeline_trainer_test trainer_test zero_trainer_test"
+thread_targets="core_test comm_test data_test snapshot_test model_test parallel_test pipeline_trainer_test trainer_test zero_trainer_test tensor_trainer_test"
 status=0
 say "AddressSanitizer and UndefinedBehaviorSanitizer"
 build "$root/build/asan-ubsan" "$memory_targets" -DCMAKE_BUILD_TYPE=RelWithDebInfo \

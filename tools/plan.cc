@@ -46,15 +46,17 @@ absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
   return wrong;
 }
 
-// The plan of the rank that needs the most memory: of each stage the first rank has the largest
-// share of rows and of each layer.
+// The plan of the rank that needs the most memory: of the data-parallel ranks of a stage the first
+// has the largest share of rows.
 absl::StatusOr<RunPlan> LargestPlan(const TrainConfig& config, int ranks) {
   STRETTO_ASSIGN_OR_RETURN(RunPlan largest, PlanRun(config, ranks, 0));
   const int64_t of_stage = config.parallel.dp * config.parallel.tp;
-  for (int64_t place = 1; place < config.parallel.pp; ++place) {
-    STRETTO_ASSIGN_OR_RETURN(RunPlan plan,
-                             PlanRun(config, ranks, static_cast<int>(place * of_stage)));
-    if (plan.arena_bytes > largest.arena_bytes) largest = std::move(plan);
+  for (int64_t place = 0; place < config.parallel.pp; ++place) {
+    for (int64_t t = 0; t < config.parallel.tp; ++t) {
+      STRETTO_ASSIGN_OR_RETURN(RunPlan plan,
+                               PlanRun(config, ranks, static_cast<int>(place * of_stage + t)));
+      if (plan.arena_bytes > largest.arena_bytes) largest = std::move(plan);
+    }
   }
   return largest;
 }

@@ -200,8 +200,11 @@ class Planner {
       events->push_back({stay.first, false, {BucketEventKind::kUse, id}});
       events->push_back({stay.last, true, {BucketEventKind::kRelease, id}});
     }
+    // In backward only: the step's last forward does not know that it is the last, and what it
+    // gathered ahead would be older than the next update.
     if (!options_.pieces && list_.training && stays.size() > 1 &&
-        stays.front().last < stays.back().first) {
+        stays.front().last < stays.back().first &&
+        Kind(stays.back().first) != ActionKind::kForward) {
       stays.front().spans[1] = {stays.back().first, end_ - 1};
       events->push_back(
           {stays.back().first, false, {BucketEventKind::kGather, base, /*ahead=*/true}});

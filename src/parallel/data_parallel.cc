@@ -337,6 +337,7 @@ absl::Status DataParallel::FinishGradients(Run& run) {
   // The optimizer is about to change what the gathers send. Forward has waited for them, but a rank
   // without micro-batches ran none.
   STRETTO_RETURN_IF_ERROR(WaitParameters());
+  if (zero_ == 3) STRETTO_RETURN_IF_ERROR(buffers_->Drop());
   if (buffers_ != nullptr) return buffers_->FinishGradients();
   for (Bucket& bucket : buckets_) {
     if (!bucket.submitted) SubmitReduce(run, bucket);

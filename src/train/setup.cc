@@ -187,7 +187,7 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   STRETTO_RETURN_IF_ERROR(comm->UseDevice(device));
   STRETTO_ASSIGN_OR_RETURN(mesh, MeshOf(config, world.size(), world.rank()));
   STRETTO_ASSIGN_OR_RETURN(machines, Machines(world));
-  STRETTO_RETURN_IF_ERROR(CheckMachines(*mesh, machines));
+  STRETTO_RETURN_IF_ERROR(world.Agree("placing the ranks", CheckMachines(*mesh, machines)));
   STRETTO_ASSIGN_OR_RETURN(dp_group, comm->MakeGroup("dp", mesh->Along({"dp"})));
   STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh->Along({"pp"})));
   STRETTO_ASSIGN_OR_RETURN(tp_group, comm->MakeGroup("tp", mesh->Along({"tp"})));
@@ -479,7 +479,7 @@ absl::Status Trainer::Impl::WarmUp() {
   }
   // Rank 0 measures, then everybody has its choices. Those of a checkpoint come first: a run that
   // was interrupted goes on with the same bits. With a pipeline or a tensor axis ranks need each
-  // other, so that all go through both.
+  // other, so that the others go through it while rank 0 measures.
   if (!state.choices.empty()) {
     STRETTO_RETURN_IF_ERROR(kernels->import_choices(state.choices));
   }
@@ -499,7 +499,8 @@ absl::Status Trainer::Impl::WarmUp() {
   batches[0] = batch;
   if (plan.step.stages > 1) batches.resize(step_programs.front()->program().items.size(), batch);
   const auto run_through = [&]() -> absl::Status {
-    for (int i = 0; i < 2; ++i) {  // gradients are written first and added to afterwards
+    // Gradients are written first and added to afterwards.
+    for (int i = batches.size() > 1 ? 1 : 0; i < 2; ++i) {
       STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/true, /*hooks=*/false));
     }
     for (Stage& stage : stages) stage.evaluation_run->BeginStep();
@@ -522,8 +523,8 @@ absl::Status Trainer::Impl::WarmUp() {
   if (world.rank() != 0 && measured.ok()) {
     state.choices = all[0];
     measured = kernels->import_choices(all[0]);
+    if (!together && measured.ok()) measured = run_through();
   }
-  if ((world.rank() != 0 || together) && measured.ok()) measured = run_through();
   if (float8 != nullptr && measured.ok()) measured = float8->Recall(scales);
   // From here on nothing is measured, so nothing stands in the way of capturing.
   if (config.runtime.graphs && stream->CanCapture()) replays.emplace(*stream);

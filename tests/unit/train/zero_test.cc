@@ -244,6 +244,23 @@ TEST(ZeroTrainer, BucketsOfAnySizeGiveTheSame) {
   }
 }
 
+// Two buckets, the second with the embedding alone, which only forward reads: nothing of an earlier
+// step may be left of it.
+TEST(ZeroTrainer, TheEmbeddingAloneInTheLastBucketIsNeverOld) {
+  const ScratchDirectory directory;
+  TrainConfig config = FiveBlocks(directory, "llama", false);
+  const RunRecord one = TrainOnThreads(1, config);
+  const Graph graph = BuildModel(config.model, {.dtype = DType::kF64}).value().graph;
+  int64_t rest = 0;
+  for (const ParameterInfo& p : graph.parameters) {
+    if (p.layers.front() != 0) rest += p.elements() * SizeOf(DType::kF64);
+  }
+  TrainConfig c = With(config, {3, 2});
+  c.parallel.bucket_bytes = rest;
+  ASSERT_EQ(MakeBuckets(graph, rest).size(), 2u);
+  ExpectNear(TrainOnThreads(2, c), one, 1e-9);
+}
+
 TEST(ZeroTrainer, RanksMayHaveUnequalNumbersOfMicroBatches) {
   for (const Layout& layout : {Layout{2, 2}, Layout{3, 2}, Layout{2, 2, 3, "zb-h1"},
                                Layout{3, 2, 3, "interleaved"}, Layout{3, 4, 2, "gpipe"}}) {

@@ -2,6 +2,7 @@
 #ifndef STRETTO_TESTS_SUPPORT_TRAINING_H_
 #define STRETTO_TESTS_SUPPORT_TRAINING_H_
 
+#include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -155,6 +156,20 @@ inline RunRecord TrainOnThreads(int ranks, const TrainConfig& config,
       },
       world_options);
   return record;
+}
+
+// Losses, norms of the gradient and the held-out loss to a relative tolerance, tokens exactly.
+inline void ExpectNear(const RunRecord& got, const RunRecord& expected, double tolerance) {
+  ASSERT_TRUE(got.status.ok()) << got.status.message();
+  ASSERT_TRUE(expected.status.ok()) << expected.status.message();
+  ASSERT_EQ(got.steps.size(), expected.steps.size());
+  for (size_t i = 0; i < got.steps.size(); ++i) {
+    EXPECT_NEAR(got.steps[i].loss / expected.steps[i].loss, 1, tolerance) << "step " << i + 1;
+    EXPECT_NEAR(got.steps[i].grad_norm / expected.steps[i].grad_norm, 1, tolerance)
+        << "step " << i + 1;
+    EXPECT_EQ(got.steps[i].tokens, expected.steps[i].tokens);
+  }
+  EXPECT_NEAR(got.eval_loss / expected.eval_loss, 1, tolerance);
 }
 
 }  // namespace stretto::testing

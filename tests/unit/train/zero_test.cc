@@ -14,6 +14,7 @@
 namespace stretto {
 namespace {
 
+using testing::ExpectNear;
 using ::testing::HasSubstr;
 using testing::Precision;
 using testing::RunRecord;
@@ -49,19 +50,6 @@ TrainConfig FiveBlocks(const ScratchDirectory& directory, const std::string& fam
   config.runtime.dtype = "f64";
   config.steps = 4;
   return config;
-}
-
-void ExpectNear(const RunRecord& got, const RunRecord& expected, double tolerance) {
-  ASSERT_TRUE(got.status.ok()) << got.status.message();
-  ASSERT_TRUE(expected.status.ok()) << expected.status.message();
-  ASSERT_EQ(got.steps.size(), expected.steps.size());
-  for (size_t i = 0; i < got.steps.size(); ++i) {
-    EXPECT_NEAR(got.steps[i].loss / expected.steps[i].loss, 1, tolerance) << "step " << i + 1;
-    EXPECT_NEAR(got.steps[i].grad_norm / expected.steps[i].grad_norm, 1, tolerance)
-        << "step " << i + 1;
-    EXPECT_EQ(got.steps[i].tokens, expected.steps[i].tokens);
-  }
-  EXPECT_NEAR(got.eval_loss / expected.eval_loss, 1, tolerance);
 }
 
 void ExpectSameBits(const RunRecord& got, const RunRecord& expected) {

@@ -102,7 +102,8 @@ absl::Status Steps(World& world, const std::string& dtype, const std::string& fp
     if (!stats.ok()) return stats.status();
   }
   std::printf(
-      "rank %d, %s, fp8 %s, recompute %s, tp %d, zero %ld: %ld allocations by the step, %ld by MPI, "
+      "rank %d, %s, fp8 %s, recompute %s, tp %d, zero %ld: %ld allocations by the step, %ld by "
+      "MPI, "
       "%ld by other threads, steps 4 to %ld\n",
       world.rank(), dtype.c_str(), fp8.c_str(), recompute.c_str(), tp, static_cast<long>(zero),
       static_cast<long>(driver_allocations.load()), static_cast<long>(mpi_allocations.load()),

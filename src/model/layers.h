@@ -16,6 +16,16 @@ namespace stretto::internal {
 // for, "bias" [out]; `shard`: of a layer that sees a part of the tokens. For Declare.
 void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOptions& options,
                              bool shard, ParamId* weight, ParamId* bias);
+// Reads x, or what gelu made x from (LinearOptions::gelu_input), as LinearBackwardInput does. For
+// Declare; INVALID_ARGUMENT when x is not made so.
+absl::Status DeclareLinearInput(Builder& b, const LinearOptions& options, SlotId x);
+// Into the gradient of x, or of what gelu made x from: dy [tokens, out] w [out, in].
+void LinearBackwardInput(Run& run, Frame& frame, const LinearOptions& options, SlotId x,
+                         const Tensor& dy, const Tensor& w);
+// Into the gradients of `weight` [out, in] and, where valid, `bias` [out]: of dy [tokens, out] and
+// x [tokens, in].
+void LinearBackwardWeight(Run& run, ParamId weight, ParamId bias, const Tensor& dy,
+                          const Tensor& x);
 
 // y = x w^T + bias, with gelu behind it or in front of it fused in (LinearOptions).
 class LinearLayer : public Layer {

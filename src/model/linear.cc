@@ -19,21 +19,45 @@ void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOp
                        .partial_gradient = shard});
 }
 
+absl::Status DeclareLinearInput(Builder& b, const LinearOptions& options, SlotId x) {
+  const SlotId pre = options.gelu_input;
+  if (!pre.valid()) {
+    b.Reads(x, kInForward | kInBackwardWeight);
+    return absl::OkStatus();
+  }
+  if (!b.IsGeluOf(x, pre)) {
+    return absl::InvalidArgumentError("its input is not gelu of the slot named in gelu_input");
+  }
+  b.Reads(x, kInForward | kInBackwardWeight, /*writes_grad=*/false);
+  b.Reads(pre, kInBackwardInput);
+  return absl::OkStatus();
+}
+
+void LinearBackwardInput(Run& run, Frame& frame, const LinearOptions& options, SlotId x,
+                         const Tensor& dy, const Tensor& w) {
+  const SlotId pre = options.gelu_input;
+  const Tensor dx = frame.Grad(pre.valid() ? pre : x);
+  if (!dx.present()) return;
+  if (pre.valid()) {
+    ops::LinearBackwardInputGelu(run.ops(), dx, dy, w, frame.Value(pre));
+  } else {
+    ops::LinearBackwardInput(run.ops(), dx, dy, w, frame.AccumulateGrad(x));
+  }
+}
+
+void LinearBackwardWeight(Run& run, ParamId weight, ParamId bias, const Tensor& dy,
+                          const Tensor& x) {
+  const Run::Target dw = run.Gradient(weight);
+  const Tensor db = bias.valid() ? run.Gradient(bias).tensor : Tensor();
+  ops::LinearBackwardWeight(run.ops(), dw.tensor, db, dy, x, dw.accumulate);
+}
+
 absl::Status LinearLayer::Declare(Builder& b) {
   if (b.Width(x_) != in_) {
     return absl::InvalidArgumentError(
         absl::StrCat("its input has ", b.Width(x_), " features per token, not ", in_));
   }
-  const SlotId pre = options_.gelu_input;
-  if (pre.valid()) {
-    if (!b.IsGeluOf(x_, pre)) {
-      return absl::InvalidArgumentError("its input is not gelu of the slot named in gelu_input");
-    }
-    b.Reads(x_, kInForward | kInBackwardWeight, /*writes_grad=*/false);
-    b.Reads(pre, kInBackwardInput);
-  } else {
-    b.Reads(x_, kInForward | kInBackwardWeight);
-  }
+  STRETTO_RETURN_IF_ERROR(DeclareLinearInput(b, options_, x_));
   const bool gelu = options_.gelu_output != nullptr;
   const bool shard = b.IsShard(x_);
   *y_out_ = y_ = b.Output("y", out_, {.recompute_source = gelu, .shard = shard});
@@ -63,23 +87,11 @@ void LinearLayer::Recompute(Run& run, Frame& frame) const {
 }
 
 void LinearLayer::BackwardInput(Run& run, Frame& frame) const {
-  const SlotId pre = options_.gelu_input;
-  const Tensor dx = frame.Grad(pre.valid() ? pre : x_);
-  if (!dx.present()) return;
-  if (pre.valid()) {
-    ops::LinearBackwardInputGelu(run.ops(), dx, frame.Grad(y_), run.Parameter(weight_),
-                                 frame.Value(pre));
-  } else {
-    ops::LinearBackwardInput(run.ops(), dx, frame.Grad(y_), run.Parameter(weight_),
-                             frame.AccumulateGrad(x_));
-  }
+  LinearBackwardInput(run, frame, options_, x_, frame.Grad(y_), run.Parameter(weight_));
 }
 
 void LinearLayer::BackwardWeight(Run& run, Frame& frame) const {
-  const Run::Target dw = run.Gradient(weight_);
-  const Tensor db = bias_.valid() ? run.Gradient(bias_).tensor : Tensor();
-  ops::LinearBackwardWeight(run.ops(), dw.tensor, db, frame.Grad(y_), frame.Value(x_),
-                            dw.accumulate);
+  LinearBackwardWeight(run, weight_, bias_, frame.Grad(y_), frame.Value(x_));
 }
 
 }  // namespace stretto::internal

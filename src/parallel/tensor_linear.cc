@@ -1,5 +1,6 @@
 // Column and row linear layers.
 #include "absl/strings/str_cat.h"
+#include "src/model/layers.h"
 #include "src/parallel/tensor_layers.h"
 
 namespace stretto::internal {
@@ -168,10 +169,8 @@ void ColumnLinearLayer::BackwardWeight(Run& run, Frame& frame) const {
   // Gathered again rather than kept: between the halves a rank keeps its part of the tokens.
   Gather(run, frame, again_, x_, again_label_);
   for (const Piece& piece : pieces_) {
-    const Run::Target dw = run.Gradient(piece.weight);
-    const Tensor db = piece.bias.valid() ? run.Gradient(piece.bias).tensor : Tensor();
-    ops::LinearBackwardWeight(run.ops(), dw.tensor, db, Columns(piece, frame.Grad(y_)),
-                              frame.Value(again_), dw.accumulate);
+    LinearBackwardWeight(run, piece.weight, piece.bias, Columns(piece, frame.Grad(y_)),
+                         frame.Value(again_));
   }
 }
 
@@ -189,16 +188,7 @@ absl::Status RowLinearLayer::Declare(Builder& b) {
   if (mine.size() != 1 || options_.gelu_output != nullptr) {
     return absl::InvalidArgumentError("a row layer's input is one part, and its output goes on");
   }
-  const SlotId pre = options_.gelu_input;
-  if (pre.valid()) {
-    if (!b.IsGeluOf(x_, pre)) {
-      return absl::InvalidArgumentError("its input is not gelu of the slot named in gelu_input");
-    }
-    b.Reads(x_, kInForward | kInBackwardWeight, /*writes_grad=*/false);
-    b.Reads(pre, kInBackwardInput);
-  } else {
-    b.Reads(x_, kInForward | kInBackwardWeight);
-  }
+  STRETTO_RETURN_IF_ERROR(DeclareLinearInput(b, options_, x_));
   *y_out_ = y_ = b.Output("y", out_, {.grad_uses = kInBackwardInput, .shard = true});
   whole_y_ = b.Scratch("whole_y", out_, b.dtype(), kInForward);
   whole_dy_ = b.Scratch("whole_dy", out_, b.dtype(), kInBackwardInput | kInBackwardWeight);
@@ -235,23 +225,11 @@ void RowLinearLayer::BackwardInput(Run& run, Frame& frame) const {
   TensorAxis* const axis = AxisOf(run);
   if (axis == nullptr) return;
   axis->Gather(*run.ops().stream, frame.Padded(whole_dy_), frame.PaddedGrad(y_), gather_label_);
-  const SlotId pre = options_.gelu_input;
-  const Tensor dx = frame.Grad(pre.valid() ? pre : x_);
-  if (!dx.present()) return;
-  if (pre.valid()) {
-    ops::LinearBackwardInputGelu(run.ops(), dx, frame.Value(whole_dy_), run.Parameter(weight_),
-                                 frame.Value(pre));
-  } else {
-    ops::LinearBackwardInput(run.ops(), dx, frame.Value(whole_dy_), run.Parameter(weight_),
-                             frame.AccumulateGrad(x_));
-  }
+  LinearBackwardInput(run, frame, options_, x_, frame.Value(whole_dy_), run.Parameter(weight_));
 }
 
 void RowLinearLayer::BackwardWeight(Run& run, Frame& frame) const {
-  const Run::Target dw = run.Gradient(weight_);
-  const Tensor db = bias_.valid() ? run.Gradient(bias_).tensor : Tensor();
-  ops::LinearBackwardWeight(run.ops(), dw.tensor, db, frame.Value(whole_dy_), frame.Value(x_),
-                            dw.accumulate);
+  LinearBackwardWeight(run, weight_, bias_, frame.Value(whole_dy_), frame.Value(x_));
 }
 
 }  // namespace stretto::internal

@@ -68,8 +68,8 @@ TEST_F(CudaTrainer, LearnsInBf16AsTheCpuDoesInF32) {
   config.model.ffn = 128;
   config.batch.global = 32;
   config.batch.micro = 16;
-  // At 1e-3 runs in bf16 that differ in nothing but the micro-batch are up to 1.3 % apart on the CPU
-  // itself, around step 110; here 0.01 %.
+  // At 1e-3 runs in bf16 that differ in nothing but the micro-batch are up to 1.3 % apart on the
+  // CPU itself, around step 110; here 0.01 %.
   config.optimizer.lr = 3e-4;
   const RunRecord cpu = Train(config);
   config.runtime.dtype = "bf16";

@@ -90,6 +90,32 @@ inline TrainConfig TinyRun(const ScratchDirectory& directory, const std::string&
   return c;
 }
 
+// How ranks share a run; see ParallelConfig.
+struct TrainLayout {
+  int dp = 1, pp = 1, tp = 1, zero = 1;
+  std::string schedule = "1f1b";
+  int chunks = 0;
+
+  int ranks() const { return dp * pp * tp; }
+  // Of letters and digits, as names of tests are.
+  std::string Name() const {
+    std::string name = absl::StrCat("Dp", dp, "Pp", pp, "Tp", tp, "Zero", zero);
+    if (pp > 1) absl::StrAppend(&name, schedule, "Chunks", chunks);
+    std::erase_if(name, [](char c) { return c == '-'; });
+    return name;
+  }
+};
+inline void PrintTo(const TrainLayout& layout, std::ostream* out) { *out << layout.Name(); }
+inline TrainConfig With(TrainConfig config, const TrainLayout& layout) {
+  config.parallel.dp = layout.dp;
+  config.parallel.pp = layout.pp;
+  config.parallel.tp = layout.tp;
+  config.parallel.zero = layout.zero;
+  config.parallel.schedule = layout.schedule;
+  config.parallel.chunks = layout.chunks;
+  return config;
+}
+
 // How a run keeps parameters and the optimizer's state.
 struct Precision {
   std::string name, dtype = "f32", moments = "f32";

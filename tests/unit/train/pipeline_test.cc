@@ -18,21 +18,8 @@ using ::testing::HasSubstr;
 using testing::RunRecord;
 using testing::ScratchDirectory;
 using testing::TrainOnThreads;
-
-struct Layout {
-  int dp = 1, pp = 1;
-  std::string schedule = "1f1b";
-  int chunks = 0;
-  int ranks() const { return dp * pp; }
-};
-
-TrainConfig With(TrainConfig config, const Layout& layout) {
-  config.parallel.dp = layout.dp;
-  config.parallel.pp = layout.pp;
-  config.parallel.schedule = layout.schedule;
-  config.parallel.chunks = layout.chunks;
-  return config;
-}
+using testing::With;
+using Layout = testing::TrainLayout;
 
 TrainConfig SevenBlocks(const ScratchDirectory& directory, const std::string& family, bool tied) {
   TrainConfig config = testing::TinyRun(directory, family);
@@ -62,21 +49,21 @@ TEST_P(PipelineTrainer, FollowsOneRank) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Layouts, PipelineTrainer,
-                         ::testing::Values(Layout{1, 2}, Layout{2, 2}, Layout{1, 3, "gpipe"},
-                                           Layout{1, 7, "zb-h1"}, Layout{2, 2, "zb-h1"},
-                                           Layout{1, 2, "interleaved", 3},
-                                           Layout{2, 3, "interleaved"}, Layout{1, 3, "v-shaped"},
-                                           Layout{2, 2, "v-shaped"}, Layout{3, 2, "v-shaped"}),
-                         [](const auto& info) {
-                           std::string name = info.param.schedule;
-                           std::erase_if(name, [](char c) { return c == '-'; });
-                           return absl::StrCat(name, "Dp", info.param.dp, "Pp", info.param.pp,
-                                               "Chunks", info.param.chunks);
-                         });
+                         ::testing::Values(Layout{.pp = 2}, Layout{.dp = 2, .pp = 2},
+                                           Layout{.pp = 3, .schedule = "gpipe"},
+                                           Layout{.pp = 7, .schedule = "zb-h1"},
+                                           Layout{.dp = 2, .pp = 2, .schedule = "zb-h1"},
+                                           Layout{.pp = 2, .schedule = "interleaved", .chunks = 3},
+                                           Layout{.dp = 2, .pp = 3, .schedule = "interleaved"},
+                                           Layout{.pp = 3, .schedule = "v-shaped"},
+                                           Layout{.dp = 2, .pp = 2, .schedule = "v-shaped"},
+                                           Layout{.dp = 3, .pp = 2, .schedule = "v-shaped"}),
+                         [](const auto& info) { return info.param.Name(); });
 
 // Saved under one layout, loaded under any other: the next steps have the same losses.
 TEST(PipelineCheckpoint, GoesFromAnyLayoutToAnyOther) {
-  const std::vector<Layout> layouts = {{1, 1}, {3, 1}, {2, 2}, {1, 7}, {1, 3, "v-shaped"}};
+  const std::vector<Layout> layouts = {
+      {}, {.dp = 3}, {.dp = 2, .pp = 2}, {.pp = 7}, {.pp = 3, .schedule = "v-shaped"}};
   for (const bool tied : {true, false}) {
     const ScratchDirectory directory;
     TrainConfig config = SevenBlocks(directory, tied ? "gpt2" : "qwen3", tied);
@@ -117,14 +104,15 @@ TEST(PipelineTrainer, InitialWeightsReachEveryStage) {
   next.output = directory / "one";
   const RunRecord one = TrainOnThreads(1, next);
   next.output = directory / "two";
-  ExpectNear(TrainOnThreads(4, With(next, {2, 2})), one, 1e-9);
+  ExpectNear(TrainOnThreads(4, With(next, {.dp = 2, .pp = 2})), one, 1e-9);
 }
 
 // With fewer micro-batches a schedule may need more buffers: pipelines of one run may differ by
 // one.
 TEST(PipelineTrainer, PipelinesMayHaveUnequalNumbersOfMicroBatches) {
-  for (const Layout& layout :
-       {Layout{2, 3, "interleaved", 3}, Layout{2, 3, "v-shaped"}, Layout{2, 4, "zb-h1"}}) {
+  for (const Layout& layout : {Layout{.dp = 2, .pp = 3, .schedule = "interleaved", .chunks = 3},
+                               Layout{.dp = 2, .pp = 3, .schedule = "v-shaped"},
+                               Layout{.dp = 2, .pp = 4, .schedule = "zb-h1"}}) {
     SCOPED_TRACE(layout.schedule);
     const ScratchDirectory directory;
     TrainConfig config = SevenBlocks(directory, "qwen3", false);
@@ -139,8 +127,8 @@ TEST(PipelineTrainer, PipelinesMayHaveUnequalNumbersOfMicroBatches) {
 
 // What stages send each other is what the plan says, to the byte.
 TEST(PipelineTrainer, SendsTheBytesOfThePlan) {
-  for (const Layout& layout :
-       {Layout{2, 2}, Layout{1, 3, "v-shaped"}, Layout{1, 2, "interleaved"}}) {
+  for (const Layout& layout : {Layout{.dp = 2, .pp = 2}, Layout{.pp = 3, .schedule = "v-shaped"},
+                               Layout{.pp = 2, .schedule = "interleaved"}}) {
     const ScratchDirectory directory;
     TrainConfig config = With(SevenBlocks(directory, "gpt2", true), layout);
     config.batch.global = 12;  // the same for all ranks
@@ -173,19 +161,20 @@ TEST(PipelineConfig, NamesWhatDoesNotFit) {
     return std::string(config.Resolve(ranks).message());
   };
   const auto nothing = [](TrainConfig&) {};
-  EXPECT_EQ(error({0, 2}, 4, nothing), "");
-  EXPECT_THAT(error({0, 3}, 4, nothing), HasSubstr("parallel.pp is 3 but 4 ranks run"));
-  EXPECT_THAT(error({2, 2}, 6, nothing),
+  EXPECT_EQ(error({.dp = 0, .pp = 2}, 4, nothing), "");
+  EXPECT_THAT(error({.dp = 0, .pp = 3}, 4, nothing), HasSubstr("parallel.pp is 3 but 4 ranks run"));
+  EXPECT_THAT(error({.dp = 2, .pp = 2}, 6, nothing),
               HasSubstr("parallel.dp is 2 and parallel.pp 2 but 6 ranks run"));
-  EXPECT_THAT(error({1, 5}, 5, nothing), HasSubstr("more than model.layers (4)"));
-  EXPECT_THAT(error({1, 2, "interleaved", 3}, 2, nothing), HasSubstr("more than model.layers (4)"));
-  EXPECT_THAT(error({1, 2, "1f1b", 2}, 2, nothing), HasSubstr("the 1f1b schedule has 1"));
-  EXPECT_THAT(error({1, 2, "2f2b"}, 2, nothing), HasSubstr("parallel.schedule"));
-  EXPECT_THAT(error({1, 2}, 2, [](TrainConfig& c) { c.batch.global = int64_t{1} << 40; }),
+  EXPECT_THAT(error({.pp = 5}, 5, nothing), HasSubstr("more than model.layers (4)"));
+  EXPECT_THAT(error({.pp = 2, .schedule = "interleaved", .chunks = 3}, 2, nothing),
+              HasSubstr("more than model.layers (4)"));
+  EXPECT_THAT(error({.pp = 2, .chunks = 2}, 2, nothing), HasSubstr("the 1f1b schedule has 1"));
+  EXPECT_THAT(error({.pp = 2, .schedule = "2f2b"}, 2, nothing), HasSubstr("parallel.schedule"));
+  EXPECT_THAT(error({.pp = 2}, 2, [](TrainConfig& c) { c.batch.global = int64_t{1} << 40; }),
               HasSubstr("at most 65536 are supported"));
-  EXPECT_THAT(error({1, 2}, 2, [](TrainConfig& c) { c.sample.tokens = 5; }),
+  EXPECT_THAT(error({.pp = 2}, 2, [](TrainConfig& c) { c.sample.tokens = 5; }),
               HasSubstr("sample.tokens=0"));
-  EXPECT_THAT(error({1, 2}, 2,
+  EXPECT_THAT(error({.pp = 2}, 2,
                     [](TrainConfig& c) {
                       c.runtime.dtype = "bf16";
                       c.runtime.fp8 = "e4m3";

@@ -19,26 +19,8 @@ using ::testing::HasSubstr;
 using testing::RunRecord;
 using testing::ScratchDirectory;
 using testing::TrainOnThreads;
-
-struct Layout {
-  int dp = 1, pp = 1, tp = 1;
-  std::string schedule = "1f1b";
-  int ranks() const { return dp * pp * tp; }
-  std::string Name() const {
-    std::string name = absl::StrCat("Dp", dp, "Pp", pp, "Tp", tp, pp > 1 ? schedule : "");
-    std::erase_if(name, [](char c) { return c == '-'; });
-    return name;
-  }
-};
-void PrintTo(const Layout& layout, std::ostream* out) { *out << layout.Name(); }
-
-TrainConfig With(TrainConfig config, const Layout& layout) {
-  config.parallel.dp = layout.dp;
-  config.parallel.pp = layout.pp;
-  config.parallel.tp = layout.tp;
-  config.parallel.schedule = layout.schedule;
-  return config;
-}
+using testing::With;
+using Layout = testing::TrainLayout;
 
 // Key heads, inner features, vocabulary and tokens that 2, 3 and 4 ranks cannot share evenly.
 TrainConfig Uneven(const ScratchDirectory& directory, const std::string& family, bool tied) {
@@ -73,12 +55,13 @@ TEST_P(TensorTrainer, FollowsOneRank) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Layouts, TensorTrainer,
-                         ::testing::Values(Layout{1, 1, 2}, Layout{1, 1, 3}, Layout{1, 1, 4},
-                                           Layout{2, 1, 2}, Layout{1, 2, 2},
-                                           Layout{1, 2, 2, "zb-h1"}, Layout{1, 2, 3},
-                                           Layout{2, 2, 2}, Layout{2, 2, 2, "v-shaped"}),
-                         [](const auto& info) { return info.param.Name(); });
+INSTANTIATE_TEST_SUITE_P(
+    Layouts, TensorTrainer,
+    ::testing::Values(Layout{.tp = 2}, Layout{.tp = 3}, Layout{.tp = 4}, Layout{.dp = 2, .tp = 2},
+                      Layout{.pp = 2, .tp = 2}, Layout{.pp = 2, .tp = 2, .schedule = "zb-h1"},
+                      Layout{.pp = 2, .tp = 3}, Layout{.dp = 2, .pp = 2, .tp = 2},
+                      Layout{.dp = 2, .pp = 2, .tp = 2, .schedule = "v-shaped"}),
+    [](const auto& info) { return info.param.Name(); });
 
 TEST(TensorTrainerTypes, FollowOneRankInF32AndBf16) {
   for (const auto& [dtype, tolerance] :
@@ -89,7 +72,7 @@ TEST(TensorTrainerTypes, FollowOneRankInF32AndBf16) {
     config.runtime.recompute = "block";
     config.runtime.loss_chunk = 64;
     const RunRecord one = TrainOnThreads(1, config);
-    const RunRecord many = TrainOnThreads(8, With(config, {2, 2, 2}));
+    const RunRecord many = TrainOnThreads(8, With(config, {.dp = 2, .pp = 2, .tp = 2}));
     ASSERT_TRUE(one.status.ok() && many.status.ok()) << one.status << many.status;
     for (size_t i = 0; i < one.steps.size(); ++i) {
       EXPECT_NEAR(many.steps[i].loss / one.steps[i].loss, 1, tolerance) << dtype << " " << i;
@@ -107,7 +90,7 @@ TEST(TensorTrainerTypes, RoundsElementsAsOneRankDoes) {
   // Gradients differ in their last bits, and so may a moment that lies on the edge of being rounded
   // up: the losses stay together as they would not with other random numbers.
   const RunRecord one = TrainOnThreads(1, config);
-  const RunRecord many = TrainOnThreads(4, With(config, {1, 1, 4}));
+  const RunRecord many = TrainOnThreads(4, With(config, {.tp = 4}));
   ASSERT_TRUE(one.status.ok() && many.status.ok()) << one.status << many.status;
   for (size_t i = 0; i < one.steps.size(); ++i) {
     EXPECT_NEAR(many.steps[i].loss / one.steps[i].loss, 1, 1e-5) << i;
@@ -116,8 +99,13 @@ TEST(TensorTrainerTypes, RoundsElementsAsOneRankDoes) {
 
 // Saved under one layout, loaded under any other: the next steps have the same losses.
 TEST(TensorCheckpoint, GoesFromAnyLayoutToAnyOther) {
-  const std::vector<Layout> layouts = {
-      {2, 2, 2}, {8, 1, 1}, {2, 1, 4}, {2, 4, 1}, {1, 1, 1}, {1, 1, 3}, {1, 2, 2, "v-shaped"}};
+  const std::vector<Layout> layouts = {{.dp = 2, .pp = 2, .tp = 2},
+                                       {.dp = 8},
+                                       {.dp = 2, .tp = 4},
+                                       {.dp = 2, .pp = 4},
+                                       {},
+                                       {.tp = 3},
+                                       {.pp = 2, .tp = 2, .schedule = "v-shaped"}};
   for (const bool tied : {true, false}) {
     const ScratchDirectory directory;
     TrainConfig config = Uneven(directory, tied ? "gpt2" : "qwen3", tied);
@@ -162,7 +150,8 @@ TEST(TensorCheckpoint, GoesFromAnyLayoutToAnyOther) {
 
 // Ranks that have the same key heads: their sums, what they save and what they send.
 TEST(TensorTrainerCopies, FollowOneRankAndLoadAnywhere) {
-  const std::vector<Layout> layouts = {{1, 1, 4}, {2, 1, 3}, {2, 1, 4}, {1, 2, 4}, {1, 1, 1}};
+  const std::vector<Layout> layouts = {
+      {.tp = 4}, {.dp = 2, .tp = 3}, {.dp = 2, .tp = 4}, {.pp = 2, .tp = 4}, {}};
   for (const char* family : {"qwen2", "qwen3"}) {
     const ScratchDirectory directory;
     TrainConfig config = Uneven(directory, family, true);
@@ -196,7 +185,7 @@ TEST(TensorTrainerCopies, FollowOneRankAndLoadAnywhere) {
     config.optimizer.masters = false;
     config.output = directory / "bf16";
     const RunRecord alone = TrainOnThreads(1, config);
-    const RunRecord four = TrainOnThreads(4, With(config, {1, 1, 4}));
+    const RunRecord four = TrainOnThreads(4, With(config, {.tp = 4}));
     ASSERT_TRUE(alone.status.ok() && four.status.ok()) << alone.status << four.status;
     for (size_t k = 0; k < 4; ++k) {
       EXPECT_NEAR(four.steps[k].loss / alone.steps[k].loss, 1, 0.02) << k;
@@ -215,14 +204,14 @@ TEST(TensorTrainerStart, InitialWeightsReachEveryRank) {
   next.output = directory / "one";
   const RunRecord one = TrainOnThreads(1, next);
   next.output = directory / "two";
-  ExpectNear(TrainOnThreads(8, With(next, {2, 2, 2})), one, 1e-9);
+  ExpectNear(TrainOnThreads(8, With(next, {.dp = 2, .pp = 2, .tp = 2})), one, 1e-9);
 }
 
 // What goes over each axis is what the plan says, to the byte.
 TEST(TensorTrainerTraffic, IsThatOfThePlan) {
   for (const char* recompute : {"none", "norms", "block"}) {
-    for (const Layout& layout :
-         {Layout{1, 1, 2}, Layout{2, 1, 3}, Layout{2, 2, 2}, Layout{1, 1, 8}}) {
+    for (const Layout& layout : {Layout{.tp = 2}, Layout{.dp = 2, .tp = 3},
+                                 Layout{.dp = 2, .pp = 2, .tp = 2}, Layout{.tp = 8}}) {
       const ScratchDirectory directory;
       // With 8 ranks some of the 5 key heads are on two.
       const bool copies = layout.tp > 5;
@@ -314,17 +303,18 @@ TEST(TensorConfig, NamesWhatDoesNotFit) {
     return std::string(config.Resolve(ranks).message());
   };
   const auto nothing = [](TrainConfig&) {};
-  EXPECT_EQ(error({0, 1, 2}, 4, nothing), "");
-  EXPECT_EQ(error({0, 2, 2}, 8, nothing), "");
-  EXPECT_THAT(error({0, 1, 3}, 4, nothing), HasSubstr("parallel.tp is 3 but 4 ranks run"));
-  EXPECT_THAT(error({0, 2, 2}, 6, nothing),
+  EXPECT_EQ(error({.dp = 0, .tp = 2}, 4, nothing), "");
+  EXPECT_EQ(error({.dp = 0, .pp = 2, .tp = 2}, 8, nothing), "");
+  EXPECT_THAT(error({.dp = 0, .tp = 3}, 4, nothing), HasSubstr("parallel.tp is 3 but 4 ranks run"));
+  EXPECT_THAT(error({.dp = 0, .pp = 2, .tp = 2}, 6, nothing),
               HasSubstr("parallel.pp times parallel.tp is 2 x 2 but 6 ranks run"));
-  EXPECT_THAT(error({2, 1, 2}, 6, nothing),
+  EXPECT_THAT(error({.dp = 2, .tp = 2}, 6, nothing),
               HasSubstr("parallel.dp is 2 and parallel.tp 2 but 6 ranks run"));
-  EXPECT_THAT(error({2, 2, 2}, 6, nothing),
+  EXPECT_THAT(error({.dp = 2, .pp = 2, .tp = 2}, 6, nothing),
               HasSubstr("parallel.dp is 2 and parallel.pp 2 and parallel.tp 2 but 6 ranks run"));
-  EXPECT_THAT(error({0, int{1} << 30, int{1} << 30}, 8, nothing), HasSubstr("but 8 ranks run"));
-  EXPECT_THAT(error({1, 1, 8}, 8, nothing),
+  EXPECT_THAT(error({.dp = 0, .pp = int{1} << 30, .tp = int{1} << 30}, 8, nothing),
+              HasSubstr("but 8 ranks run"));
+  EXPECT_THAT(error({.tp = 8}, 8, nothing),
               HasSubstr("parallel.tp is 8 but model.kv_heads 4, and each rank of a tensor axis "
                         "needs one at least"));
   const auto grouped = [](TrainConfig& c) {
@@ -333,18 +323,18 @@ TEST(TensorConfig, NamesWhatDoesNotFit) {
     c.model.kv_heads = 2;
     c.model.head_dim = 32;
   };
-  EXPECT_EQ(error({1, 1, 6}, 6, grouped), "");
-  EXPECT_THAT(error({1, 1, 7}, 7, grouped),
+  EXPECT_EQ(error({.tp = 6}, 6, grouped), "");
+  EXPECT_THAT(error({.tp = 7}, 7, grouped),
               HasSubstr("parallel.tp is 7 but model.kv_heads 2 with 3 query heads each"));
-  EXPECT_THAT(error({1, 1, 4}, 4, [](TrainConfig& c) { c.model.vocabulary = 3; }),
+  EXPECT_THAT(error({.tp = 4}, 4, [](TrainConfig& c) { c.model.vocabulary = 3; }),
               HasSubstr("model.vocabulary 3"));
-  EXPECT_THAT(error({1, 1, 4}, 4, [](TrainConfig& c) { c.model.ffn = 3; }),
+  EXPECT_THAT(error({.tp = 4}, 4, [](TrainConfig& c) { c.model.ffn = 3; }),
               HasSubstr("model.ffn 3"));
-  EXPECT_THAT(error({1, 1, 2}, 2, [](TrainConfig& c) { c.sample.tokens = 5; }),
+  EXPECT_THAT(error({.tp = 2}, 2, [](TrainConfig& c) { c.sample.tokens = 5; }),
               HasSubstr("parallel.tp=1"));
-  EXPECT_THAT(error({1, 1, 2}, 2, [](TrainConfig& c) { c.runtime.graphs = true; }),
+  EXPECT_THAT(error({.tp = 2}, 2, [](TrainConfig& c) { c.runtime.graphs = true; }),
               HasSubstr("are not captured"));
-  EXPECT_THAT(error({1, 1, 2}, 2,
+  EXPECT_THAT(error({.tp = 2}, 2,
                     [](TrainConfig& c) {
                       c.runtime.dtype = "bf16";
                       c.runtime.fp8 = "e4m3";
@@ -353,7 +343,7 @@ TEST(TensorConfig, NamesWhatDoesNotFit) {
 }
 
 TEST(TensorConfig, ATensorAxisLiesOnOneMachine) {
-  TrainConfig config = With(TrainConfig(), {1, 2, 4});
+  TrainConfig config = With(TrainConfig(), {.pp = 2, .tp = 4});
   ASSERT_TRUE(config.Resolve(8).ok());
   for (int rank = 0; rank < 8; ++rank) {
     const Mesh mesh = MeshOf(config, 8, rank).value();
@@ -372,7 +362,7 @@ TEST(TensorConfig, RanksMustAgree) {
   const ScratchDirectory directory;
   const TrainConfig config = Uneven(directory, "gpt2", true);
   const absl::Status status = World::RunThreads(2, [&](World& world) -> absl::Status {
-    const Layout layout = {world.rank() == 0 ? 2 : 1, 1, world.rank() == 0 ? 1 : 2};
+    const Layout layout = {.dp = world.rank() == 0 ? 2 : 1, .tp = world.rank() == 0 ? 1 : 2};
     return Trainer::Create(world, With(config, layout)).status();
   });
   EXPECT_THAT(std::string(status.message()),

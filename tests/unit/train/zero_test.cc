@@ -21,27 +21,8 @@ using testing::RunRecord;
 using testing::ScratchDirectory;
 using testing::TinyRun;
 using testing::TrainOnThreads;
-
-struct Layout {
-  int zero = 2, dp = 2, pp = 1;
-  std::string schedule = "1f1b";
-  int chunks = 0, tp = 1;
-  int ranks() const { return dp * pp * tp; }
-};
-void PrintTo(const Layout& l, std::ostream* out) {
-  *out << "zero " << l.zero << ", dp " << l.dp << ", pp " << l.pp << ", tp " << l.tp << ", "
-       << l.schedule;
-}
-
-TrainConfig With(TrainConfig config, const Layout& layout) {
-  config.parallel.zero = layout.zero;
-  config.parallel.dp = layout.dp;
-  config.parallel.pp = layout.pp;
-  config.parallel.tp = layout.tp;
-  config.parallel.schedule = layout.schedule;
-  config.parallel.chunks = layout.chunks;
-  return config;
-}
+using testing::With;
+using Layout = testing::TrainLayout;
 
 TrainConfig FiveBlocks(const ScratchDirectory& directory, const std::string& family, bool tied) {
   TrainConfig config = TinyRun(directory, family);
@@ -82,16 +63,19 @@ TEST_P(ZeroTrainer, FollowsOneRank) {
 
 INSTANTIATE_TEST_SUITE_P(
     Layouts, ZeroTrainer,
-    ::testing::Values(Layout{2, 2}, Layout{2, 3}, Layout{2, 4}, Layout{3, 2}, Layout{3, 3},
-                      Layout{3, 4}, Layout{3, 8}, Layout{2, 2, 2}, Layout{3, 2, 2},
-                      Layout{2, 3, 2, "gpipe"}, Layout{3, 3, 2, "gpipe"}, Layout{2, 2, 2, "zb-h1"},
-                      Layout{3, 2, 2, "zb-h1"}, Layout{2, 2, 2, "v-shaped"},
-                      Layout{3, 2, 2, "v-shaped"}, Layout{3, 2, 2, "interleaved"}),
-    [](const auto& info) {
-      std::string name = info.param.schedule;
-      std::erase_if(name, [](char c) { return c == '-'; });
-      return absl::StrCat("Zero", info.param.zero, "Dp", info.param.dp, "Pp", info.param.pp, name);
-    });
+    ::testing::Values(Layout{.dp = 2, .zero = 2}, Layout{.dp = 3, .zero = 2},
+                      Layout{.dp = 4, .zero = 2}, Layout{.dp = 2, .zero = 3},
+                      Layout{.dp = 3, .zero = 3}, Layout{.dp = 4, .zero = 3},
+                      Layout{.dp = 8, .zero = 3}, Layout{.dp = 2, .pp = 2, .zero = 2},
+                      Layout{.dp = 2, .pp = 2, .zero = 3},
+                      Layout{.dp = 3, .pp = 2, .zero = 2, .schedule = "gpipe"},
+                      Layout{.dp = 3, .pp = 2, .zero = 3, .schedule = "gpipe"},
+                      Layout{.dp = 2, .pp = 2, .zero = 2, .schedule = "zb-h1"},
+                      Layout{.dp = 2, .pp = 2, .zero = 3, .schedule = "zb-h1"},
+                      Layout{.dp = 2, .pp = 2, .zero = 2, .schedule = "v-shaped"},
+                      Layout{.dp = 2, .pp = 2, .zero = 3, .schedule = "v-shaped"},
+                      Layout{.dp = 2, .pp = 2, .zero = 3, .schedule = "interleaved"}),
+    [](const auto& info) { return info.param.Name(); });
 
 // Together with a tensor axis, and with all three axes.
 class ZeroTensor : public ::testing::TestWithParam<Layout> {
@@ -160,7 +144,8 @@ TEST_P(ZeroTensor, SendsTheBytesOfThePlanAndLoadsAnywhere) {
   for (size_t r = 0; r < planned.size(); ++r) {
     EXPECT_EQ(sent[1][r] - sent[0][r], 2 * planned[r]) << "rank " << r;
   }
-  for (const Layout& to : {Layout{1, 1}, Layout{3, 3}, Layout{2, 1, 1, "1f1b", 0, 3}, layout}) {
+  for (const Layout& to :
+       {Layout{}, Layout{.dp = 3, .zero = 3}, Layout{.tp = 3, .zero = 2}, layout}) {
     TrainConfig second = With(config, to);
     second.output = first.output;
     second.checkpoint.resume = "must";
@@ -176,23 +161,19 @@ TEST_P(ZeroTensor, SendsTheBytesOfThePlanAndLoadsAnywhere) {
 
 INSTANTIATE_TEST_SUITE_P(
     Layouts, ZeroTensor,
-    ::testing::Values(Layout{2, 2, 1, "1f1b", 0, 2}, Layout{3, 2, 1, "1f1b", 0, 2},
-                      Layout{3, 2, 1, "1f1b", 0, 3}, Layout{3, 3, 1, "1f1b", 0, 2},
-                      Layout{2, 2, 2, "zb-h1", 0, 2}, Layout{3, 2, 2, "1f1b", 0, 2},
-                      Layout{3, 2, 2, "interleaved", 0, 2}),
-    [](const auto& info) {
-      std::string name = info.param.schedule;
-      std::erase_if(name, [](char c) { return c == '-'; });
-      return absl::StrCat("Zero", info.param.zero, "Dp", info.param.dp, "Pp", info.param.pp, "Tp",
-                          info.param.tp, name);
-    });
+    ::testing::Values(Layout{.dp = 2, .tp = 2, .zero = 2}, Layout{.dp = 2, .tp = 2, .zero = 3},
+                      Layout{.dp = 2, .tp = 3, .zero = 3}, Layout{.dp = 3, .tp = 2, .zero = 3},
+                      Layout{.dp = 2, .pp = 2, .tp = 2, .zero = 2, .schedule = "zb-h1"},
+                      Layout{.dp = 2, .pp = 2, .tp = 2, .zero = 3},
+                      Layout{.dp = 2, .pp = 2, .tp = 2, .zero = 3, .schedule = "interleaved"}),
+    [](const auto& info) { return info.param.Name(); });
 
 // On four ranks one has a micro-batch less than the others.
 TEST(ZeroTrainer, OverlapStreamsAndRecomputationChangeNoBit) {
   for (const int zero : {2, 3}) {
     SCOPED_TRACE(zero);
     const ScratchDirectory directory;
-    TrainConfig config = With(TinyRun(directory), {zero, 4});
+    TrainConfig config = With(TinyRun(directory), {.dp = 4, .zero = zero});
     config.model.tie_embeddings = true;
     const RunRecord plain = TrainOnThreads(4, config);
     const auto change = [&](const auto& set) {
@@ -222,7 +203,7 @@ TEST(ZeroTrainer, BucketsOfAnySizeGiveTheSame) {
   for (const int zero : {2, 3}) {
     for (const int64_t bytes : {1, 20000, 1 << 30}) {
       for (const char* recompute : {"none", "block"}) {
-        TrainConfig c = With(config, {zero, 3});
+        TrainConfig c = With(config, {.dp = 3, .zero = zero});
         c.parallel.bucket_bytes = bytes;
         c.runtime.recompute = recompute;
         c.runtime.loss_chunk = 64;
@@ -243,15 +224,17 @@ TEST(ZeroTrainer, TheEmbeddingAloneInTheLastBucketIsNeverOld) {
   for (const ParameterInfo& p : graph.parameters) {
     if (p.layers.front() != 0) rest += p.elements() * SizeOf(DType::kF64);
   }
-  TrainConfig c = With(config, {3, 2});
+  TrainConfig c = With(config, {.dp = 2, .zero = 3});
   c.parallel.bucket_bytes = rest;
   ASSERT_EQ(MakeBuckets(graph, rest).size(), 2u);
   ExpectNear(TrainOnThreads(2, c), one, 1e-9);
 }
 
 TEST(ZeroTrainer, RanksMayHaveUnequalNumbersOfMicroBatches) {
-  for (const Layout& layout : {Layout{2, 2}, Layout{3, 2}, Layout{2, 2, 3, "zb-h1"},
-                               Layout{3, 2, 3, "interleaved"}, Layout{3, 4, 2, "gpipe"}}) {
+  for (const Layout& layout : {Layout{.dp = 2, .zero = 2}, Layout{.dp = 2, .zero = 3},
+                               Layout{.dp = 2, .pp = 3, .zero = 2, .schedule = "zb-h1"},
+                               Layout{.dp = 2, .pp = 3, .zero = 3, .schedule = "interleaved"},
+                               Layout{.dp = 4, .pp = 2, .zero = 3, .schedule = "gpipe"}}) {
     SCOPED_TRACE(::testing::PrintToString(layout));
     const ScratchDirectory directory;
     TrainConfig config = FiveBlocks(directory, "qwen3", false);
@@ -267,8 +250,10 @@ TEST(ZeroTrainer, RanksMayHaveUnequalNumbersOfMicroBatches) {
 // last gathers of a step may arrive in the next.
 TEST(ZeroTrainer, SendsTheBytesOfThePlan) {
   for (const Layout& layout :
-       {Layout{1, 3}, Layout{2, 3}, Layout{3, 3}, Layout{2, 2, 2}, Layout{3, 2, 2},
-        Layout{3, 2, 2, "zb-h1"}, Layout{2, 2, 2, "v-shaped"}}) {
+       {Layout{.dp = 3}, Layout{.dp = 3, .zero = 2}, Layout{.dp = 3, .zero = 3},
+        Layout{.dp = 2, .pp = 2, .zero = 2}, Layout{.dp = 2, .pp = 2, .zero = 3},
+        Layout{.dp = 2, .pp = 2, .zero = 3, .schedule = "zb-h1"},
+        Layout{.dp = 2, .pp = 2, .zero = 2, .schedule = "v-shaped"}}) {
     for (const bool tied : {true, false}) {
       SCOPED_TRACE(::testing::PrintToString(layout) + (tied ? ", tied" : ", untied"));
       const ScratchDirectory directory;
@@ -305,7 +290,12 @@ TEST(ZeroTrainer, SendsTheBytesOfThePlan) {
 // Saved at one level on some ranks, loaded at another on others: the next steps have the same
 // losses.
 TEST(ZeroCheckpoint, GoesFromAnyLevelToAnyOther) {
-  const std::vector<Layout> layouts = {{1, 1}, {1, 3}, {2, 2}, {3, 3}, {3, 2, 2}, {2, 4}};
+  const std::vector<Layout> layouts = {{},
+                                       {.dp = 3},
+                                       {.dp = 2, .zero = 2},
+                                       {.dp = 3, .zero = 3},
+                                       {.dp = 2, .pp = 2, .zero = 3},
+                                       {.dp = 4, .zero = 2}};
   for (const bool tied : {true, false}) {
     const ScratchDirectory directory;
     TrainConfig config = FiveBlocks(directory, tied ? "gpt2" : "qwen3", tied);
@@ -347,7 +337,7 @@ TEST(ZeroCheckpoint, InitialWeightsReachEveryShard) {
   next.output = directory / "one";
   const RunRecord one = TrainOnThreads(1, next);
   next.output = directory / "three";
-  ExpectNear(TrainOnThreads(3, With(next, {3, 3})), one, 1e-9);
+  ExpectNear(TrainOnThreads(3, With(next, {.dp = 3, .zero = 3})), one, 1e-9);
 }
 
 class ZeroPrecision : public ::testing::TestWithParam<Precision> {};
@@ -361,7 +351,7 @@ TEST_P(ZeroPrecision, GoesOnAsIfNothingHadHappened) {
     config.optimizer.schedule = "constant";
     config.optimizer.offload = true;  // without effect on the CPU
     const RunRecord plain = TrainOnThreads(3, config);
-    config = With(config, {zero, 3});
+    config = With(config, {.dp = 3, .zero = zero});
     const RunRecord whole = TrainOnThreads(3, config);
     ExpectNear(whole, plain, GetParam().name == "F32" ? 1e-5 : 2e-3);
     TrainConfig half = config;
@@ -388,14 +378,14 @@ TEST(ZeroTrainer, LayersInFloat8TrainAsWithZero1) {
   config.model.ffn = 48;
   const RunRecord plain = TrainOnThreads(2, config);
   for (const int zero : {2, 3}) {
-    ExpectNear(TrainOnThreads(2, With(config, {zero, 2})), plain, 5e-3);
+    ExpectNear(TrainOnThreads(2, With(config, {.dp = 2, .zero = zero})), plain, 5e-3);
   }
 }
 
 // Evaluations use the buffers in which the next step's parameters lie.
 TEST(ZeroTrainer, EvaluationsBetweenStepsChangeNothing) {
   const ScratchDirectory directory;
-  TrainConfig config = With(TinyRun(directory), {3, 3});
+  TrainConfig config = With(TinyRun(directory), {.dp = 3, .zero = 3});
   config.evaluate.samples = 7;  // the last round has samples for one rank only
   const RunRecord plain = TrainOnThreads(3, config);
   ASSERT_TRUE(plain.status.ok()) << plain.status.message();
@@ -422,7 +412,7 @@ TEST(ZeroTrainer, SamplesTheTextOfZero1) {
   const ScratchDirectory directory;
   std::vector<std::string> texts;
   for (const int zero : {1, 2, 3}) {
-    TrainConfig config = With(TinyRun(directory), {zero, 3});
+    TrainConfig config = With(TinyRun(directory), {.dp = 3, .zero = zero});
     config.runtime.dtype = "f64";
     config.steps = 3;
     const RunRecord record = TrainOnThreads(3, config, {}, [&](Trainer& t) -> absl::Status {
@@ -441,7 +431,7 @@ TEST(ZeroTrainer, SamplesTheTextOfZero1) {
 TEST(ZeroTrainer, SkippedUpdatesLeaveTheParameters) {
   for (const int zero : {2, 3}) {
     const ScratchDirectory directory;
-    TrainConfig config = With(TinyRun(directory), {zero, 2});
+    TrainConfig config = With(TinyRun(directory), {.dp = 2, .zero = zero});
     config.spikes.max_loss = 1e-3;  // every loss is above
     const RunRecord skipped = TrainOnThreads(2, config);
     ASSERT_TRUE(skipped.status.ok()) << skipped.status.message();
@@ -460,7 +450,7 @@ TEST(ZeroTrainer, SkippedUpdatesLeaveTheParameters) {
 TEST(ZeroTrainer, TellsWhatCommunicationIsExposed) {
   for (const bool overlap : {true, false}) {
     const ScratchDirectory directory;
-    TrainConfig config = With(TinyRun(directory), {3, 2});
+    TrainConfig config = With(TinyRun(directory), {.dp = 2, .zero = 3});
     config.parallel.overlap = config.parallel.prefetch = overlap;
     const RunRecord record = TrainOnThreads(2, config, {.random_delay_us = 200});
     ASSERT_TRUE(record.status.ok()) << record.status.message();

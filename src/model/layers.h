@@ -190,6 +190,19 @@ class StageOutputLayer : public Layer {
   SlotId x_, branch_;
 };
 
+// Products of a loss head run over whole units of the vocabulary: libraries' kernels are several
+// times slower on sizes such as 50257.
+inline constexpr int64_t kVocabularyUnit = 64;
+inline int64_t PaddedEntries(int64_t entries) {
+  return (entries + kVocabularyUnit - 1) / kVocabularyUnit * kVocabularyUnit;
+}
+// Entries in a chunk when `asked` are asked for; PaddedEntries for one chunk, as with asked <= 0.
+inline int64_t ChunkEntries(int64_t entries, int64_t asked) {
+  return asked <= 0 || asked >= entries
+             ? PaddedEntries(entries)
+             : std::max(kVocabularyUnit, asked / kVocabularyUnit * kVocabularyUnit);
+}
+
 // logits = x w^T and softmax cross-entropy, in vocabulary chunks.
 class LossHeadLayer : public Layer {
  public:
@@ -197,9 +210,8 @@ class LossHeadLayer : public Layer {
                 std::string tied_to, ParamId* weight)
       : x_(x),
         vocabulary_(vocabulary),
-        padded_((vocabulary + kUnit - 1) / kUnit * kUnit),
-        chunk_(chunk <= 0 || chunk >= vocabulary ? padded_
-                                                 : std::max(kUnit, chunk / kUnit * kUnit)),
+        padded_(PaddedEntries(vocabulary)),
+        chunk_(ChunkEntries(vocabulary, chunk)),
         weight_(tied),
         init_std_(init_std),
         tied_to_(std::move(tied_to)),
@@ -214,9 +226,6 @@ class LossHeadLayer : public Layer {
   }
 
  private:
-  // Products run over whole units of the vocabulary: libraries' kernels are several times slower on
-  // sizes such as 50257.
-  static constexpr int64_t kUnit = 64;
   bool one_chunk() const { return chunk_ == padded_; }
   // Logits of the chunk that starts at entry `first`: with the padding, and those that exist.
   Tensor Padded(const Frame& frame, int64_t first) const;

@@ -2,13 +2,11 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "src/model/layers.h"
 #include "src/parallel/tensor_layers.h"
 
 namespace stretto::internal {
 namespace {
-
-// As in the local head: products run over whole units of the vocabulary.
-constexpr int64_t kUnit = 64;
 
 absl::Status FewerThanRanks(const char* what, int64_t count, const TokenCut& axis) {
   return absl::InvalidArgumentError(absl::StrCat("its ", count, " ", what, " are fewer than the ",
@@ -92,8 +90,8 @@ absl::Status VocabularyLossHeadLayer::Declare(Builder& b) {
   }
   rows_ = CutEvenly(vocabulary_, axis.ranks, axis.index);
   if (rows_.count == 0) return FewerThanRanks("entries", vocabulary_, axis);
-  padded_ = (rows_.count + kUnit - 1) / kUnit * kUnit;
-  chunk_ = chunk_ <= 0 || chunk_ >= rows_.count ? padded_ : std::max(kUnit, chunk_ / kUnit * kUnit);
+  padded_ = PaddedEntries(rows_.count);
+  chunk_ = ChunkEntries(rows_.count, chunk_);
   if (weight_.valid()) {
     b.UsesParameter(weight_);
   } else {

@@ -40,6 +40,7 @@ constexpr int kStages = 3;                         // tiles of the other side th
 constexpr int kOwn = 2;                            // own tiles
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kConsumers = 2;
+constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
 constexpr float kLog2E = 1.44269504088896341f;
 
 // What the kernels share. Statistics are f32 [heads][padded]: each sequence begins at a multiple of
@@ -155,11 +156,11 @@ struct Memory {
   __device__ void InitBarriers() {
     for (int i = 0; i < kOwn; ++i) {
       hopper::Init(&own_full[i], 1);
-      hopper::Init(&own_empty[i], kConsumers);
+      hopper::Init(&own_empty[i], kConsumerWarps);
     }
     for (int i = 0; i < kStages; ++i) {
       hopper::Init(&other_full[i], 1);
-      hopper::Init(&other_empty[i], kConsumers);
+      hopper::Init(&other_empty[i], kConsumerWarps);
     }
     hopper::FenceInit();
   }
@@ -305,7 +306,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32;
   const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;  // and row + 8, of 64
   const int column = 2 * (lane % 4);
-  const bool leader = threadIdx.x % kWarpgroup == 0;
   const float to_log2 = shape.scale * kLog2E;
   for (int item = blockIdx.x; item < shape.items; item += gridDim.x) {
     const Work work(shape, shape.heads, item);
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         WaitProducts<1>();
         Pin(p);
         Pin(gradient);
-        if (leader && before >= 0) hopper::Arrive(&memory.other_empty[before]);
+        if (before >= 0) hopper::ArriveWarp(&memory.other_empty[before]);
 #pragma unroll
         for (int j = 0; j < 64; ++j) p[j] = hopper::Exp2(fmaf(p[j], to_log2, -log_sum[j % 4 / 2]));
         if (i == tile.index) {
@@ -359,8 +359,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       WaitProducts<0>();
       Pin(gradient);
-      if (leader) hopper::Arrive(&memory.other_empty[before]);
-      if (leader) hopper::Arrive(&memory.own_empty[own.place]);
+      hopper::ArriveWarp(&memory.other_empty[before]);
+      hopper::ArriveWarp(&memory.own_empty[own.place]);
       own.Next();
       const int first = tile.index * kRows + group * 64;
       StoreRows(dq, gradient, shape.scale, tile.row + first, tile.length - first, work.head);
@@ -412,7 +412,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int lane = threadIdx.x % 32;
   const int row = threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;  // and row + 8, of 64
   const int column = 2 * (lane % 4);
-  const bool leader = threadIdx.x % kWarpgroup == 0;
   const float to_log2 = shape.scale * kLog2E;
   for (int item = blockIdx.x; item < shape.items; item += gridDim.x) {
     const Work work(shape, shape.kv_heads, item);
@@ -430,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         hopper::LoadOperand(v[i], hopper::SharedAddress(memory.own[own.place].second) + warp_rows,
                             i);
       }
-      hopper::ArriveWarpgroup(&memory.own_empty[own.place], group);
+      hopper::ArriveWarp(&memory.own_empty[own.place]);
       own.Next();
       float d_keys[32] = {}, d_values[32] = {};
       uint32_t weights[kHalf / 16][4], changes[kHalf / 16][4];
@@ -452,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         Pin(p);
         Pin(d_values);
         Pin(d_keys);
-        if (leader && before >= 0) hopper::Arrive(&memory.other_empty[before]);
+        if (before >= 0) hopper::ArriveWarp(&memory.other_empty[before]);
         before = -1;
 #pragma unroll
         for (int j = 0; j < kHalf / 8; ++j) {
@@ -507,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       WaitProducts<0>();
       Pin(d_values);
       Pin(d_keys);
-      if (leader) hopper::Arrive(&memory.other_empty[before]);
+      hopper::ArriveWarp(&memory.other_empty[before]);
       const int first = tile.index * kRows + group * 64;
       StoreRows(dk, d_keys, shape.scale, tile.row + first, tile.length - first, work.head);
       StoreRows(dv, d_values, 1.0f, tile.row + first, tile.length - first, work.head);
@@ -602,10 +601,10 @@ bool MakeMap(EncodeTiled encode, CUtensorMap* map, const Tensor& t) {
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// Only where it was asked for.
+// Unless the library's kernels were asked for.
 bool Wanted() {
   const char* const choice = std::getenv("STRETTO_ATTENTION_BACKWARD");
-  return choice != nullptr && std::strcmp(choice, "own") == 0;
+  return choice == nullptr || std::strcmp(choice, "cudnn") != 0;
 }
 
 // Whether the current device runs code for 9.0a.

@@ -39,10 +39,11 @@ __device__ inline void FenceInit() {
 __device__ inline void Arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
-// Arrives once for a warpgroup when all its threads are here; `group` tells warpgroups apart.
-__device__ inline void ArriveWarpgroup(Barrier* barrier, int group) {
-  asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
-  if (threadIdx.x % kWarpgroup == 0) Arrive(barrier);
+// Arrives once for a warp, when all its lanes are here. Products end for a warpgroup as a whole, but
+// its warps read shared memory each at its own pace.
+__device__ inline void ArriveWarp(Barrier* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) Arrive(barrier);
 }
 // Arrives, and has the phase wait for `bytes` more bytes.
 __device__ inline void ArriveExpecting(Barrier* barrier, int bytes) {

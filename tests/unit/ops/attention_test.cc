@@ -118,10 +118,10 @@ void CheckBackward(const Runner& run, ops::Context c) {
 
 TEST_P(AttentionTest, BackwardMatchesF64) { CheckBackward(run, c); }
 
-// The same through this project's own kernels for a GPU's tensor cores, which have to be asked for.
-TEST_P(AttentionTest, OwnBackwardMatchesF64) {
+// The same through the library's kernels where a GPU's tensor cores have kernels of this project.
+TEST_P(AttentionTest, LibraryBackwardMatchesF64) {
   if (run.on_cpu()) GTEST_SKIP() << "a GPU has a choice of kernels, the CPU has none";
-  setenv("STRETTO_ATTENTION_BACKWARD", "own", 1);
+  setenv("STRETTO_ATTENTION_BACKWARD", "cudnn", 1);
   CheckBackward(run, c);
   unsetenv("STRETTO_ATTENTION_BACKWARD");
 }

@@ -33,9 +33,14 @@ mkdir -p "$output"
 output=$(cd "$output" && pwd)
 began=$SECONDS
 
-# GPUs that the driver shows. With one there is one rank; with more there are two.
+# GPUs that the driver shows and CUDA_VISIBLE_DEVICES leaves. With one there is one rank; with more
+# there are two.
 gpus=0
 if command -v nvidia-smi > /dev/null; then gpus=$( (nvidia-smi -L 2> /dev/null || true) | grep -c '^GPU' || true); fi
+if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+  visible=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '[^[:space:]]' || true)
+  [ "$visible" -ge "$gpus" ] || gpus=$visible
+fi
 ranks=2
 [ "$gpus" -ne 1 ] || ranks=1
 

@@ -104,12 +104,13 @@ double BatchBytes(const TrainConfig& config) {
 absl::Status CheckMemory(const RunPlan& plan, const TrainConfig& config, const World& world,
                          Device device) {
   if (device.kind != DeviceKind::kCpu) {
+    const bool shares = world.size() > config.parallel.tp * config.parallel.pp;
     const auto too_little = [&](const std::string& what) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat(what,
-                       "; what saves most: runtime.recompute=block, a smaller batch.micro, "
-                       "runtime.loss_chunk=8192, optimizer.offload=true, parallel.zero=3\n",
-                       plan.MemoryTable()));
+      return absl::ResourceExhaustedError(absl::StrCat(
+          what,
+          "; what saves most: runtime.recompute=block, a smaller batch.micro, "
+          "runtime.loss_chunk=8192, optimizer.offload=true",
+          shares && config.parallel.zero < 3 ? ", parallel.zero=3\n" : "\n", plan.MemoryTable()));
     };
     const int64_t budget = config.runtime.device_memory_bytes;
     const int64_t drawn = plan.arena_bytes + plan.overhead_bytes;

@@ -1,7 +1,8 @@
 #include "stretto/model/graph.h"
 
 #include <algorithm>
-#include <map>
+#include <set>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -47,6 +48,26 @@ std::string Graph::Describe() const {
     }
   }
   return out;
+}
+
+const char* Name(ActionKind kind) {
+  switch (kind) {
+    case ActionKind::kForward:
+      return "F";
+    case ActionKind::kRecompute:
+      return "R";
+    case ActionKind::kBackwardInput:
+      return "B";
+    case ActionKind::kBackwardWeight:
+      return "W";
+    case ActionKind::kStartInput:
+      return ">B";
+    case ActionKind::kFinishInput:
+      return "B>";
+    case ActionKind::kStartWeight:
+      return ">W";
+  }
+  return "?";
 }
 
 const char* Name(Recompute recompute) {
@@ -104,7 +125,99 @@ unsigned BackwardUses(const SlotInfo& slot) {
 
 }  // namespace
 
-ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_weights) {
+namespace {
+
+// The backward pass; `again`: layers that run again at the end of their block.
+class BackwardActions {
+ public:
+  BackwardActions(const Graph& graph, bool defer_weights, bool overlap, std::vector<Action>* out)
+      : graph_(graph),
+        layers_(static_cast<int>(graph.layers.size())),
+        defer_(defer_weights),
+        weight_started_(graph.layers.size(), false),
+        out_(*out) {
+    for (const ExchangeInfo& e : graph.exchanges) {
+      // What B sends away comes back.
+      exchanges_.emplace(e.at == ActionKind::kBackwardInput ? ActionKind::kFinishInput : e.at,
+                         e.layer);
+      overlap_ |= overlap;
+    }
+  }
+
+  void Add(const std::vector<bool>& again) {
+    for (int l = layers_ - 1; l >= 0; --l) {
+      const bool starts = Exchanges(ActionKind::kStartInput, l);
+      if (starts) {
+        out_.push_back({ActionKind::kStartInput, l});
+        if (overlap_ && !defer_) AddWeights();
+      }
+      const int block = graph_.layer_block[l];
+      if (block >= 0 && (l == layers_ - 1 || graph_.layer_block[l + 1] != block)) {
+        int first = l;
+        while (first > 0 && graph_.layer_block[first - 1] == block) --first;
+        for (int r = first; r <= l; ++r) {
+          if (again[r]) out_.push_back({ActionKind::kRecompute, r});
+        }
+      }
+      if (overlap_ && !defer_) {
+        StartWeight(l);
+        if (starts) StartWeight(NextStarter(l));
+      }
+      out_.push_back({ActionKind::kBackwardInput, l});
+      if (Exchanges(ActionKind::kFinishInput, l)) {
+        if (overlap_ && !defer_) AddWeights();
+        out_.push_back({ActionKind::kFinishInput, l});
+      }
+      weights_.push_back(l);
+      if (!overlap_ && !defer_) AddWeights();
+    }
+    AddWeights();
+  }
+
+ private:
+  bool Exchanges(ActionKind kind, int l) const { return exchanges_.count({kind, l}) > 0; }
+  void StartWeight(int l) {
+    if (l < 0 || weight_started_[l] || !Exchanges(ActionKind::kStartWeight, l)) return;
+    weight_started_[l] = true;
+    out_.push_back({ActionKind::kStartWeight, l});
+  }
+  // The next layer of the same block, before another one starts an exchange, whose W needs one: its
+  // input is there, and travels under the inputs' halves up to its own.
+  int NextStarter(int l) const {
+    for (int c = l - 1; c >= 0 && graph_.layer_block[c] == graph_.layer_block[l]; --c) {
+      if (Exchanges(ActionKind::kStartInput, c)) return -1;
+      if (Exchanges(ActionKind::kStartWeight, c)) return c;
+    }
+    return -1;
+  }
+  // The weights' halves that have not been added yet.
+  void AddWeights() {
+    for (size_t i = 0; i < weights_.size(); ++i) {
+      StartWeight(weights_[i]);
+      // One exchange ahead, under this W.
+      for (size_t k = i + 1; overlap_ && k < weights_.size(); ++k) {
+        if (!Exchanges(ActionKind::kStartWeight, weights_[k])) continue;
+        StartWeight(weights_[k]);
+        break;
+      }
+      out_.push_back({ActionKind::kBackwardWeight, weights_[i]});
+    }
+    weights_.clear();
+  }
+
+  const Graph& graph_;
+  int layers_;
+  bool defer_, overlap_ = false;
+  std::set<std::pair<ActionKind, int>> exchanges_;  // actions of these kinds and layers
+  std::vector<bool> weight_started_;
+  std::vector<int> weights_;  // layers
+  std::vector<Action>& out_;
+};
+
+}  // namespace
+
+ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_weights,
+                           bool overlap) {
   const int layers = static_cast<int>(graph.layers.size());
   ActionList list;
   list.dropped.assign(graph.slots.size(), false);
@@ -159,22 +272,7 @@ ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_w
   }
 
   for (int l = 0; l < layers; ++l) list.actions.push_back({ActionKind::kForward, l});
-  std::vector<Action> weights;
-  for (int l = layers - 1; l >= 0; --l) {
-    const int block = graph.layer_block[l];
-    const bool block_ends_here =
-        block >= 0 && (l == layers - 1 || graph.layer_block[l + 1] != block);
-    if (block_ends_here) {
-      int first = l;
-      while (first > 0 && graph.layer_block[first - 1] == block) --first;
-      for (int r = first; r <= l; ++r) {
-        if (again[r]) list.actions.push_back({ActionKind::kRecompute, r});
-      }
-    }
-    list.actions.push_back({ActionKind::kBackwardInput, l});
-    (defer_weights ? weights : list.actions).push_back({ActionKind::kBackwardWeight, l});
-  }
-  list.actions.insert(list.actions.end(), weights.begin(), weights.end());
+  BackwardActions(graph, defer_weights, overlap, &list.actions).Add(again);
   return list;
 }
 
@@ -191,8 +289,7 @@ ActionList EvaluationActions(const Graph& graph) {
 std::string Describe(const Graph& graph, const ActionList& list) {
   std::string out;
   for (const Action& a : list.actions) {
-    const char letter = "FRBW"[static_cast<int>(a.kind)];
-    absl::StrAppend(&out, std::string(1, letter), " ", graph.layer_names[a.layer], "\n");
+    absl::StrAppend(&out, Name(a.kind), " ", graph.layer_names[a.layer].c_str(), "\n");
   }
   return out;
 }
@@ -214,20 +311,24 @@ struct Span {
 // When each layer's actions happen.
 struct Times {
   explicit Times(const Graph& graph, const ActionList& list) {
-    for (auto* v : {&f, &r, &b, &w}) v->assign(graph.layers.size(), kNever);
+    std::vector<int>* v[] = {&f, &r, &b, &w, &start_b, &finish_b, &start_w};
+    for (auto* of_kind : v) of_kind->assign(graph.layers.size(), kNever);
     for (size_t t = 0; t < list.actions.size(); ++t) {
       const Action& a = list.actions[t];
-      std::vector<int>* v[] = {&f, &r, &b, &w};
       (*v[static_cast<int>(a.kind)])[a.layer] = static_cast<int>(t);
     }
     end = static_cast<int>(list.actions.size()) - 1;
   }
-  // The last backward use of `uses` by `layer`.
+  // The backward uses `uses` by `layer`, from the start of their exchanges to the end.
   void AddBackward(Span* span, int layer, unsigned uses) const {
-    if (uses & kInBackwardInput) span->Add(b[layer]);
-    if (uses & kInBackwardWeight) span->Add(w[layer]);
+    if (uses & kInBackwardInput) {
+      for (const auto* times : {&start_b, &b, &finish_b}) span->Add((*times)[layer]);
+    }
+    if (uses & kInBackwardWeight) {
+      for (const auto* times : {&start_w, &w}) span->Add((*times)[layer]);
+    }
   }
-  std::vector<int> f, r, b, w;
+  std::vector<int> f, r, b, w, start_b, finish_b, start_w;
   int end = 0;
 };
 
@@ -274,28 +375,61 @@ bool MayShareGradient(const Graph& graph, const Times& times, int slot,
 
 }  // namespace
 
+int PiecesOf(const TokenCut& cut, int64_t tokens) {
+  return static_cast<int>(std::min<int64_t>(cut.pieces, CutRows(tokens, cut.ranks, 0).part));
+}
+
+TokenPiece PieceOf(const TokenCut& cut, int64_t tokens, int piece) {
+  TokenPiece p;
+  p.part = CutEvenly(CutRows(tokens, cut.ranks, 0).part, PiecesOf(cut, tokens), piece);
+  p.whole = {p.part.first * cut.ranks, p.part.count * cut.ranks};
+  p.mine = {p.whole.first + p.part.count * cut.index, p.part.count};
+  p.all = std::clamp<int64_t>(tokens - p.whole.first, 0, p.whole.count);
+  p.own = std::clamp<int64_t>(tokens - p.mine.first, 0, p.mine.count);
+  return p;
+}
+
+TokenPart PartOf(const TokenCut& cut, int64_t tokens) {
+  const int64_t rows = CutRows(tokens, cut.ranks, 0).part;
+  if (rows == 0) return {};
+  // There are fewer rows of padding than ranks, so that they lie in the last piece, at its end.
+  const TokenPiece last = PieceOf(cut, tokens, PiecesOf(cut, tokens) - 1);
+  return {rows, rows - last.part.count + last.own};
+}
+
 int64_t StoredRows(const Graph& graph, const SlotInfo& slot, int64_t tokens) {
   const int64_t part = CutRows(tokens, graph.tokens.ranks, 0).part;
   return slot.shard ? part : part * graph.tokens.ranks;
 }
 
-int64_t ExchangedBytes(const Graph& graph, const ActionList& list, int64_t tokens) {
-  const int64_t part = CutRows(tokens, graph.tokens.ranks, 0).part;
+std::vector<PlannedExchange> ExchangesOf(const Graph& graph, const ActionList& list,
+                                         int64_t tokens) {
   std::vector<std::vector<const ExchangeInfo*>> of_layer(graph.layers.size());
   for (const ExchangeInfo& e : graph.exchanges) {
     of_layer[static_cast<size_t>(e.layer)].push_back(&e);
   }
-  int64_t bytes = 0;
+  std::vector<PlannedExchange> planned;
   for (const Action& a : list.actions) {
-    unsigned use = kInForward;
-    if (a.kind == ActionKind::kBackwardInput) use = kInBackwardInput;
-    if (a.kind == ActionKind::kBackwardWeight) use = kInBackwardWeight;
+    const bool again = a.kind == ActionKind::kRecompute;
     for (const ExchangeInfo* e : of_layer[static_cast<size_t>(a.layer)]) {
       const bool kept = e->unless_kept >= 0 && !list.dropped[static_cast<size_t>(e->unless_kept)];
-      if ((e->uses & use) == 0 || (a.kind == ActionKind::kRecompute && kept)) continue;
-      bytes +=
-          (e->every_token ? tokens : part) * e->width * SizeOf(e->dtype) * (graph.tokens.ranks - 1);
+      if (e->at != (again ? ActionKind::kForward : a.kind) || (again && kept)) continue;
+      if (e->every_token) {
+        planned.push_back({e, tokens});
+        continue;
+      }
+      for (int i = 0; i < PiecesOf(graph.tokens, tokens); ++i) {
+        planned.push_back({e, PieceOf(graph.tokens, tokens, i).part.count});
+      }
     }
+  }
+  return planned;
+}
+
+int64_t ExchangedBytes(const Graph& graph, const ActionList& list, int64_t tokens) {
+  int64_t bytes = 0;
+  for (const PlannedExchange& e : ExchangesOf(graph, list, tokens)) {
+    bytes += e.rows * e.info->width * SizeOf(e.info->dtype) * (graph.tokens.ranks - 1);
   }
   return bytes;
 }
@@ -368,7 +502,7 @@ absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& acti
       root[i] = i;
       if (s.kind != SlotKind::kActivation && s.kind != SlotKind::kInput) continue;
       for (const SlotInfo::Reader& r : s.readers) {
-        if (r.writes_grad) span[i].Add(times.b[r.layer]);
+        if (r.writes_grad) times.AddBackward(&span[i], r.layer, kInBackwardInput);
       }
       if (span[i].empty()) continue;  // nobody sends a gradient back
       if (s.producer >= 0) {

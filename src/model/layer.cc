@@ -210,12 +210,15 @@ SlotId Builder::Scratch(const std::string& name, int64_t width, DType dtype, uns
   return id;
 }
 
-void Builder::Exchanges(unsigned uses, int64_t width, DType dtype, const ExchangeOptions& options) {
+void Builder::Exchanges(ActionKind at, int64_t width, DType dtype, const std::string& label,
+                        const ExchangeOptions& options) {
   if (!InDeclare("an exchange")) return;
   graph_.exchanges.push_back({.layer = current_,
-                              .uses = uses,
+                              .at = at,
+                              .sum = options.sum,
                               .width = width,
                               .dtype = dtype,
+                              .label = label,
                               .every_token = options.every_token,
                               .unless_kept = options.unless_kept.value});
 }

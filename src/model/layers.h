@@ -19,9 +19,9 @@ void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOp
 // Reads x, or what gelu made x from (LinearOptions::gelu_input), as LinearBackwardInput does. For
 // Declare; INVALID_ARGUMENT when x is not made so.
 absl::Status DeclareLinearInput(Builder& b, const LinearOptions& options, SlotId x);
-// Into the gradient of x, or of what gelu made x from: dy [tokens, out] w [out, in].
+// Into the gradient of x, or of what gelu made x from: dy [tokens, out] w [out, in]. Of these rows.
 void LinearBackwardInput(Run& run, Frame& frame, const LinearOptions& options, SlotId x,
-                         const Tensor& dy, const Tensor& w);
+                         const Tensor& dy, const Tensor& w, Range rows);
 // Into the gradients of `weight` [out, in] and, where valid, `bias` [out]: of dy [tokens, out] and
 // x [tokens, in].
 void LinearBackwardWeight(Run& run, ParamId weight, ParamId bias, const Tensor& dy,

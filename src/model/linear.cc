@@ -34,14 +34,15 @@ absl::Status DeclareLinearInput(Builder& b, const LinearOptions& options, SlotId
 }
 
 void LinearBackwardInput(Run& run, Frame& frame, const LinearOptions& options, SlotId x,
-                         const Tensor& dy, const Tensor& w) {
+                         const Tensor& dy, const Tensor& w, Range rows) {
   const SlotId pre = options.gelu_input;
   const Tensor dx = frame.Grad(pre.valid() ? pre : x);
   if (!dx.present()) return;
+  const auto cut = [rows](const Tensor& t) { return t.Rows(rows.first, rows.count); };
   if (pre.valid()) {
-    ops::LinearBackwardInputGelu(run.ops(), dx, dy, w, frame.Value(pre));
+    ops::LinearBackwardInputGelu(run.ops(), cut(dx), cut(dy), w, cut(frame.Value(pre)));
   } else {
-    ops::LinearBackwardInput(run.ops(), dx, dy, w, frame.AccumulateGrad(x));
+    ops::LinearBackwardInput(run.ops(), cut(dx), cut(dy), w, frame.AccumulateGrad(x));
   }
 }
 
@@ -87,7 +88,8 @@ void LinearLayer::Recompute(Run& run, Frame& frame) const {
 }
 
 void LinearLayer::BackwardInput(Run& run, Frame& frame) const {
-  LinearBackwardInput(run, frame, options_, x_, frame.Grad(y_), run.Parameter(weight_));
+  const Tensor dy = frame.Grad(y_);
+  LinearBackwardInput(run, frame, options_, x_, dy, run.Parameter(weight_), {0, dy.rows()});
 }
 
 void LinearLayer::BackwardWeight(Run& run, Frame& frame) const {

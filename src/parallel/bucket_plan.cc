@@ -26,6 +26,10 @@ unsigned HalfOf(ActionKind kind) {
       return kInBackwardInput;
     case ActionKind::kBackwardWeight:
       return kInBackwardWeight;
+    case ActionKind::kStartInput:
+    case ActionKind::kFinishInput:
+    case ActionKind::kStartWeight:
+      return 0;  // exchanges know no parameters
   }
   return 0;
 }
@@ -82,7 +86,7 @@ class Planner {
       while (forward < end_ && Kind(forward) == ActionKind::kForward) ++forward;
       cuts_.push_back(forward);
       int weights = end_;
-      while (weights > forward && Kind(weights - 1) == ActionKind::kBackwardWeight) --weights;
+      while (weights > forward && OfWeights(Kind(weights - 1))) --weights;
       if (options.halves) cuts_.push_back(weights);
       std::sort(cuts_.begin(), cuts_.end());
     }
@@ -336,7 +340,7 @@ std::string Describe(const Graph& graph, const ActionList& list, const BucketTim
     const auto print = [&](const char* when, const std::vector<BucketEvent>& events) {
       for (const BucketEvent& e : events) {
         const BucketStay& s = timeline.stays[static_cast<size_t>(e.stay)];
-        absl::StrAppend(&out, when, " ", std::string(1, "FRBW"[static_cast<int>(action.kind)]), " ",
+        absl::StrAppend(&out, when, " ", Name(action.kind), " ",
                         graph.layer_names[static_cast<size_t>(action.layer)], ": ", Name(e.kind),
                         e.ahead ? " ahead" : "", s.gradients ? " gradients " : " parameters ",
                         s.bucket, " at ", s.offset, "\n");

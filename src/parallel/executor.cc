@@ -209,6 +209,11 @@ void Enqueue(const Layer& layer, ActionKind kind, Run& run, Frame& frame) {
     case ActionKind::kBackwardWeight:
       layer.BackwardWeight(run, frame);
       break;
+    case ActionKind::kStartInput:
+    case ActionKind::kFinishInput:
+    case ActionKind::kStartWeight:
+      layer.Exchange(kind, run, frame);
+      break;
   }
 }
 

@@ -87,7 +87,7 @@ absl::Status ModelStages::Use(const std::vector<StageParts>& parts) {
     // Behind the last action that is not a weight half.
     stage.weights_begin = actions.size();
     while (stage.weights_begin > stage.forward_end &&
-           actions[stage.weights_begin - 1].kind == ActionKind::kBackwardWeight) {
+           OfWeights(actions[stage.weights_begin - 1].kind)) {
       --stage.weights_begin;
     }
   }
@@ -117,7 +117,7 @@ TokenFeeder& ModelStages::feeder() { return *stages_.front().slots.front().feede
 
 int64_t ModelStages::Tokens(int item) const {
   const TokenCut& cut = stages_.front().parts.graph->tokens;
-  return CutRows(BatchOf(item).tokens(), cut.ranks, cut.index).count;
+  return PartOf(cut, BatchOf(item).tokens()).count;
 }
 
 absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {

@@ -33,14 +33,46 @@ GroupPlace PlaceInGroups(int64_t groups, const TokenCut& axis);
 
 // The axis of a run; null after having failed the stream when it has none.
 TensorAxis* AxisOf(const Run& run);
-// The rows behind `tokens` become zero, so that sums over them are defined.
-void ZeroPadding(Run& run, Tensor padded, int64_t tokens);
 
-// Gathers the parts of `slot` of all ranks into `whole`.
-void Gather(Run& run, const Frame& frame, SlotId whole, SlotId slot, const std::string& label);
-// Sums `whole` over the ranks into this rank's part of the gradient of `slot`.
-void SumToGradient(Run& run, const Frame& frame, SlotId slot, SlotId whole,
-                   const std::string& label);
+// Begins to gather `part`, which has all its rows (Frame::Padded), of all ranks into `whole`.
+void StartGather(Run& run, const Frame& frame, SlotId whole, const Tensor& part,
+                 const std::string& label);
+// work(rows) with the tokens of each piece of `whole` once they have arrived.
+template <class Work>
+void AsPiecesArrive(Run& run, const Frame& frame, SlotId whole, const Work& work) {
+  TensorAxis* const axis = AxisOf(run);
+  if (axis == nullptr) return;
+  const int64_t tokens = frame.tokens.tokens;
+  const int pieces = PiecesOf(frame.cut(), tokens);
+  for (int i = 0; i < pieces; ++i) {
+    const TokenPiece piece = PieceOf(frame.cut(), tokens, i);
+    axis->Wait(*run.ops().stream, frame.Padded(whole), i, pieces);
+    work(Range{piece.whole.first, piece.all});
+  }
+}
+// What is enqueued from now on sees all of the exchange of `whole`.
+void WaitForPieces(Run& run, const Frame& frame, SlotId whole);
+
+// Begins to add up piece `i` of `whole` over the ranks, into `part` or in place.
+void StartSum(Run& run, const Frame& frame, SlotId whole, const TokenPiece& piece, int i,
+              const Tensor& part, const std::string& label);
+// Begins to add up `whole` piece by piece: each leaves after work(rows) has written its tokens.
+template <class Work>
+void SumAsWritten(Run& run, const Frame& frame, SlotId whole, const Tensor& part,
+                  const std::string& label, const Work& work) {
+  const int64_t tokens = frame.tokens.tokens;
+  for (int i = 0; i < PiecesOf(frame.cut(), tokens); ++i) {
+    const TokenPiece piece = PieceOf(frame.cut(), tokens, i);
+    work(Range{piece.whole.first, piece.all});
+    StartSum(run, frame, whole, piece, i, part, label);
+  }
+}
+// Where this rank's part of a sum goes that becomes, or is added to, the gradient of `slot`; and
+// what ends it.
+Tensor GradientTarget(const Frame& frame, SlotId slot);
+void FinishGradient(Run& run, const Frame& frame, SlotId slot, SlotId whole);
+
+inline Tensor Cut(const Tensor& t, Range rows) { return t.Rows(rows.first, rows.count); }
 
 // y = x w^T + bias: gathers the tokens of x, and has a part of the rows of w and of y's features.
 class ColumnLinearLayer : public Layer {
@@ -53,6 +85,7 @@ class ColumnLinearLayer : public Layer {
   void Recompute(Run& run, Frame& frame) const override;
   void BackwardInput(Run& run, Frame& frame) const override;
   void BackwardWeight(Run& run, Frame& frame) const override;
+  void Exchange(ActionKind kind, Run& run, Frame& frame) const override;
 
  private:
   SlotId x_, y_, gelu_;
@@ -85,6 +118,7 @@ class RowLinearLayer : public Layer {
   void Forward(Run& run, Frame& frame) const override;
   void BackwardInput(Run& run, Frame& frame) const override;
   void BackwardWeight(Run& run, Frame& frame) const override;
+  void Exchange(ActionKind kind, Run& run, Frame& frame) const override;
 
  private:
   SlotId x_, y_;
@@ -113,6 +147,7 @@ class VocabularyEmbeddingLayer : public Layer {
   void BackwardInput(Run&, Frame&) const override {}
   void BackwardWeight(Run& run, Frame& frame) const override;
   unsigned ReadsParameters() const override { return kInForward; }
+  void Exchange(ActionKind kind, Run& run, Frame& frame) const override;
 
  private:
   struct Table {
@@ -154,6 +189,7 @@ class VocabularyLossHeadLayer : public Layer {
   unsigned WritesGradients() const override {
     return one_chunk() ? kInBackwardWeight : kInBackwardInput;
   }
+  void Exchange(ActionKind kind, Run& run, Frame& frame) const override;
 
  private:
   bool one_chunk() const { return chunk_ == padded_; }
@@ -166,7 +202,7 @@ class VocabularyLossHeadLayer : public Layer {
     return frame.Value(logits_).Columns(0, std::min(chunk_, rows_.count - first));
   }
 
-  SlotId x_, whole_x_, again_, whole_dx_;
+  SlotId x_, whole_x_, whole_dx_;
   SlotId logits_, state_, part_state_, states_, losses_;
   int64_t vocabulary_;
   Range rows_;          // entries of the vocabulary on this rank
@@ -176,7 +212,7 @@ class VocabularyLossHeadLayer : public Layer {
   double init_std_;
   std::string tied_to_;  // layer in another part of the model; empty: none
   ParamId* weight_out_;
-  std::string gather_label_, states_label_, sum_label_, again_label_;
+  std::string gather_label_, states_label_, sum_label_;
 };
 
 }  // namespace stretto::internal

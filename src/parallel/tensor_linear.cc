@@ -125,27 +125,30 @@ absl::Status ColumnLinearLayer::Declare(Builder& b) {
   if (gelu && pieces_.size() > 1) {
     return absl::InvalidArgumentError("gelu behind it needs features that no two ranks share");
   }
-  b.Exchanges(kInForward, in_, b.dtype(), {.unless_kept = gelu ? y_ : SlotId()});
-  b.Exchanges(kInBackwardInput, in_, b.dtype());
-  b.Exchanges(kInBackwardWeight, in_, b.dtype());
   gather_label_ = b.layer_name() + " gather";
   sum_label_ = b.layer_name() + " gradient";
   again_label_ = b.layer_name() + " gather again";
+  b.Exchanges(ActionKind::kForward, in_, b.dtype(), gather_label_,
+              {.unless_kept = gelu ? y_ : SlotId()});
+  b.Exchanges(ActionKind::kBackwardInput, in_, b.dtype(), sum_label_, {.sum = true});
+  b.Exchanges(ActionKind::kStartWeight, in_, b.dtype(), again_label_);
   return absl::OkStatus();
 }
 
 void ColumnLinearLayer::Forward(Run& run, Frame& frame) const {
-  Gather(run, frame, whole_x_, x_, gather_label_);
-  const Tensor x = frame.Value(whole_x_), y = frame.Value(y_);
-  for (const Piece& piece : pieces_) {
-    const Tensor w = run.Parameter(piece.weight);
-    const Tensor bias = piece.bias.valid() ? run.Parameter(piece.bias) : Tensor();
-    if (gelu_.valid()) {
-      ops::LinearGelu(run.ops(), frame.Value(gelu_), y, x, w, bias);
-    } else {
-      ops::Linear(run.ops(), Columns(piece, y), x, w, bias);
+  StartGather(run, frame, whole_x_, frame.Padded(x_), gather_label_);
+  AsPiecesArrive(run, frame, whole_x_, [&](Range rows) {
+    const Tensor x = Cut(frame.Value(whole_x_), rows), y = Cut(frame.Value(y_), rows);
+    for (const Piece& piece : pieces_) {
+      const Tensor w = run.Parameter(piece.weight);
+      const Tensor bias = piece.bias.valid() ? run.Parameter(piece.bias) : Tensor();
+      if (gelu_.valid()) {
+        ops::LinearGelu(run.ops(), Cut(frame.Value(gelu_), rows), y, x, w, bias);
+      } else {
+        ops::Linear(run.ops(), Columns(piece, y), x, w, bias);
+      }
     }
-  }
+  });
 }
 
 void ColumnLinearLayer::Recompute(Run& run, Frame& frame) const {
@@ -158,16 +161,26 @@ void ColumnLinearLayer::Recompute(Run& run, Frame& frame) const {
 
 void ColumnLinearLayer::BackwardInput(Run& run, Frame& frame) const {
   if (!frame.Grad(x_).present()) return;
-  for (const Piece& piece : pieces_) {
-    ops::LinearBackwardInput(run.ops(), frame.Value(whole_dx_), Columns(piece, frame.Grad(y_)),
-                             run.Parameter(piece.weight), /*acc=*/&piece != pieces_.data());
+  SumAsWritten(run, frame, whole_dx_, GradientTarget(frame, x_), sum_label_, [&](Range rows) {
+    for (const Piece& piece : pieces_) {
+      ops::LinearBackwardInput(run.ops(), Cut(frame.Value(whole_dx_), rows),
+                               Columns(piece, Cut(frame.Grad(y_), rows)),
+                               run.Parameter(piece.weight), /*acc=*/&piece != pieces_.data());
+    }
+  });
+}
+
+void ColumnLinearLayer::Exchange(ActionKind kind, Run& run, Frame& frame) const {
+  if (kind == ActionKind::kFinishInput) {
+    if (frame.Grad(x_).present()) FinishGradient(run, frame, x_, whole_dx_);
+  } else {
+    // Gathered again rather than kept: between the halves a rank keeps its part of the tokens.
+    StartGather(run, frame, again_, frame.Padded(x_), again_label_);
   }
-  SumToGradient(run, frame, x_, whole_dx_, sum_label_);
 }
 
 void ColumnLinearLayer::BackwardWeight(Run& run, Frame& frame) const {
-  // Gathered again rather than kept: between the halves a rank keeps its part of the tokens.
-  Gather(run, frame, again_, x_, again_label_);
+  WaitForPieces(run, frame, again_);
   for (const Piece& piece : pieces_) {
     LinearBackwardWeight(run, piece.weight, piece.bias, Columns(piece, frame.Grad(y_)),
                          frame.Value(again_));
@@ -204,28 +217,30 @@ absl::Status RowLinearLayer::Declare(Builder& b) {
         {.name = "bias", .shape = {out_}, .init = Init::kZeros, .std = 0, .weight_decay = false});
     adds_bias_ = b.tokens().index == 0;
   }
-  b.Exchanges(kInForward, out_, b.dtype());
-  b.Exchanges(kInBackwardInput, out_, b.dtype());
   sum_label_ = b.layer_name() + " sum";
   gather_label_ = b.layer_name() + " gradient";
+  b.Exchanges(ActionKind::kForward, out_, b.dtype(), sum_label_, {.sum = true});
+  b.Exchanges(ActionKind::kStartInput, out_, b.dtype(), gather_label_);
   return absl::OkStatus();
 }
 
 void RowLinearLayer::Forward(Run& run, Frame& frame) const {
-  TensorAxis* const axis = AxisOf(run);
-  if (axis == nullptr) return;
-  ops::Linear(run.ops(), frame.Value(whole_y_), frame.Value(x_), run.Parameter(weight_),
-              adds_bias_ ? run.Parameter(bias_) : Tensor());
-  const Tensor whole = frame.Padded(whole_y_);
-  ZeroPadding(run, whole, frame.tokens.tokens);
-  axis->SumToParts(*run.ops().stream, frame.Padded(y_), whole, sum_label_);
+  SumAsWritten(run, frame, whole_y_, frame.Padded(y_), sum_label_, [&](Range rows) {
+    ops::Linear(run.ops(), Cut(frame.Value(whole_y_), rows), Cut(frame.Value(x_), rows),
+                run.Parameter(weight_), adds_bias_ ? run.Parameter(bias_) : Tensor());
+  });
+  WaitForPieces(run, frame, whole_y_);
+}
+
+void RowLinearLayer::Exchange(ActionKind, Run& run, Frame& frame) const {
+  StartGather(run, frame, whole_dy_, frame.PaddedGrad(y_), gather_label_);
 }
 
 void RowLinearLayer::BackwardInput(Run& run, Frame& frame) const {
-  TensorAxis* const axis = AxisOf(run);
-  if (axis == nullptr) return;
-  axis->Gather(*run.ops().stream, frame.Padded(whole_dy_), frame.PaddedGrad(y_), gather_label_);
-  LinearBackwardInput(run, frame, options_, x_, frame.Value(whole_dy_), run.Parameter(weight_));
+  AsPiecesArrive(run, frame, whole_dy_, [&](Range rows) {
+    LinearBackwardInput(run, frame, options_, x_, frame.Value(whole_dy_), run.Parameter(weight_),
+                        rows);
+  });
 }
 
 void RowLinearLayer::BackwardWeight(Run& run, Frame& frame) const {

@@ -12,8 +12,53 @@ void TensorAxis::Gather(Stream& stream, Tensor whole, Tensor part, const std::st
   Wait(stream, comm_.AllGather(group_, whole, part, label, stream.Record()));
 }
 
-void TensorAxis::SumToParts(Stream& stream, Tensor part, Tensor whole, const std::string& label) {
-  Wait(stream, comm_.ReduceScatter(group_, part, whole, label, stream.Record()));
+void TensorAxis::StartGather(Stream& stream, const TokenPiece& piece, int i, Tensor whole,
+                             Tensor part, const std::string& label) {
+  Started(stream, whole, i,
+          comm_.AllGather(group_, whole.Rows(piece.whole.first, piece.whole.count),
+                          part.Rows(piece.part.first, piece.part.count), label, stream.Record()));
+}
+
+void TensorAxis::StartSum(Stream& stream, const TokenPiece& piece, int i, Tensor whole, Tensor part,
+                          const std::string& label) {
+  const Tensor mine = part.present() ? part.Rows(piece.part.first, piece.part.count)
+                                     : whole.Rows(piece.mine.first, piece.mine.count);
+  Started(stream, whole, i,
+          comm_.ReduceScatter(group_, mine, whole.Rows(piece.whole.first, piece.whole.count), label,
+                              stream.Record()));
+}
+
+TensorAxis::UnderWay* TensorAxis::Find(const std::byte* whole) {
+  for (UnderWay& u : under_way_) {
+    if (u.whole == whole) return &u;
+  }
+  return nullptr;
+}
+
+void TensorAxis::Started(Stream& stream, const Tensor& whole, int i, Ticket ticket) {
+  UnderWay* u = Find(i == 0 ? nullptr : whole.data);
+  if (u == nullptr || (i == 0 && Find(whole.data) != nullptr) || i != u->started) {
+    stream.Fail(absl::InternalError(absl::StrCat(
+        "piece ", i, " of an exchange over the tensor axis starts out of turn; at most ",
+        kMostUnderWay, " are under way, each with its own tensor, and pieces start in order")));
+    return;
+  }
+  u->whole = whole.data;
+  u->tickets[static_cast<size_t>(i)] = ticket;
+  ++u->started;
+}
+
+void TensorAxis::Wait(Stream& stream, const Tensor& whole, int i, int pieces) {
+  UnderWay* const u = Find(whole.data);
+  if (u == nullptr || u->waited != i || u->started <= i) {
+    stream.Fail(absl::InternalError(absl::StrCat(
+        "piece ", i, " of an exchange over the tensor axis is waited for, but ",
+        u == nullptr ? 0 : u->started, " have been started and ", u == nullptr ? 0 : u->waited,
+        " waited for; a layer's exchanges are actions ", "of their own (Layer::Exchange)")));
+    return;
+  }
+  Wait(stream, u->tickets[static_cast<size_t>(i)]);
+  if (++u->waited == pieces) *u = UnderWay();
 }
 
 void TensorAxis::Wait(Stream& stream, Ticket ticket) {
@@ -23,10 +68,10 @@ void TensorAxis::Wait(Stream& stream, Ticket ticket) {
   if (!status.ok()) stream.Fail(std::move(status));
 }
 
-Strategies TensorStrategies(int ranks, int index) {
+Strategies TensorStrategies(int ranks, int index, int pieces) {
   Strategies s = LocalStrategies();
   if (ranks == 1) return s;
-  const TokenCut axis = {ranks, index};
+  const TokenCut axis = {ranks, index, std::clamp(pieces, 1, TokenCut::kMostPieces)};
   s.tokens = axis;
   s.linear = [local = s.linear](SlotId x, Role role, int64_t in, int64_t out,
                                 const LinearOptions& options, SlotId* y) -> std::unique_ptr<Layer> {
@@ -144,31 +189,45 @@ TensorAxis* AxisOf(const Run& run) {
   return run.tensor_axis();
 }
 
-void ZeroPadding(Run& run, Tensor padded, int64_t tokens) {
-  const int64_t rows = padded.rows() - tokens;
-  if (rows > 0) ops::Zero(run.ops(), padded.Rows(tokens, rows));
-}
-
-void Gather(Run& run, const Frame& frame, SlotId whole, SlotId slot, const std::string& label) {
+void StartGather(Run& run, const Frame& frame, SlotId whole, const Tensor& part,
+                 const std::string& label) {
   TensorAxis* const axis = AxisOf(run);
   if (axis == nullptr) return;
-  axis->Gather(*run.ops().stream, frame.Padded(whole), frame.Padded(slot), label);
+  const int64_t tokens = frame.tokens.tokens;
+  for (int i = 0; i < PiecesOf(frame.cut(), tokens); ++i) {
+    axis->StartGather(*run.ops().stream, PieceOf(frame.cut(), tokens, i), i, frame.Padded(whole),
+                      part, label);
+  }
 }
 
-void SumToGradient(Run& run, const Frame& frame, SlotId slot, SlotId whole,
-                   const std::string& label) {
+void WaitForPieces(Run& run, const Frame& frame, SlotId whole) {
+  AsPiecesArrive(run, frame, whole, [](Range) {});
+}
+
+void StartSum(Run& run, const Frame& frame, SlotId whole, const TokenPiece& piece, int i,
+              const Tensor& part, const std::string& label) {
   TensorAxis* const axis = AxisOf(run);
   if (axis == nullptr) return;
   const Tensor all = frame.Padded(whole);
-  ZeroPadding(run, all, frame.tokens.tokens);
-  if (!frame.AccumulateGrad(slot)) {
-    axis->SumToParts(*run.ops().stream, frame.PaddedGrad(slot), all, label);
-    return;
+  // Sums over the rows behind the tokens have to be defined.
+  const int64_t padding = piece.whole.count - piece.all;
+  if (padding > 0) ops::Zero(run.ops(), all.Rows(piece.whole.first + piece.all, padding));
+  axis->StartSum(*run.ops().stream, piece, i, all, part, label);
+}
+
+Tensor GradientTarget(const Frame& frame, SlotId slot) {
+  return frame.AccumulateGrad(slot) ? Tensor() : frame.PaddedGrad(slot);
+}
+
+void FinishGradient(Run& run, const Frame& frame, SlotId slot, SlotId whole) {
+  WaitForPieces(run, frame, whole);
+  if (!frame.AccumulateGrad(slot)) return;
+  const int64_t tokens = frame.tokens.tokens;
+  for (int i = 0; i < PiecesOf(frame.cut(), tokens); ++i) {
+    const TokenPiece piece = PieceOf(frame.cut(), tokens, i);
+    ops::Add(run.ops(), frame.Grad(slot).Rows(piece.part.first, piece.own),
+             frame.Value(whole).Rows(piece.mine.first, piece.own));
   }
-  const RowCut part = frame.Part();
-  axis->SumToParts(*run.ops().stream, all.Rows(part.part * axis->group().index, part.part), all,
-                   label);
-  ops::Add(run.ops(), frame.Grad(slot), all.Rows(part.part * axis->group().index, part.count));
 }
 
 }  // namespace internal

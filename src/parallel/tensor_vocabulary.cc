@@ -36,16 +36,14 @@ absl::Status VocabularyEmbeddingLayer::Declare(Builder& b) {
     table.ids = b.Saved(ids ? "ids" : "positions", 1, DType::kI32, kInBackwardWeight);
   }
   if (table_out_ != nullptr) *table_out_ = tables_[0].param;
-  b.Exchanges(kInForward, width_, b.dtype());
-  b.Exchanges(kInBackwardWeight, width_, b.dtype());
   sum_label_ = b.layer_name() + " sum";
   gather_label_ = b.layer_name() + " gradient";
+  b.Exchanges(ActionKind::kForward, width_, b.dtype(), sum_label_, {.sum = true});
+  b.Exchanges(ActionKind::kStartWeight, width_, b.dtype(), gather_label_);
   return absl::OkStatus();
 }
 
 void VocabularyEmbeddingLayer::Forward(Run& run, Frame& frame) const {
-  TensorAxis* const axis = AxisOf(run);
-  if (axis == nullptr) return;
   const auto ids_of = [&](const Table& table, Tensor ids, const char* what) {
     const Tensor local = frame.Value(table.ids).Flat();
     ops::LocalIds(run.ops(), local, ids, table.rows.first, table.rows.count, table.all, what);
@@ -62,15 +60,16 @@ void VocabularyEmbeddingLayer::Forward(Run& run, Frame& frame) const {
   } else {
     ops::Embedding(run.ops(), whole, ids, table, {}, {});
   }
-  const Tensor padded = frame.Padded(whole_y_);
-  ZeroPadding(run, padded, frame.tokens.tokens);
-  axis->SumToParts(*run.ops().stream, frame.Padded(y_), padded, sum_label_);
+  SumAsWritten(run, frame, whole_y_, frame.Padded(y_), sum_label_, [](Range) {});
+  WaitForPieces(run, frame, whole_y_);
+}
+
+void VocabularyEmbeddingLayer::Exchange(ActionKind, Run& run, Frame& frame) const {
+  StartGather(run, frame, whole_dy_, frame.PaddedGrad(y_), gather_label_);
 }
 
 void VocabularyEmbeddingLayer::BackwardWeight(Run& run, Frame& frame) const {
-  TensorAxis* const axis = AxisOf(run);
-  if (axis == nullptr) return;
-  axis->Gather(*run.ops().stream, frame.Padded(whole_dy_), frame.PaddedGrad(y_), gather_label_);
+  WaitForPieces(run, frame, whole_dy_);
   for (const Table& table : tables_) {
     if (table.all == 0) continue;
     // What belongs to other ranks' rows ends behind this rank's own, where nobody looks.
@@ -107,9 +106,9 @@ absl::Status VocabularyLossHeadLayer::Declare(Builder& b) {
   if (weight_out_ != nullptr) *weight_out_ = weight_;
   b.PadRows(weight_, padded_);
   const bool one = one_chunk();
-  b.Reads(x_, kInForward | (one ? unsigned{kInBackwardWeight} : unsigned{kInBackwardInput}));
-  whole_x_ = b.Scratch("whole_x", width, b.dtype(), kInForward);
-  again_ = b.Scratch("whole_x_again", width, b.dtype(),
+  b.Reads(x_, kInForward);
+  // Kept rather than gathered again: backward of the last layer follows its forward.
+  whole_x_ = b.Saved("whole_x", width, b.dtype(),
                      one ? unsigned{kInBackwardWeight} : unsigned{kInBackwardInput});
   whole_dx_ = b.Scratch("whole_dx", width, b.dtype(), kInBackwardInput);
   // With one chunk forward leaves the gradient of the logits in their place. With several they are
@@ -121,27 +120,29 @@ absl::Status VocabularyLossHeadLayer::Declare(Builder& b) {
   part_state_ = b.Scratch("part_softmax", 3, wide, kInForward);
   states_ = b.Scratch("all_softmax", 3 * axis.ranks, wide, kInForward);
   losses_ = b.Saved("losses", 1, wide, 0, {.shard = true});
-  b.Exchanges(kInForward, width, b.dtype());
-  b.Exchanges(kInForward, 3, wide, {.every_token = true});
-  b.Exchanges(kInBackwardInput, width, b.dtype());
-  b.Exchanges(one ? kInBackwardWeight : kInBackwardInput, width, b.dtype());
   gather_label_ = b.layer_name() + " gather";
   states_label_ = b.layer_name() + " softmax";
   sum_label_ = b.layer_name() + " gradient";
-  again_label_ = b.layer_name() + " gather again";
+  b.Exchanges(ActionKind::kForward, width, b.dtype(), gather_label_);
+  b.Exchanges(ActionKind::kForward, 3, wide, states_label_, {.every_token = true});
+  b.Exchanges(ActionKind::kBackwardInput, width, b.dtype(), sum_label_, {.sum = true});
   return absl::OkStatus();
 }
 
 void VocabularyLossHeadLayer::Forward(Run& run, Frame& frame) const {
   TensorAxis* const axis = AxisOf(run);
   if (axis == nullptr) return;
-  Gather(run, frame, whole_x_, x_, gather_label_);
   const Tensor x = frame.Value(whole_x_), w = PaddedRows(run.Parameter(weight_), padded_);
   const TokenViews& t = frame.tokens;
   const Tensor state = frame.Value(state_), mine = frame.Value(part_state_);
-  for (int64_t first = 0; first < padded_; first += chunk_) {
+  const auto logits_of = [&](int64_t first, Range rows) {
     const Tensor padded = Padded(frame, first);
-    ops::Linear(run.ops(), padded, x, w.Rows(first, padded.dims[1]), {});
+    ops::Linear(run.ops(), Cut(padded, rows), Cut(x, rows), w.Rows(first, padded.dims[1]), {});
+  };
+  StartGather(run, frame, whole_x_, frame.Padded(x_), gather_label_);
+  AsPiecesArrive(run, frame, whole_x_, [&](Range rows) { logits_of(0, rows); });
+  for (int64_t first = 0; first < padded_; first += chunk_) {
+    if (first > 0) logits_of(first, {0, t.tokens});
     ops::LossFold(run.ops(), mine, Logits(frame, first), t.targets, rows_.first + first,
                   first == 0);
   }
@@ -151,11 +152,14 @@ void VocabularyLossHeadLayer::Forward(Run& run, Frame& frame) const {
       Tensor::Of(wide.data, wide.dtype, {t.tokens * axis->group().size(), 3}, wide.device);
   axis->Gather(*run.ops().stream, states, mine, states_label_);
   ops::LossMerge(run.ops(), state, states);
-  const RowCut part = frame.Part();
-  const Run::Target total = run.LossTotal();
-  ops::LossFinish(run.ops(), frame.Value(losses_).Flat(), total.tensor,
-                  state.Rows(part.first, part.count), t.weights.Rows(part.first, part.count),
-                  total.accumulate, t.targets.Rows(part.first, part.count));
+  for (int i = 0; i < PiecesOf(frame.cut(), t.tokens); ++i) {
+    const TokenPiece piece = PieceOf(frame.cut(), t.tokens, i);
+    const Range own = {std::min(piece.mine.first, t.tokens), piece.own};
+    const Run::Target total = run.LossTotal();
+    ops::LossFinish(run.ops(), frame.Value(losses_).Flat().Rows(piece.part.first, piece.own),
+                    total.tensor, Cut(state, own), Cut(t.weights, own), total.accumulate,
+                    Cut(t.targets, own));
+  }
   if (one_chunk() && frame.training()) {
     ops::LossBackward(run.ops(), Logits(frame, 0), state, t.targets, t.weights, rows_.first);
   }
@@ -166,31 +170,39 @@ void VocabularyLossHeadLayer::BackwardInput(Run& run, Frame& frame) const {
   const bool needs_dx = frame.Grad(x_).present();
   const Tensor dx = frame.Value(whole_dx_), state = frame.Value(state_);
   const Run::Target dw = one_chunk() ? Run::Target() : run.Gradient(weight_);
-  if (!one_chunk()) Gather(run, frame, again_, x_, again_label_);
   for (int64_t first = 0; first < padded_; first += chunk_) {
     const Tensor padded = Padded(frame, first);
     const Tensor rows = w.Rows(first, padded.dims[1]);
     if (!one_chunk()) {
-      ops::Linear(run.ops(), padded, frame.Value(again_), rows, {});
+      ops::Linear(run.ops(), padded, frame.Value(whole_x_), rows, {});
       ops::LossBackward(run.ops(), Logits(frame, first), state, frame.tokens.targets,
                         frame.tokens.weights, rows_.first + first);
     }
-    if (needs_dx) ops::LinearBackwardInput(run.ops(), dx, padded, rows, first > 0);
+    const auto into_dx = [&](Range tokens) {
+      ops::LinearBackwardInput(run.ops(), Cut(dx, tokens), Cut(padded, tokens), rows, first > 0);
+    };
+    if (needs_dx && first + chunk_ < padded_) {
+      into_dx({0, dx.rows()});
+    } else if (needs_dx) {
+      SumAsWritten(run, frame, whole_dx_, GradientTarget(frame, x_), sum_label_, into_dx);
+    }
     if (!one_chunk()) {
       ops::LinearBackwardWeight(run.ops(),
                                 PaddedRows(dw.tensor, padded_).Rows(first, padded.dims[1]), {},
-                                padded, frame.Value(again_), dw.accumulate);
+                                padded, frame.Value(whole_x_), dw.accumulate);
     }
   }
-  if (needs_dx) SumToGradient(run, frame, x_, whole_dx_, sum_label_);
+}
+
+void VocabularyLossHeadLayer::Exchange(ActionKind, Run& run, Frame& frame) const {
+  if (frame.Grad(x_).present()) FinishGradient(run, frame, x_, whole_dx_);
 }
 
 void VocabularyLossHeadLayer::BackwardWeight(Run& run, Frame& frame) const {
   if (!one_chunk()) return;
-  Gather(run, frame, again_, x_, again_label_);
   const Run::Target dw = run.Gradient(weight_);
   ops::LinearBackwardWeight(run.ops(), PaddedRows(dw.tensor, padded_), {}, Padded(frame, 0),
-                            frame.Value(again_), dw.accumulate);
+                            frame.Value(whole_x_), dw.accumulate);
 }
 
 }  // namespace stretto::internal

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "stretto/core/log.h"
+#include "stretto/model/graph.h"
 #include "stretto/plan/schedule.h"
 
 namespace stretto {
@@ -77,6 +78,12 @@ void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
           "ranks of a tensor axis, which share each layer: heads, inner features, the vocabulary, "
           "and the tokens in between; on one machine",
           {.min = 1});
+  v.Field("tp_chunks", &tp_chunks,
+          "pieces that a micro-batch's tokens are cut into on a tensor axis: one travels while "
+          "products run on another; 1: products wait for the whole exchange",
+          {.min = 1, .max = TokenCut::kMostPieces});
+  v.Field("tp_overlap", &tp_overlap,
+          "on a tensor axis, compute weights' gradients while inputs' gradients travel");
   v.Choice("schedule", &schedule, {"gpipe", "1f1b", "interleaved", "zb-h1", "v-shaped"},
            "order of forward and backward in a pipeline; docs/parallelism.md has pictures");
   v.Field("chunks", &chunks,

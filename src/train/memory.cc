@@ -203,7 +203,10 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   if (const std::optional<DType> gradients = Float8GradientType(config.runtime.fp8)) {
     options.strategies = Float8Strategies(*gradients);
   }
-  if (tp > 1) options.strategies = TensorStrategies(tp, mesh.Coord("tp"));
+  if (tp > 1) {
+    options.strategies =
+        TensorStrategies(tp, mesh.Coord("tp"), static_cast<int>(config.parallel.tp_chunks));
+  }
   ModelPart part;
   for (int s = 0; s < plan.step.stages; ++s) {
     part.end_block = part.first_block + plan.blocks[static_cast<size_t>(s)];
@@ -213,7 +216,8 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       options.part = part;
       STRETTO_ASSIGN_OR_RETURN(stage.model, BuildModel(config.model, options));
       if (s > 0) stage.copy = stage.model.tied;
-      stage.train_actions = TrainingActions(stage.model.graph, recompute, halves);
+      stage.train_actions =
+          TrainingActions(stage.model.graph, recompute, halves, config.parallel.tp_overlap);
       stage.evaluation_actions = EvaluationActions(stage.model.graph);
       STRETTO_ASSIGN_OR_RETURN(stage.train_frame, PlanFrame(stage.model.graph, stage.train_actions,
                                                             plan.micro_batch_tokens));
@@ -291,7 +295,8 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       sends += m.receive || m.item != 0 ? 0 : 1;
     }
     for (const MicroBatches& m : MicroBatchesOf(config)) {
-      plan.boundary_bytes_sent += m.count * sends * CutRows(m.tokens, tp, mesh.Coord("tp")).count *
+      plan.boundary_bytes_sent += m.count * sends *
+                                  PartOf(plan.stages.front().model.graph.tokens, m.tokens).count *
                                   config.model.hidden * SizeOf(*dtype);
     }
   }

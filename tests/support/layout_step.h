@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <map>
 #include <memory>
 #include <ostream>
@@ -24,10 +25,12 @@ struct Layout {
   int dp = 1, pp = 1, tp = 1;
   ScheduleKind kind = ScheduleKind::kOneF1B;
   int chunks = 1;
+  int pieces = 1;  // of the tokens, on the tensor axis
   int ranks() const { return dp * pp * tp; }
   std::string Name() const {
     std::string name = absl::StrCat("Dp", dp, "Pp", pp, "Tp", tp);
     if (pp > 1) absl::StrAppend(&name, stretto::Name(kind), "Chunks", chunks);
+    if (pieces > 1) absl::StrAppend(&name, "Pieces", pieces);
     std::erase_if(name, [](char c) { return c == '-'; });
     return name;
   }
@@ -40,6 +43,9 @@ struct StepOptions {
   Recompute recompute = Recompute::kNone;
   int64_t loss_chunk = 0;
   StreamMode stream = StreamMode::kInline;
+  bool overlap = true;  // see TrainingActions
+  // Tests spoil the actions here.
+  std::function<void(ActionList&)> change = [](ActionList&) {};
 };
 
 struct StepOutcome {
@@ -48,6 +54,31 @@ struct StepOutcome {
   int64_t tensor_bytes = 0;                              // sent by rank 0 over the tensor axis
   int64_t planned_bytes = 0;                             // that it should have sent
 };
+
+// Whether the newest operations over the tensor axis are `planned`, in this order.
+inline absl::Status SameOrder(const FlightRecorder& recorder, const Group& tp,
+                              const std::vector<PlannedExchange>& planned) {
+  std::vector<FlightRecord> records = recorder.Snapshot();
+  std::erase_if(records, [&](const FlightRecord& r) {
+    return r.group != tp.id || std::string(r.label).find("gradients") != std::string::npos;
+  });
+  const size_t known = std::min(records.size(), planned.size());
+  if (known == 0 && !planned.empty()) return absl::InternalError("the recorder is empty");
+  for (size_t i = 0; i < known; ++i) {
+    const FlightRecord& r = records[records.size() - known + i];
+    const PlannedExchange& p = planned[planned.size() - known + i];
+    const bool sum = p.info->sum;
+    const int64_t count = p.rows * p.info->width * (sum ? tp.size() : 1);
+    if (r.op == (sum ? CommOp::kReduceScatter : CommOp::kAllGather) && r.count == count &&
+        p.info->label.compare(0, sizeof(r.label) - 1, r.label) == 0) {
+      continue;
+    }
+    return absl::InternalError(absl::StrCat("the recorder has ", Name(r.op), " of ", r.count, " [",
+                                            r.label, "] where ", count, " [", p.info->label,
+                                            "] were planned"));
+  }
+  return absl::OkStatus();
+}
 
 // The mesh is pp x dp x tp, the tensor axis innermost; pipeline p has the micro-batches batches[p].
 // All ranks return the same outcome.
@@ -103,12 +134,15 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
     if (program.place_of_stage[static_cast<size_t>(s)] == pp.index) {
       auto stage = std::make_unique<Stage>();
       STRETTO_ASSIGN_OR_RETURN(
-          stage->model, BuildModel(config, {.dtype = options.dtype,
-                                            .loss_chunk = options.loss_chunk,
-                                            .strategies = TensorStrategies(layout.tp, tp.index),
-                                            .part = part}));
+          stage->model,
+          BuildModel(config, {.dtype = options.dtype,
+                              .loss_chunk = options.loss_chunk,
+                              .strategies = TensorStrategies(layout.tp, tp.index, layout.pieces),
+                              .part = part}));
       const Graph& graph = stage->model.graph;
-      stage->actions = TrainingActions(graph, options.recompute, /*defer_weights=*/layout.pp > 1);
+      stage->actions = TrainingActions(graph, options.recompute, /*defer_weights=*/layout.pp > 1,
+                                       options.overlap);
+      options.change(stage->actions);
       STRETTO_ASSIGN_OR_RETURN(stage->frame, PlanFrame(graph, stage->actions, capacity));
       STRETTO_ASSIGN_OR_RETURN(stage->parameters,
                                DataParallel::Create(comm, dp, graph, *stream, *kernels, 5, budget,
@@ -154,6 +188,17 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
   STRETTO_RETURN_IF_ERROR(executor->Finish());
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
   out.tensor_bytes = comm.BytesSent("tp");
+  absl::Status in_order;
+  if (layout.pp == 1 && layout.tp > 1) {
+    std::vector<PlannedExchange> planned;
+    for (const PackedBatch& b : mine) {
+      const auto more =
+          ExchangesOf(stages.front()->model.graph, stages.front()->actions, b.tokens());
+      planned.insert(planned.end(), more.begin(), more.end());
+    }
+    in_order = SameOrder(comm.recorder(), tp, planned);
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("comparing the order of operations", in_order));
 
   // Every element of the whole model's gradient is somebody's, once: what is added up twice or not
   // at all differs from one rank's. A tied table's two copies add up.

@@ -95,12 +95,14 @@ struct TrainLayout {
   int dp = 1, pp = 1, tp = 1, zero = 1;
   std::string schedule = "1f1b";
   int chunks = 0;
+  int pieces = 1;  // tp_chunks
 
   int ranks() const { return dp * pp * tp; }
   // Of letters and digits, as names of tests are.
   std::string Name() const {
     std::string name = absl::StrCat("Dp", dp, "Pp", pp, "Tp", tp, "Zero", zero);
     if (pp > 1) absl::StrAppend(&name, schedule, "Chunks", chunks);
+    if (pieces > 1) absl::StrAppend(&name, "Pieces", pieces);
     std::erase_if(name, [](char c) { return c == '-'; });
     return name;
   }
@@ -110,6 +112,7 @@ inline TrainConfig With(TrainConfig config, const TrainLayout& layout) {
   config.parallel.dp = layout.dp;
   config.parallel.pp = layout.pp;
   config.parallel.tp = layout.tp;
+  config.parallel.tp_chunks = layout.pieces;
   config.parallel.zero = layout.zero;
   config.parallel.schedule = layout.schedule;
   config.parallel.chunks = layout.chunks;

@@ -59,6 +59,9 @@ struct StreamOptions {
   int threads = 1;            // size of the stream's thread pool
   int queue_capacity = 1024;  // kFifo: entries; Enqueue waits while the queue is full
   int64_t workspace_bytes = int64_t{64} << 20;  // kDevice: scratch memory for kernels and libraries
+  // kDevice: its kernels get the parts of the device that become free before those of other streams
+  // that wait for them.
+  bool first_served = false;
 };
 
 // An in-order queue of work on one device. All calls come from one host thread (Event::Done may be

@@ -58,11 +58,30 @@ enum class SlotKind : uint8_t {
 };
 
 // The ranks of a tensor axis, which share the tokens of a micro-batch where slots hold a part of
-// them only (sequence parallelism), and the place of this one. Parts are those of CutRows: equal
-// but for the end, so that collectives can move them.
+// them only (sequence parallelism), and the place of this one. The tokens are cut into pieces of
+// neighbours, and each piece into equal parts for the ranks, so that a piece travels on its own
+// while layers work on another one. Parts have equal rows in storage; those behind the last token
+// are padding. With one piece a rank's part is that of CutRows.
 struct TokenCut {
+  static constexpr int kMostPieces = 16;
   int ranks = 1, index = 0;
+  int pieces = 1;  // at most; there are no more than a rank has rows
 };
+// This rank's part of all pieces, one behind the other: rows in storage, and how many of them, all
+// in front, are tokens.
+struct TokenPart {
+  int64_t rows = 0, count = 0;
+};
+TokenPart PartOf(const TokenCut& cut, int64_t tokens);
+// One of the pieces: its rows among a rank's own, and among all tokens.
+struct TokenPiece {
+  Range part, whole;
+  Range mine;       // this rank's rows of `whole`
+  int64_t all = 0;  // tokens in `whole`
+  int64_t own = 0;  // tokens in `mine`
+};
+int PiecesOf(const TokenCut& cut, int64_t tokens);
+TokenPiece PieceOf(const TokenCut& cut, int64_t tokens, int piece);
 
 struct SlotInfo {
   std::string name;
@@ -153,17 +172,6 @@ std::vector<ParameterBox> BoxesOf(const ParameterSpec& spec, int64_t first, int6
 absl::Status RegisterRows(StateRegistry* registry, const std::string& prefix,
                           const ParameterInfo& info, int64_t first_row, const Tensor& local);
 
-// What a layer exchanges with the other ranks of the tensor axis in some halves of its work: a
-// gather or a scattered sum of [tokens, width].
-struct ExchangeInfo {
-  int layer = 0;
-  unsigned uses = 0;  // Use; a recomputation counts as forward
-  int64_t width = 0;
-  DType dtype = DType::kF32;
-  bool every_token = false;  // each rank sends what it has of all tokens, not of its part of them
-  int unless_kept = -1;      // a recomputation does without while this slot is kept
-};
-
 // A table that never changes after set-up, e.g. cosines and sines.
 struct ConstantInfo {
   std::string name;
@@ -188,11 +196,35 @@ enum class ActionKind : uint8_t {
   kRecompute,       // R: forward again, for what backward needs and was dropped
   kBackwardInput,   // B
   kBackwardWeight,  // W
+  // What a layer exchanges with other ranks around its halves (Layer::Exchange), for other actions
+  // to come in between.
+  kStartInput,   // asks for what B needs of other ranks
+  kFinishInput,  // waits for what B has sent them to add up
+  kStartWeight,  // asks for what W needs of other ranks
 };
+// "F", "R", "B", "W"; ">B", "B>" and ">W" for what starts and ends their exchanges.
+const char* Name(ActionKind kind);
+// Whether the action belongs to the weights' half of backward.
+inline bool OfWeights(ActionKind kind) {
+  return kind == ActionKind::kBackwardWeight || kind == ActionKind::kStartWeight;
+}
 struct Action {
   ActionKind kind = ActionKind::kForward;
   int layer = 0;
   bool operator==(const Action&) const = default;
+};
+
+// What a layer exchanges with the other ranks of the tensor axis in an action: [tokens, width], in
+// pieces (TokenCut).
+struct ExchangeInfo {
+  int layer = 0;
+  ActionKind at = ActionKind::kForward;  // where it starts; kForward: in a recomputation, too
+  bool sum = false;                      // scattered over the ranks, or a gather of their parts
+  int64_t width = 0;
+  DType dtype = DType::kF32;
+  std::string label;         // of its operations
+  bool every_token = false;  // a gather, whole, of what each rank has of all tokens
+  int unless_kept = -1;      // a recomputation does without while this slot is kept
 };
 
 enum class Recompute : uint8_t {
@@ -227,17 +259,27 @@ struct Graph {
 };
 
 // The actions of one micro-batch. Backward starts with the last layer; W follows its B unless
-// `defer_weights`, in which case all W come after all B (in the same order).
+// `defer_weights`, in which case all W come after all B, or `overlap` and there are layers that
+// exchange: then W waits for the next exchange of an input's half, which travels while it runs.
+// The order among W is always the same.
 struct ActionList {
   std::vector<Action> actions;
   std::vector<bool> dropped;  // by slot: the value is dropped after forward and recomputed
   bool training = true;
 };
-ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_weights = false);
+ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_weights = false,
+                           bool overlap = true);
 // Forward only.
 ActionList EvaluationActions(const Graph& graph);
 std::string Describe(const Graph& graph, const ActionList& list);
-// Payload bytes that this rank sends over the tensor axis when the actions run on `tokens` tokens.
+// The operations over the tensor axis when the actions run on `tokens` tokens, in their order.
+struct PlannedExchange {
+  const ExchangeInfo* info = nullptr;
+  int64_t rows = 0;  // that this rank sends each other one
+};
+std::vector<PlannedExchange> ExchangesOf(const Graph& graph, const ActionList& list,
+                                         int64_t tokens);
+// Payload bytes that this rank sends in them.
 int64_t ExchangedBytes(const Graph& graph, const ActionList& list, int64_t tokens);
 
 // Rows of storage that a slot has in a frame for `tokens` tokens: with the padding that makes the

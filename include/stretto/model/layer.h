@@ -44,6 +44,9 @@ class Layer {
   // in which it writes their gradients. In others they need not be there.
   virtual unsigned ReadsParameters() const { return kInForward | kInBackwardInput; }
   virtual unsigned WritesGradients() const { return kInBackwardWeight; }
+  // kStartInput, kFinishInput or kStartWeight, where the layer has declared that it exchanges there
+  // (Builder::Exchanges).
+  virtual void Exchange(ActionKind /*kind*/, Run& /*run*/, Frame& /*frame*/) const {}
 };
 
 // How a linear layer's weight is meant to be cut when a tensor axis exists.
@@ -200,16 +203,21 @@ class Builder {
   // top of the tokens' (Frame::Fixed); with them `width` may be 0.
   SlotId Scratch(const std::string& name, int64_t width, DType dtype, unsigned uses,
                  int64_t fixed_bytes = 0);
-  // The running layer exchanges [tokens, width] with the other ranks of the tensor axis in these
-  // halves. What a plan of the traffic counts.
+  // The running layer exchanges [tokens, width] with the other ranks of the tensor axis in this
+  // action, those of an action in the order of these calls. What a plan of the traffic counts, and
+  // what puts kStartInput, kFinishInput (behind an exchange in kBackwardInput) and kStartWeight
+  // into the lists of actions: slots that a half uses are there from the start of its exchange to
+  // its end.
   struct ExchangeOptions {
+    bool sum = false;          // see ExchangeInfo
     bool every_token = false;  // see ExchangeInfo
     SlotId unless_kept;        // see ExchangeInfo
   };
-  void Exchanges(unsigned uses, int64_t width, DType dtype) {
-    Exchanges(uses, width, dtype, ExchangeOptions());
+  void Exchanges(ActionKind at, int64_t width, DType dtype, const std::string& label) {
+    Exchanges(at, width, dtype, label, ExchangeOptions());
   }
-  void Exchanges(unsigned uses, int64_t width, DType dtype, const ExchangeOptions& options);
+  void Exchanges(ActionKind at, int64_t width, DType dtype, const std::string& label,
+                 const ExchangeOptions& options);
   // The layer changes `slot` in place in Forward; it must be the slot's only reader.
   void ModifiesInPlace(SlotId slot);
   // After this layer's BackwardInput grad(input) equals grad(output): the planner may give both the
@@ -284,8 +292,7 @@ class Frame {
   // collectives take. The rows behind the tokens hold anything.
   Tensor Padded(SlotId slot) const;
   Tensor PaddedGrad(SlotId slot) const;
-  // This rank's part of the tokens.
-  RowCut Part() const { return CutRows(tokens.tokens, graph_->tokens.ranks, graph_->tokens.index); }
+  const TokenCut& cut() const { return graph_->tokens; }
   // The slot's fixed bytes as elements of its type; absent for slots without.
   Tensor Fixed(SlotId slot) const;
   // [tokens, width], or absent for slots without a gradient.
@@ -301,7 +308,9 @@ class Frame {
  private:
   int64_t ValueOffset(SlotId slot) const;
   Tensor View(const SlotInfo& slot, int64_t offset, int64_t rows) const;
-  int64_t Rows(const SlotInfo& slot) const { return slot.shard ? Part().count : tokens.tokens; }
+  int64_t Rows(const SlotInfo& slot) const {
+    return slot.shard ? PartOf(graph_->tokens, tokens.tokens).count : tokens.tokens;
+  }
 
   const Graph* graph_;
   const ActionList* actions_;

@@ -9,6 +9,7 @@
 #ifndef STRETTO_PARALLEL_TENSOR_PARALLEL_H_
 #define STRETTO_PARALLEL_TENSOR_PARALLEL_H_
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -28,8 +29,14 @@ namespace stretto {
 // (Run::SetTensorAxis), on as many ranks as the graph was built for. All ranks of the axis run the
 // same actions in the same order. Waits only as long as work on the stream depends on the result;
 // an error fails the stream.
+//
+// Tokens travel in pieces (TokenCut), each an operation of its own, which may be under way while
+// the stream does something else: who waits for one names the tensor of all tokens that it fills or
+// empties. Between start and wait the tensors of an exchange are the axis's.
 class TensorAxis {
  public:
+  static constexpr int kMostUnderWay = 8;  // exchanges; layers need four
+
   // `timer` is told of waits for other ranks (StepPhase::kExposed); null: nobody is. All outlive
   // the axis.
   TensorAxis(Communicator& comm, const Group& group, PhaseTimer* timer = nullptr)
@@ -38,22 +45,40 @@ class TensorAxis {
 
   // `whole` receives the parts of all ranks in order; it has size() * part.elements() elements.
   void Gather(Stream& stream, Tensor whole, Tensor part, const std::string& label);
-  // `part` receives this rank's part of the sum of all ranks' `whole`; it may lie in it.
-  void SumToParts(Stream& stream, Tensor part, Tensor whole, const std::string& label);
+  // Begins to gather piece `i`: rows piece.whole of `whole` from rows piece.part of `part`, both of
+  // which have all their rows.
+  void StartGather(Stream& stream, const TokenPiece& piece, int i, Tensor whole, Tensor part,
+                   const std::string& label);
+  // Begins to add up piece `i`: rows piece.part of `part` receive this rank's rows of the sum of
+  // all ranks' `whole`; without `part` they stay in their place in `whole`.
+  void StartSum(Stream& stream, const TokenPiece& piece, int i, Tensor whole, Tensor part,
+                const std::string& label);
+  // What is enqueued from now on sees piece `i` of `pieces` of the exchange under way of `whole`.
+  // Pieces are waited for in order, each once.
+  void Wait(Stream& stream, const Tensor& whole, int i, int pieces);
 
  private:
+  struct UnderWay {
+    const std::byte* whole = nullptr;  // null: none
+    std::array<Ticket, TokenCut::kMostPieces> tickets{};
+    int started = 0, waited = 0;
+  };
+  UnderWay* Find(const std::byte* whole);
+  void Started(Stream& stream, const Tensor& whole, int i, Ticket ticket);
   void Wait(Stream& stream, Ticket ticket);
 
   Communicator& comm_;
   Group group_;
   PhaseTimer* timer_;
+  std::array<UnderWay, kMostUnderWay> under_way_;
 };
 
-// Layers for rank `index` of an axis of `ranks` ranks; with one rank LocalStrategies. Features,
+// Layers for rank `index` of an axis of `ranks` ranks, whose tokens travel in up to `pieces` pieces
+// (TokenCut); with one rank LocalStrategies. Features,
 // heads and the vocabulary are cut into parts that may differ by one; ranks may share a key head,
 // and a layer that has less of anything else than there are ranks fails its Declare in one
 // sentence.
-Strategies TensorStrategies(int ranks, int index);
+Strategies TensorStrategies(int ranks, int index, int pieces = 1);
 
 // Adds up what the ranks of the axis have of the gradients of parameters that several of them have
 // (ParameterSpec::partial_gradient): those of norms, of which each rank sees a part of the tokens

@@ -167,7 +167,10 @@ absl::Status Nccl::Open(std::string* gpu) {
   // The workspace serves the warm-up only.
   STRETTO_ASSIGN_OR_RETURN(
       stream_,
-      Stream::Create(device_, {.workspace_bytes = 2 * kWarmUpPart * std::max(2, world_.size())}));
+      // A product of thousands of blocks would otherwise hold back the few of an exchange that is
+      // to travel under it.
+      Stream::Create(device_, {.workspace_bytes = 2 * kWarmUpPart * std::max(2, world_.size()),
+                               .first_served = true}));
   if (world_.size() == 1) return absl::OkStatus();
   STRETTO_ASSIGN_OR_RETURN(nccl_, NcclLibrary::Open());
   return absl::OkStatus();

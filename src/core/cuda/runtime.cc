@@ -116,8 +116,12 @@ class CudaQueue final : public DeviceQueue {
                                                              const StreamOptions& options) {
     auto queue = std::unique_ptr<CudaQueue>(new CudaQueue(index));
     STRETTO_RETURN_IF_ERROR(Failed("cudaSetDevice", cudaSetDevice(index)));
+    int least = 0, greatest = 0;  // priorities; the greatest is the lowest number
+    STRETTO_RETURN_IF_ERROR(Failed("cudaDeviceGetStreamPriorityRange",
+                                   cudaDeviceGetStreamPriorityRange(&least, &greatest)));
     STRETTO_RETURN_IF_ERROR(Failed(
-        "cudaStreamCreate", cudaStreamCreateWithFlags(&queue->stream_, cudaStreamNonBlocking)));
+        "cudaStreamCreate", cudaStreamCreateWithPriority(&queue->stream_, cudaStreamNonBlocking,
+                                                         options.first_served ? greatest : least)));
     for (cudaEvent_t& event : queue->events_) {
       STRETTO_RETURN_IF_ERROR(
           Failed("cudaEventCreate", cudaEventCreateWithFlags(&event, cudaEventDisableTiming)));

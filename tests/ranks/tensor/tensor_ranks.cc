@@ -69,10 +69,12 @@ absl::Status RunAll(World& world) {
     for (int tp = 1; tp <= std::min(5, world.size()); ++tp) {
       for (int pp = 1; pp <= config.layers; ++pp) {
         if (world.size() % (tp * pp) != 0) continue;
-        const Layout layout = {.dp = world.size() / (tp * pp), .pp = pp, .tp = tp};
+        Layout layout = {.dp = world.size() / (tp * pp), .pp = pp, .tp = tp};
         if (layout.dp > 7) continue;  // there are 7 micro-batches
-        for (const DType dtype : {DType::kF64, DType::kF32}) {
-          STRETTO_RETURN_IF_ERROR(Check(world, config, layout, {.dtype = dtype}));
+        for (layout.pieces = 1; layout.pieces <= (tp > 1 ? 3 : 1); ++layout.pieces) {
+          for (const DType dtype : {DType::kF64, DType::kF32}) {
+            STRETTO_RETURN_IF_ERROR(Check(world, config, layout, {.dtype = dtype}));
+          }
         }
       }
     }

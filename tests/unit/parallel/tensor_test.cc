@@ -41,11 +41,36 @@ void ExpectLikeOneRank(const ModelConfig& config, const Layout& layout,
 
 class TensorParallel : public ::testing::TestWithParam<int> {};
 
+// Also with tokens in pieces: of 1 to 13 tokens, some of which have fewer rows than pieces.
 TEST_P(TensorParallel, GivesTheGradientsOfOneRank) {
   for (const char* family : {"gpt2", "llama", "qwen2", "qwen3"}) {
-    for (const bool tied : {true, false}) {
-      SCOPED_TRACE(absl::StrCat(family, tied ? " tied" : " untied"));
-      ExpectLikeOneRank(Config(family, tied), {.tp = GetParam()});
+    for (const int pieces : {1, 2, 3}) {
+      const bool tied = pieces != 2;
+      SCOPED_TRACE(absl::StrCat(family, tied ? " tied " : " untied ", pieces));
+      ExpectLikeOneRank(Config(family, tied), {.tp = GetParam(), .pieces = pieces});
+      ExpectLikeOneRank(Config(family, !tied), {.tp = GetParam(), .pieces = pieces},
+                        {.overlap = false});
+    }
+  }
+}
+
+// What runs while an exchange is under way changes no bits.
+TEST_P(TensorParallel, HasTheSameBitsWithoutOverlap) {
+  for (const char* family : {"gpt2", "qwen3"}) {
+    for (const int pieces : {1, 3}) {
+      for (const Recompute recompute : {Recompute::kNone, Recompute::kBlock}) {
+        const ModelConfig config = Config(family, true);
+        const Layout layout = {.tp = GetParam(), .pieces = pieces};
+        const auto batches = UnevenBatches(config.vocabulary, 1);
+        const auto apart = StepOnThreads(config, layout, {.recompute = recompute}, batches,
+                                         {.random_delay_us = 50, .delay_seed = 2});
+        const auto waiting =
+            StepOnThreads(config, layout, {.recompute = recompute, .overlap = false}, batches);
+        ASSERT_TRUE(apart.ok() && waiting.ok()) << apart.status() << waiting.status();
+        EXPECT_EQ(apart->loss, waiting->loss);
+        EXPECT_EQ(apart->gradients, waiting->gradients);
+        EXPECT_EQ(apart->tensor_bytes, waiting->tensor_bytes);
+      }
     }
   }
 }
@@ -60,18 +85,24 @@ TEST_P(TensorParallel, RecomputesAndCutsTheVocabularyIntoChunks) {
     for (const char* family : {"gpt2", "qwen3"}) {
       ModelConfig config = Config(family, true);
       config.vocabulary = 531;
-      ExpectLikeOneRank(config, {.tp = GetParam()}, {.recompute = recompute, .loss_chunk = 64});
+      for (const int pieces : {1, 2}) {
+        ExpectLikeOneRank(config, {.tp = GetParam(), .pieces = pieces},
+                          {.recompute = recompute, .loss_chunk = 64});
+      }
     }
   }
 }
 
 TEST_P(TensorParallel, RunsOnQueuedStreams) {
-  ExpectLikeOneRank(Config("qwen3", true), {.tp = GetParam()}, {.stream = StreamMode::kFifo});
+  for (const int pieces : {1, 3}) {
+    ExpectLikeOneRank(Config("qwen3", true), {.tp = GetParam(), .pieces = pieces},
+                      {.stream = StreamMode::kFifo});
+  }
 }
 
 TEST_P(TensorParallel, HasTheSameBitsAgainWhateverTheDelays) {
   const ModelConfig config = Config("qwen3", true);
-  const Layout layout = {.dp = 2, .tp = GetParam()};
+  const Layout layout = {.dp = 2, .tp = GetParam(), .pieces = 2};
   const auto batches = UnevenBatches(config.vocabulary, 2);
   const auto first = StepOnThreads(config, layout, {}, batches);
   const auto again = StepOnThreads(config, layout, {.stream = StreamMode::kFifo}, batches,
@@ -108,7 +139,11 @@ INSTANTIATE_TEST_SUITE_P(Layouts, ThreeAxes,
                                            Layout{1, 2, 2, ScheduleKind::kZeroBubbleH1},
                                            Layout{2, 2, 2, ScheduleKind::kZeroBubbleH1},
                                            Layout{2, 2, 2, ScheduleKind::kVShaped, 2},
-                                           Layout{1, 2, 3, ScheduleKind::kInterleaved, 3}),
+                                           Layout{1, 2, 3, ScheduleKind::kInterleaved, 3},
+                                           Layout{.dp = 3, .tp = 2, .pieces = 2},
+                                           Layout{.dp = 2, .pp = 2, .tp = 2, .pieces = 3},
+                                           Layout{1, 2, 2, ScheduleKind::kZeroBubbleH1, 1, 2},
+                                           Layout{1, 2, 3, ScheduleKind::kInterleaved, 3, 2}),
                          [](const auto& info) { return info.param.Name(); });
 
 TEST(TensorParallelSizes, ThreeKeyHeadsOnTwoRanks) {
@@ -182,6 +217,108 @@ TEST(TensorParallelSizes, TheIdOutsideTheVocabularyIsNamed) {
   const auto outcome = StepOnThreads(config, {.tp = 2}, {}, batches);
   EXPECT_THAT(std::string(outcome.status().message()),
               HasSubstr("id 53 in row 3 is outside the table of 53 rows"));
+}
+
+// What would go wrong if an exchange were not waited for, or not where the plan has it.
+TEST(TensorParallelControl, SeesExchangesThatAreNotWaitedFor) {
+  const ModelConfig config = Config("qwen3", true);
+  const auto batches = UnevenBatches(config.vocabulary, 1);
+  const auto one = StepOnThreads(config, {}, {}, batches);
+  ASSERT_TRUE(one.ok()) << one.status();
+  const auto without = [&](ActionKind kind, int pieces) {
+    return StepOnThreads(config, {.tp = 2, .pieces = pieces},
+                         {.change =
+                              [kind](ActionList& l) {
+                                std::erase_if(l.actions,
+                                              [kind](const Action& a) { return a.kind == kind; });
+                              }},
+                         batches, {.random_delay_us = 200});
+  };
+  for (const int pieces : {1, 2}) {
+    for (const ActionKind kind : {ActionKind::kStartInput, ActionKind::kStartWeight}) {
+      EXPECT_THAT(std::string(without(kind, pieces).status().message()),
+                  HasSubstr("is waited for, but 0 have been started"));
+    }
+    EXPECT_THAT(std::string(without(ActionKind::kFinishInput, pieces).status().message()),
+                HasSubstr("starts out of turn"));
+  }
+  // A sum that is waited for only after what reads it.
+  const auto late = StepOnThreads(config, {.tp = 2},
+                                  {.change =
+                                       [](ActionList& l) {
+                                         for (size_t i = 0; i + 1 < l.actions.size(); ++i) {
+                                           if (l.actions[i].kind == ActionKind::kFinishInput) {
+                                             std::swap(l.actions[i], l.actions[i + 1]);
+                                             ++i;
+                                           }
+                                         }
+                                       }},
+                                  batches, {.random_delay_us = 200});
+  EXPECT_FALSE(late.ok() && CompareSteps(*late, *one).worst < 1e-3);
+}
+
+// The actions of one rank in another order than those of the others: caught by who compares what
+// was recorded with the plan, before it is looked at whether the numbers are right.
+TEST(TensorParallelControl, SeesAnotherOrderThanThePlan) {
+  const absl::Status ran = World::RunThreads(1, [](World& world) -> absl::Status {
+    Communicator comm(world);
+    ExchangeInfo gather = {.width = 1, .label = "a"}, sum = {.sum = true, .width = 1, .label = "b"};
+    float x[2] = {};
+    const Tensor t = Tensor::Of(x, DType::kF32, {2});
+    STRETTO_RETURN_IF_ERROR(comm.Wait(comm.AllGather(comm.all(), t, t, "a")));
+    STRETTO_RETURN_IF_ERROR(comm.Wait(comm.ReduceScatter(comm.all(), t, t, "b")));
+    const auto order = [&](std::vector<PlannedExchange> planned) {
+      return testing::SameOrder(comm.recorder(), comm.all(), planned);
+    };
+    EXPECT_TRUE(order({{&gather, 2}, {&sum, 2}}).ok());
+    EXPECT_FALSE(order({{&sum, 2}, {&gather, 2}}).ok());
+    EXPECT_FALSE(order({{&gather, 2}, {&sum, 1}}).ok());
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(ran.ok()) << ran;
+}
+
+// Every token is in one rank's part, pieces follow each other, and the padding lies at the end.
+TEST(TokenPieces, AreAllTokensOnce) {
+  for (const int ranks : {1, 2, 3, 8}) {
+    for (const int pieces : {1, 2, 3, 16}) {
+      for (int64_t tokens = 1; tokens < 70; ++tokens) {
+        SCOPED_TRACE(absl::StrCat(ranks, " ranks ", pieces, " pieces ", tokens, " tokens"));
+        std::vector<int> owner(static_cast<size_t>(tokens + ranks), -1);
+        const int64_t rows = (tokens + ranks - 1) / ranks;
+        int64_t owned = 0;
+        for (int r = 0; r < ranks; ++r) {
+          const TokenCut cut = {ranks, r, pieces};
+          ASSERT_EQ(PiecesOf(cut, tokens), std::min<int64_t>(pieces, rows));
+          int64_t next = 0, next_whole = 0, own = 0;
+          for (int i = 0; i < PiecesOf(cut, tokens); ++i) {
+            const TokenPiece p = PieceOf(cut, tokens, i);
+            ASSERT_EQ(p.part.first, next);
+            ASSERT_EQ(p.whole.first, next_whole);
+            ASSERT_GT(p.part.count, 0);
+            ASSERT_LE(p.all, p.whole.count);
+            // Only the last piece has padding.
+            ASSERT_TRUE(p.own == p.part.count || i + 1 == PiecesOf(cut, tokens));
+            next += p.part.count;
+            next_whole += p.whole.count;
+            own += p.own;
+            for (int64_t k = 0; k < p.own; ++k) {
+              int& o = owner[static_cast<size_t>(p.mine.first + k)];
+              ASSERT_EQ(o, -1);
+              o = r;
+            }
+          }
+          ASSERT_EQ(next, rows);
+          ASSERT_EQ(next_whole, rows * ranks);
+          ASSERT_EQ(PartOf(cut, tokens).rows, rows);
+          ASSERT_EQ(PartOf(cut, tokens).count, own);
+          owned += own;
+        }
+        ASSERT_EQ(owned, tokens);
+        for (int64_t k = 0; k < tokens; ++k) ASSERT_GE(owner[static_cast<size_t>(k)], 0);
+      }
+    }
+  }
 }
 
 // The control: sums that are left out, or made twice, are seen.

@@ -60,7 +60,9 @@ INSTANTIATE_TEST_SUITE_P(
     ::testing::Values(Layout{.tp = 2}, Layout{.tp = 3}, Layout{.tp = 4}, Layout{.dp = 2, .tp = 2},
                       Layout{.pp = 2, .tp = 2}, Layout{.pp = 2, .tp = 2, .schedule = "zb-h1"},
                       Layout{.pp = 2, .tp = 3}, Layout{.dp = 2, .pp = 2, .tp = 2},
-                      Layout{.dp = 2, .pp = 2, .tp = 2, .schedule = "v-shaped"}),
+                      Layout{.dp = 2, .pp = 2, .tp = 2, .schedule = "v-shaped"},
+                      Layout{.tp = 2, .pieces = 2}, Layout{.dp = 2, .tp = 3, .pieces = 3},
+                      Layout{.dp = 2, .pp = 2, .tp = 2, .pieces = 2}),
     [](const auto& info) { return info.param.Name(); });
 
 TEST(TensorTrainerTypes, FollowOneRankInF32AndBf16) {
@@ -210,8 +212,8 @@ TEST(TensorTrainerStart, InitialWeightsReachEveryRank) {
 // What goes over each axis is what the plan says, to the byte.
 TEST(TensorTrainerTraffic, IsThatOfThePlan) {
   for (const char* recompute : {"none", "norms", "block"}) {
-    for (const Layout& layout : {Layout{.tp = 2}, Layout{.dp = 2, .tp = 3},
-                                 Layout{.dp = 2, .pp = 2, .tp = 2}, Layout{.tp = 8}}) {
+    for (const Layout& layout : {Layout{.tp = 2, .pieces = 2}, Layout{.dp = 2, .tp = 3},
+                                 Layout{.dp = 2, .pp = 2, .tp = 2, .pieces = 3}, Layout{.tp = 8}}) {
       const ScratchDirectory directory;
       // With 8 ranks some of the 5 key heads are on two.
       const bool copies = layout.tp > 5;
@@ -276,7 +278,7 @@ TEST(TensorTrainerTraffic, IsThatOfTheFormula) {
             const int64_t wide = std::max<int64_t>(b, 4);
             const int64_t blocks = config.model.layers, hidden = config.model.hidden;
             const int64_t exchanges =
-                (std::string(recompute) == "block" ? 13 : 10) * blocks + 2 + 3;
+                (std::string(recompute) == "block" ? 13 : 10) * blocks + 2 + 2;
             const int64_t norms = (2 * blocks + 1) * (family == "gpt2" ? 2 : 1) * hidden;
             const int64_t heads = family == "qwen3" ? 2 * blocks * config.model.head_dim : 0;
             int64_t expected = 2 * (t - 1) * part(norms + heads, t) * wide;

@@ -165,6 +165,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Layout{.dp = 2, .tp = 3, .zero = 3}, Layout{.dp = 3, .tp = 2, .zero = 3},
                       Layout{.dp = 2, .pp = 2, .tp = 2, .zero = 2, .schedule = "zb-h1"},
                       Layout{.dp = 2, .pp = 2, .tp = 2, .zero = 3},
+                      Layout{.dp = 2, .tp = 2, .zero = 2, .pieces = 3},
+                      Layout{.dp = 2, .tp = 2, .zero = 3, .pieces = 2},
                       Layout{.dp = 2, .pp = 2, .tp = 2, .zero = 3, .schedule = "interleaved"}),
     [](const auto& info) { return info.param.Name(); });
 

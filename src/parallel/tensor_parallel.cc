@@ -46,6 +46,7 @@ void TensorAxis::Started(Stream& stream, const Tensor& whole, int i, Ticket tick
   u->whole = whole.data;
   u->tickets[static_cast<size_t>(i)] = ticket;
   ++u->started;
+  if (at_once_) Wait(stream, ticket);
 }
 
 void TensorAxis::Wait(Stream& stream, const Tensor& whole, int i, int pieces) {

@@ -513,7 +513,9 @@ absl::Status Trainer::Impl::WarmUp() {
   absl::Status measured;
   if (world.rank() == 0) {
     kernels->set_measuring(true);
+    tensor_axis->WaitAtOnce(true);
     measured = run_through();
+    tensor_axis->WaitAtOnce(false);
     kernels->set_measuring(false);
     state.choices = kernels->export_choices();
   } else if (together) {

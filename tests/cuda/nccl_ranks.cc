@@ -409,6 +409,8 @@ absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch
       const char* name;
       int64_t zero = 1, pp = 1, tp = 1;
       const char* schedule = "1f1b";
+      int64_t tp_chunks = 1;
+      bool tp_overlap = true;
       bool again = false;   // also a second run, which has to give the same bits
       bool graphs = false;  // ... and one that replays captured work
     };
@@ -420,12 +422,17 @@ absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch
         {.name = "pp 2, zb-h1", .pp = 2, .schedule = "zb-h1"},
         {.name = "pp 2, v-shaped", .pp = 2, .schedule = "v-shaped"},
         {.name = "tp 2", .tp = 2, .again = true},
+        {.name = "tp 2, nothing overlapped", .tp = 2, .tp_overlap = false},
+        {.name = "tp 2 in 2 chunks", .tp = 2, .tp_chunks = 2, .again = true},
+        {.name = "tp 2 in 3 chunks", .tp = 2, .tp_chunks = 3, .tp_overlap = false},
     };
     for (const Layout& layout : layouts) {
       if (world.size() % (layout.pp * layout.tp) != 0) continue;
       config.parallel.zero = layout.zero;
       config.parallel.pp = layout.pp;
       config.parallel.tp = layout.tp;
+      config.parallel.tp_chunks = layout.tp_chunks;
+      config.parallel.tp_overlap = layout.tp_overlap;
       config.parallel.schedule = layout.schedule;
       const std::string name = absl::StrCat(family, ", ", layout.name);
       if (world.rank() == 0) {

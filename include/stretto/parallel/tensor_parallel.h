@@ -56,6 +56,9 @@ class TensorAxis {
   // What is enqueued from now on sees piece `i` of `pieces` of the exchange under way of `whole`.
   // Pieces are waited for in order, each once.
   void Wait(Stream& stream, const Tensor& whole, int i, int pieces);
+  // While on, the stream waits for each exchange where it starts: for who measures kernels, which
+  // what travels would slow down.
+  void WaitAtOnce(bool on) { at_once_ = on; }
 
  private:
   struct UnderWay {
@@ -70,6 +73,7 @@ class TensorAxis {
   Communicator& comm_;
   Group group_;
   PhaseTimer* timer_;
+  bool at_once_ = false;
   std::array<UnderWay, kMostUnderWay> under_way_;
 };
 

@@ -219,6 +219,65 @@ TEST(TensorParallelSizes, TheIdOutsideTheVocabularyIsNamed) {
               HasSubstr("id 53 in row 3 is outside the table of 53 rows"));
 }
 
+// Where the actions of one block with a tensor axis lie, as docs/parallelism.md has them.
+TEST(TensorOverlap, PutsWeightsUnderTheExchangesOfInputs) {
+  ModelConfig config = Config("gpt2", true);
+  config.layers = 1;
+  const Model model = BuildModel(config, {.strategies = TensorStrategies(2, 0)}).value();
+  const std::string list = Describe(model.graph, TrainingActions(model.graph, Recompute::kNone));
+  EXPECT_THAT(list, HasSubstr("F head\n"
+                              "B head\nB> head\n"
+                              "B norm\n"
+                              ">B blocks.0.mlp.down\n"
+                              "W head\nW norm\n"
+                              ">W blocks.0.mlp.up\n"
+                              "B blocks.0.mlp.down\n"
+                              "B blocks.0.mlp.up\n"
+                              "W blocks.0.mlp.down\n"
+                              "B> blocks.0.mlp.up\n"
+                              "B blocks.0.mlp_norm\n"
+                              ">B blocks.0.attn.out\n"
+                              "W blocks.0.mlp.up\nW blocks.0.mlp_norm\n"
+                              ">W blocks.0.attn.qkv\n"
+                              "B blocks.0.attn.out\n"
+                              "B blocks.0.attn\n"
+                              "B blocks.0.attn.qkv\n"
+                              "W blocks.0.attn.out\nW blocks.0.attn\n"
+                              "B> blocks.0.attn.qkv\n"
+                              "B blocks.0.attn_norm\n"
+                              ">W embed\n"
+                              "B embed\n"
+                              "W blocks.0.attn.qkv\nW blocks.0.attn_norm\nW embed\n"));
+  const std::string waiting = Describe(
+      model.graph, TrainingActions(model.graph, Recompute::kNone, /*defer_weights=*/false, false));
+  EXPECT_THAT(waiting, HasSubstr(">B blocks.0.mlp.down\nB blocks.0.mlp.down\n"
+                                 "W blocks.0.mlp.down\n"
+                                 "B blocks.0.mlp.up\nB> blocks.0.mlp.up\n"
+                                 ">W blocks.0.mlp.up\nW blocks.0.mlp.up\n"));
+}
+
+// Whatever is overlapped, the same actions run, weights' halves in the same order: gradients are
+// complete, and leave, in an order that does not depend on it.
+TEST(TensorOverlap, KeepsTheOrderOfWeights) {
+  for (const char* family : {"gpt2", "qwen3"}) {
+    const Model model =
+        BuildModel(Config(family, true), {.strategies = TensorStrategies(3, 1)}).value();
+    for (const Recompute r :
+         {Recompute::kNone, Recompute::kNormsAndActivations, Recompute::kBlock}) {
+      for (const bool defer : {false, true}) {
+        std::vector<std::vector<Action>> of_kind[2];
+        for (const bool overlap : {false, true}) {
+          of_kind[overlap].resize(7);
+          for (const Action& a : TrainingActions(model.graph, r, defer, overlap).actions) {
+            of_kind[overlap][static_cast<size_t>(a.kind)].push_back(a);
+          }
+        }
+        EXPECT_EQ(of_kind[0], of_kind[1]) << family << " " << Name(r) << defer;
+      }
+    }
+  }
+}
+
 // What would go wrong if an exchange were not waited for, or not where the plan has it.
 TEST(TensorParallelControl, SeesExchangesThatAreNotWaitedFor) {
   const ModelConfig config = Config("qwen3", true);

@@ -130,12 +130,12 @@ namespace {
 // The backward pass; `again`: layers that run again at the end of their block.
 class BackwardActions {
  public:
-  BackwardActions(const Graph& graph, bool defer_weights, bool overlap, std::vector<Action>* out)
+  BackwardActions(const Graph& graph, bool defer_weights, bool overlap, ActionList* list)
       : graph_(graph),
         layers_(static_cast<int>(graph.layers.size())),
         defer_(defer_weights),
-        weight_started_(graph.layers.size(), false),
-        out_(*out) {
+        weight_started_(list->filled_again),
+        out_(list->actions) {
     for (const ExchangeInfo& e : graph.exchanges) {
       // What B sends away comes back.
       exchanges_.emplace(e.at == ActionKind::kBackwardInput ? ActionKind::kFinishInput : e.at,
@@ -272,7 +272,15 @@ ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_w
   }
 
   for (int l = 0; l < layers; ++l) list.actions.push_back({ActionKind::kForward, l});
-  BackwardActions(graph, defer_weights, overlap, &list.actions).Add(again);
+  list.filled_again.assign(graph.layers.size(), false);
+  // Where W comes soon. A deferred one would keep the whole of it for long.
+  for (const ExchangeInfo& e : graph.exchanges) {
+    const bool kept = e.unless_kept >= 0 && !list.dropped[static_cast<size_t>(e.unless_kept)];
+    if (!defer_weights && e.at == ActionKind::kForward && e.for_weight && again[e.layer] && !kept) {
+      list.filled_again[static_cast<size_t>(e.layer)] = true;
+    }
+  }
+  BackwardActions(graph, defer_weights, overlap, &list).Add(again);
   return list;
 }
 
@@ -466,7 +474,11 @@ absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& acti
     if (s.producer >= 0) {
       if (s.kind != SlotKind::kScratch || (s.own_uses & kInForward)) f.Add(times.f[s.producer]);
       times.AddBackward(&b, s.producer, s.own_uses);
-      if (s.kind == SlotKind::kScratch && (s.own_uses & kInForward)) b.Add(times.r[s.producer]);
+      const bool filled = static_cast<size_t>(s.producer) < actions.filled_again.size() &&
+                          actions.filled_again[s.producer];
+      if (s.kind == SlotKind::kScratch && (s.own_uses & (filled ? kInRecompute : kInForward))) {
+        b.Add(times.r[s.producer]);
+      }
     } else {
       f.Add(0);
     }

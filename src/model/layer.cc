@@ -220,7 +220,8 @@ void Builder::Exchanges(ActionKind at, int64_t width, DType dtype, const std::st
                               .dtype = dtype,
                               .label = label,
                               .every_token = options.every_token,
-                              .unless_kept = options.unless_kept.value});
+                              .unless_kept = options.unless_kept.value,
+                              .for_weight = options.for_weight});
 }
 
 void Builder::ModifiesInPlace(SlotId slot) {

@@ -91,6 +91,8 @@ class ColumnLinearLayer : public Layer {
   SlotId x_, y_, gelu_;
   SlotId whole_x_, again_,
       whole_dx_;  // of all tokens: x in forward and in W, and dx before its sum
+  // Gathers x into `whole`, and multiplies.
+  void Gathered(Run& run, Frame& frame, SlotId whole) const;
   // What this rank has alone comes first, then what others have as well.
   struct Piece {
     Range columns;  // of y

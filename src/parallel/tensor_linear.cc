@@ -87,7 +87,7 @@ absl::Status ColumnLinearLayer::Declare(Builder& b) {
         b.Output("gelu", out, {.grad_uses = 0, .cheap = true, .gelu_of = y_});
   }
   whole_x_ = b.Scratch("whole_x", in_, b.dtype(), kInForward);
-  again_ = b.Scratch("whole_x_again", in_, b.dtype(), kInBackwardWeight);
+  again_ = b.Scratch("whole_x_again", in_, b.dtype(), kInRecompute | kInBackwardWeight);
   whole_dx_ = b.Scratch("whole_dx", in_, b.dtype(), kInBackwardInput);
   for (const bool copied : {false, true}) {
     Piece piece;
@@ -129,16 +129,18 @@ absl::Status ColumnLinearLayer::Declare(Builder& b) {
   sum_label_ = b.layer_name() + " gradient";
   again_label_ = b.layer_name() + " gather again";
   b.Exchanges(ActionKind::kForward, in_, b.dtype(), gather_label_,
-              {.unless_kept = gelu ? y_ : SlotId()});
+              {.unless_kept = gelu ? y_ : SlotId(), .for_weight = true});
   b.Exchanges(ActionKind::kBackwardInput, in_, b.dtype(), sum_label_, {.sum = true});
   b.Exchanges(ActionKind::kStartWeight, in_, b.dtype(), again_label_);
   return absl::OkStatus();
 }
 
-void ColumnLinearLayer::Forward(Run& run, Frame& frame) const {
-  StartGather(run, frame, whole_x_, frame.Padded(x_), gather_label_);
-  AsPiecesArrive(run, frame, whole_x_, [&](Range rows) {
-    const Tensor x = Cut(frame.Value(whole_x_), rows), y = Cut(frame.Value(y_), rows);
+void ColumnLinearLayer::Forward(Run& run, Frame& frame) const { Gathered(run, frame, whole_x_); }
+
+void ColumnLinearLayer::Gathered(Run& run, Frame& frame, SlotId whole) const {
+  StartGather(run, frame, whole, frame.Padded(x_), gather_label_);
+  AsPiecesArrive(run, frame, whole, [&](Range rows) {
+    const Tensor x = Cut(frame.Value(whole), rows), y = Cut(frame.Value(y_), rows);
     for (const Piece& piece : pieces_) {
       const Tensor w = run.Parameter(piece.weight);
       const Tensor bias = piece.bias.valid() ? run.Parameter(piece.bias) : Tensor();
@@ -155,7 +157,7 @@ void ColumnLinearLayer::Recompute(Run& run, Frame& frame) const {
   if (gelu_.valid() && !frame.Dropped(y_)) {
     ops::Gelu(run.ops(), frame.Value(gelu_), frame.Value(y_));
   } else {
-    Forward(run, frame);
+    Gathered(run, frame, frame.FilledAgain() ? again_ : whole_x_);
   }
 }
 
@@ -174,13 +176,13 @@ void ColumnLinearLayer::Exchange(ActionKind kind, Run& run, Frame& frame) const 
   if (kind == ActionKind::kFinishInput) {
     if (frame.Grad(x_).present()) FinishGradient(run, frame, x_, whole_dx_);
   } else {
-    // Gathered again rather than kept: between the halves a rank keeps its part of the tokens.
+    // Gathered again rather than kept from forward: meanwhile a rank keeps its part of the tokens.
     StartGather(run, frame, again_, frame.Padded(x_), again_label_);
   }
 }
 
 void ColumnLinearLayer::BackwardWeight(Run& run, Frame& frame) const {
-  WaitForPieces(run, frame, again_);
+  if (!frame.FilledAgain()) WaitForPieces(run, frame, again_);
   for (const Piece& piece : pieces_) {
     LinearBackwardWeight(run, piece.weight, piece.bias, Columns(piece, frame.Grad(y_)),
                          frame.Value(again_));

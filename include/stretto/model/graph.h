@@ -48,6 +48,9 @@ enum Use : unsigned {
   kInForward = 1u,
   kInBackwardInput = 2u,
   kInBackwardWeight = 4u,
+  // Scratch of W that a recomputation uses in place of what it has for kInForward, where it gathers
+  // for both (ActionList::filled_again).
+  kInRecompute = 8u,
 };
 
 enum class SlotKind : uint8_t {
@@ -225,6 +228,7 @@ struct ExchangeInfo {
   std::string label;         // of its operations
   bool every_token = false;  // a gather, whole, of what each rank has of all tokens
   int unless_kept = -1;      // a recomputation does without while this slot is kept
+  bool for_weight = false;   // what a recomputation gathers serves W, too
 };
 
 enum class Recompute : uint8_t {
@@ -265,6 +269,8 @@ struct Graph {
 struct ActionList {
   std::vector<Action> actions;
   std::vector<bool> dropped;  // by slot: the value is dropped after forward and recomputed
+  // By layer: its recomputation gathers what its W needs too, which therefore starts no exchange.
+  std::vector<bool> filled_again;
   bool training = true;
 };
 ActionList TrainingActions(const Graph& graph, Recompute recompute, bool defer_weights = false,

@@ -212,6 +212,7 @@ class Builder {
     bool sum = false;          // see ExchangeInfo
     bool every_token = false;  // see ExchangeInfo
     SlotId unless_kept;        // see ExchangeInfo
+    bool for_weight = false;   // see ExchangeInfo
   };
   void Exchanges(ActionKind at, int64_t width, DType dtype, const std::string& label) {
     Exchanges(at, width, dtype, label, ExchangeOptions());
@@ -300,6 +301,8 @@ class Frame {
   // True when grad(slot) already holds another reader's contribution, for the running layer.
   bool AccumulateGrad(SlotId slot) const;
   bool Dropped(SlotId slot) const { return actions_->dropped[slot.value]; }
+  // Whether the running layer's recomputation gathers for its W, too.
+  bool FilledAgain() const { return actions_->filled_again[static_cast<size_t>(action_.layer)]; }
   bool training() const { return actions_->training; }
   const std::byte* memory() const { return memory_; }
 

@@ -278,7 +278,7 @@ TEST(TensorTrainerTraffic, IsThatOfTheFormula) {
             const int64_t wide = std::max<int64_t>(b, 4);
             const int64_t blocks = config.model.layers, hidden = config.model.hidden;
             const int64_t exchanges =
-                (std::string(recompute) == "block" ? 13 : 10) * blocks + 2 + 2;
+                (std::string(recompute) == "block" ? 11 : 10) * blocks + 2 + 2;
             const int64_t norms = (2 * blocks + 1) * (family == "gpt2" ? 2 : 1) * hidden;
             const int64_t heads = family == "qwen3" ? 2 * blocks * config.model.head_dim : 0;
             int64_t expected = 2 * (t - 1) * part(norms + heads, t) * wide;

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -63,7 +64,22 @@ absl::Status Steps(World& world, TrainConfig config, Results* results) {
   }
   STRETTO_RETURN_IF_ERROR(world.Agree("writing tokens", written));
 
-  std::vector<double> step_ms, exposed_ms, data_ms, forward_ms, backward_ms, update_ms;
+  const std::pair<const char*, double StepStats::*> kTimes[] = {
+      {"exposed_ms", &StepStats::comm_exposed_ms},
+      {"exposed_data_ms", &StepStats::exposed_data_ms},
+      {"exposed_tensor_ms", &StepStats::exposed_tensor_ms},
+      {"exposed_pipeline_ms", &StepStats::exposed_pipeline_ms},
+      {"exposed_world_ms", &StepStats::exposed_world_ms},
+      {"data_ms", &StepStats::data_ms},
+      {"forward_ms", &StepStats::forward_ms},
+      {"backward_ms", &StepStats::backward_ms},
+      {"update_ms", &StepStats::update_ms}};
+  std::vector<StepStats> steps;
+  const auto median_of = [&](double StepStats::*ms) {
+    std::vector<double> times;
+    for (const StepStats& stats : steps) times.push_back(stats.*ms);
+    return Median(times);
+  };
   int64_t tokens = 0, planned = 0, overhead = 0;
   int64_t before = 0;
   if (const auto memory = ReadProcessMemory(); memory.ok()) before = memory->peak_resident_bytes;
@@ -78,34 +94,24 @@ absl::Status Steps(World& world, TrainConfig config, Results* results) {
       STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer->Step());
       mfu = stats.mfu_causal;
       if (stats.step <= kWarmUp) continue;
-      step_ms.push_back(stats.step_ms);
-      exposed_ms.push_back(stats.comm_exposed_ms);
-      data_ms.push_back(stats.data_ms);
-      forward_ms.push_back(stats.forward_ms);
-      backward_ms.push_back(stats.backward_ms);
-      update_ms.push_back(stats.update_ms);
+      steps.push_back(stats);
       tokens = stats.tokens;
     }
     STRETTO_RETURN_IF_ERROR(trainer->Finish());
     const auto memory = ReadProcessMemory();
-    const double median = Median(step_ms);
+    const double median = median_of(&StepStats::step_ms);
     const Device device = trainer->config().runtime.device == "cuda"
                               ? Device::Cuda(world.info().local_rank)
                               : Device::Cpu();
     results->command = "train";
     results->device = DeviceName(device);
     results->ranks = world.size();
-    const Json figures = {
+    Json figures = {
         {"ranks", world.size()},
         {"threads", trainer->config().runtime.threads},
         {"tokens_per_step", tokens},
         {"step_ms", median},
         {"tokens_per_second", static_cast<double>(tokens) / median * 1e3},
-        {"exposed_ms", Median(exposed_ms)},
-        {"data_ms", Median(data_ms)},
-        {"forward_ms", Median(forward_ms)},
-        {"backward_ms", Median(backward_ms)},
-        {"update_ms", Median(update_ms)},
         {"mfu_causal", mfu},
         {"planned_bytes", planned},
         {"start_bytes", before},
@@ -113,6 +119,7 @@ absl::Status Steps(World& world, TrainConfig config, Results* results) {
         {"peak_bytes", memory.ok() ? memory->peak_resident_bytes : 0},
         {"device_bytes", DriverBytes(device)},
     };
+    for (const auto& [name, ms] : kTimes) figures[name] = median_of(ms);
     if (world.rank() == 0) {
       std::string line;  // with the blanks that train/compare.py looks for
       for (const auto& [key, value] : figures.items()) {

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -101,10 +102,17 @@ std::string FormatLine(const StepStats& s, int64_t total, const Painter& paint) 
   if (s.comm_exposed_ms > 0 && s.step_ms > 0) {
     absl::StrAppend(&line, bar,
                     absl::StrFormat("comm %4.1f%%", 100 * s.comm_exposed_ms / s.step_ms));
-  }
-  if (s.pipeline_wait_ms > 0 && s.step_ms > 0) {
-    absl::StrAppend(&line, bar,
-                    absl::StrFormat("pipe %4.1f%%", 100 * s.pipeline_wait_ms / s.step_ms));
+    const std::pair<const char*, double> axes[] = {{"data", s.exposed_data_ms},
+                                                   {"tensor", s.exposed_tensor_ms},
+                                                   {"pipeline", s.exposed_pipeline_ms},
+                                                   {"world", s.exposed_world_ms}};
+    const char* before = " (";
+    for (const auto& [axis, ms] : axes) {
+      if (ms <= 0) continue;
+      absl::StrAppend(&line, before, absl::StrFormat("%s %.1f", axis, 100 * ms / s.step_ms));
+      before = ", ";
+    }
+    if (*before == ',') absl::StrAppend(&line, ")");
   }
   if (s.eval_loss) {
     absl::StrAppend(&line, bar, paint(kCyan, absl::StrFormat("eval %.4f", *s.eval_loss)));

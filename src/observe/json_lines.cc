@@ -86,7 +86,10 @@ std::string StepStatsJson(const StepStats& s, double unix_seconds) {
   record["backward_ms"] = s.backward_ms;
   record["update_ms"] = s.update_ms;
   record["comm_exposed_ms"] = s.comm_exposed_ms;
-  record["pipeline_wait_ms"] = s.pipeline_wait_ms;
+  record["exposed_data_ms"] = s.exposed_data_ms;
+  record["exposed_tensor_ms"] = s.exposed_tensor_ms;
+  record["exposed_pipeline_ms"] = s.exposed_pipeline_ms;
+  record["exposed_world_ms"] = s.exposed_world_ms;
   record["time"] = unix_seconds;
   return record.dump();
 }

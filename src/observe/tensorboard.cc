@@ -142,7 +142,10 @@ absl::Status TensorBoardSink::Write(const StepStats& s) {
   AppendScalar("perf/backward_ms", s.backward_ms, &summary);
   AppendScalar("perf/update_ms", s.update_ms, &summary);
   AppendScalar("perf/comm_exposed_ms", s.comm_exposed_ms, &summary);
-  AppendScalar("perf/pipeline_wait_ms", s.pipeline_wait_ms, &summary);
+  AppendScalar("perf/exposed_data_ms", s.exposed_data_ms, &summary);
+  AppendScalar("perf/exposed_tensor_ms", s.exposed_tensor_ms, &summary);
+  AppendScalar("perf/exposed_pipeline_ms", s.exposed_pipeline_ms, &summary);
+  AppendScalar("perf/exposed_world_ms", s.exposed_world_ms, &summary);
   if (s.mfu_causal > 0) AppendScalar("perf/mfu_causal", s.mfu_causal, &summary);
   if (s.mfu_palm > 0) AppendScalar("perf/mfu_palm", s.mfu_palm, &summary);
   AppendScalar("perf/memory_gib", static_cast<double>(s.memory_bytes) / (1 << 30), &summary);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "src/parallel/parameter_storage.h"
@@ -9,13 +10,10 @@
 
 namespace stretto::internal {
 
-absl::Status TimedWait(Communicator& comm, Stream& stream, PhaseTimer* timer, Ticket* ticket) {
-  if (*ticket == 0) return absl::OkStatus();
-  const int before = timer == nullptr ? -1 : timer->Begin(static_cast<int>(StepPhase::kExposed));
-  absl::Status status = comm.Wait(stream, *ticket);
-  if (before >= 0) timer->Begin(before);
-  *ticket = 0;
-  return status;
+absl::Status TakeTicket(Communicator& comm, Stream& stream, PhaseTimer* timer, Ticket* ticket) {
+  const Ticket taken = std::exchange(*ticket, 0);
+  if (taken == 0) return absl::OkStatus();
+  return TimedWait(comm, stream, timer, StepPhase::kExposedData, taken);
 }
 
 BucketBuffers::BucketBuffers(Communicator& comm, const Group& group, const Graph& graph,
@@ -132,7 +130,7 @@ absl::Status BucketBuffers::Use(const Caller& caller, Stay& stay) {
   if (caller.communicate) {
     Gather(stay);
     STRETTO_RETURN_IF_ERROR(
-        TimedWait(comm_, *ops_.stream, caller.training ? options_.timer : nullptr, &stay.ticket));
+        TakeTicket(comm_, *ops_.stream, caller.training ? options_.timer : nullptr, &stay.ticket));
   }
   for (const Tensor& rows : stay.padding) ops::Zero(ops_, rows);
   for (size_t i = 0; i < stay.params.size(); ++i) {
@@ -157,7 +155,7 @@ absl::Status BucketBuffers::Reduce(const Caller& caller, Stay& stay) {
 absl::Status BucketBuffers::Collect(Stay& stay) {
   if (!stay.submitted) return absl::OkStatus();
   stay.submitted = false;
-  STRETTO_RETURN_IF_ERROR(TimedWait(comm_, *ops_.stream, options_.timer, &stay.ticket));
+  STRETTO_RETURN_IF_ERROR(TakeTicket(comm_, *ops_.stream, options_.timer, &stay.ticket));
   uint8_t& added = added_[static_cast<size_t>(stay.bucket)];
   for (size_t i = 0; i < stay.params.size(); ++i) {
     if (added != 0) {
@@ -196,7 +194,7 @@ absl::Status BucketBuffers::WaitGathers() {
   for (Timeline* timeline : {&training_, &evaluation_}) {
     for (Stay& stay : timeline->stays) {
       if (stay.gradients) continue;
-      STRETTO_RETURN_IF_ERROR(TimedWait(comm_, *ops_.stream, nullptr, &stay.ticket));
+      STRETTO_RETURN_IF_ERROR(TakeTicket(comm_, *ops_.stream, nullptr, &stay.ticket));
     }
   }
   return absl::OkStatus();

@@ -12,8 +12,8 @@
 
 namespace stretto::internal {
 
-// Waits for a ticket, with the phase StepPhase::kExposed meanwhile; `timer` may be null.
-absl::Status TimedWait(Communicator& comm, Stream& stream, PhaseTimer* timer, Ticket* ticket);
+// Waits for a ticket of the data axis unless it is 0, which it is afterwards; see TimedWait.
+absl::Status TakeTicket(Communicator& comm, Stream& stream, PhaseTimer* timer, Ticket* ticket);
 
 class BucketBuffers {
  public:

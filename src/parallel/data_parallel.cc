@@ -343,7 +343,7 @@ absl::Status DataParallel::FinishGradients(Run& run) {
     if (!bucket.submitted) SubmitReduce(run, bucket);
   }
   for (Bucket& bucket : buckets_) {
-    STRETTO_RETURN_IF_ERROR(TimedWait(&bucket.reduce));
+    STRETTO_RETURN_IF_ERROR(TakeTicket(&bucket.reduce));
   }
   return absl::OkStatus();
 }
@@ -364,7 +364,7 @@ absl::Status DataParallel::GatherParameters() {
 
 absl::Status DataParallel::WaitLayer(int layer) {
   for (int index : layer_buckets_[layer]) {
-    STRETTO_RETURN_IF_ERROR(TimedWait(&buckets_[index].gather));
+    STRETTO_RETURN_IF_ERROR(TakeTicket(&buckets_[index].gather));
   }
   return absl::OkStatus();
 }
@@ -372,7 +372,7 @@ absl::Status DataParallel::WaitLayer(int layer) {
 absl::Status DataParallel::WaitParameters() {
   if (zero_ == 3) return buffers_->WaitGathers();
   for (Bucket& bucket : buckets_) {
-    STRETTO_RETURN_IF_ERROR(TimedWait(&bucket.gather));
+    STRETTO_RETURN_IF_ERROR(TakeTicket(&bucket.gather));
   }
   return absl::OkStatus();
 }
@@ -395,8 +395,8 @@ absl::StatusOr<Tensor> DataParallel::CompleteParameter(ParamId id) {
   return rows(p.rows());
 }
 
-absl::Status DataParallel::TimedWait(Ticket* ticket) {
-  return internal::TimedWait(comm_, stream_, options_.timer, ticket);
+absl::Status DataParallel::TakeTicket(Ticket* ticket) {
+  return internal::TakeTicket(comm_, stream_, options_.timer, ticket);
 }
 
 int DataParallel::Enter(StepPhase phase) {

@@ -202,11 +202,7 @@ Tensor PipelineExecutor::View(const Buffer& buffer, int64_t tokens) const {
 }
 
 absl::Status PipelineExecutor::Wait(Ticket ticket) {
-  const int before =
-      timer_ == nullptr ? -1 : timer_->Begin(static_cast<int>(StepPhase::kPipelineWait));
-  const absl::Status status = comm_.Wait(stream_, ticket);
-  if (before >= 0) timer_->Begin(before);
-  return status;
+  return TimedWait(comm_, stream_, timer_, StepPhase::kExposedPipeline, ticket);
 }
 
 absl::StatusOr<PipelineExecutor::Buffer*> PipelineExecutor::Take(Pool& pool) {

@@ -63,9 +63,7 @@ void TensorAxis::Wait(Stream& stream, const Tensor& whole, int i, int pieces) {
 }
 
 void TensorAxis::Wait(Stream& stream, Ticket ticket) {
-  const int before = timer_ == nullptr ? -1 : timer_->Begin(static_cast<int>(StepPhase::kExposed));
-  absl::Status status = comm_.Wait(stream, ticket);
-  if (before >= 0) timer_->Begin(before);
+  absl::Status status = TimedWait(comm_, stream, timer_, StepPhase::kExposedTensor, ticket);
   if (!status.ok()) stream.Fail(std::move(status));
 }
 
@@ -138,8 +136,8 @@ PartialGradients::Costs PartialGradients::CostsOf(const Graph& graph, int ranks,
 
 absl::StatusOr<std::unique_ptr<PartialGradients>> PartialGradients::Create(
     Communicator& comm, const Group& group, const Graph& graph, const DataParallel& parameters,
-    ops::Context ops, Budget& budget) {
-  auto sums = std::unique_ptr<PartialGradients>(new PartialGradients(comm, group, ops));
+    ops::Context ops, Budget& budget, PhaseTimer* timer) {
+  auto sums = std::unique_ptr<PartialGradients>(new PartialGradients(comm, group, ops, timer));
   if (graph.tokens.ranks == 1) return sums;
   const Group& data = parameters.group();
   const int64_t bytes = CostsOf(graph, data.size(), data.index).memory;
@@ -171,10 +169,12 @@ absl::Status PartialGradients::Sum() {
   const Tensor mine = packed_.Rows(part * group_.index, part);
   Stream& stream = *ops_.stream;
   static const std::string kSum = "partial gradients", kGather = "summed gradients";
-  STRETTO_RETURN_IF_ERROR(
-      comm_.Wait(stream, comm_.ReduceScatter(group_, mine, packed_, kSum, stream.Record())));
-  STRETTO_RETURN_IF_ERROR(
-      comm_.Wait(stream, comm_.AllGather(group_, packed_, mine, kGather, stream.Record())));
+  for (const bool gather : {false, true}) {
+    const Ticket ticket = gather
+                              ? comm_.AllGather(group_, packed_, mine, kGather, stream.Record())
+                              : comm_.ReduceScatter(group_, mine, packed_, kSum, stream.Record());
+    STRETTO_RETURN_IF_ERROR(TimedWait(comm_, stream, timer_, StepPhase::kExposedTensor, ticket));
+  }
   for (const Item& item : items_) ops::Copy(ops_, item.grad, item.mine);
   return absl::OkStatus();
 }

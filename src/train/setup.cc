@@ -220,7 +220,8 @@ absl::Status Trainer::Impl::SetUpModel() {
                                         .timer = timer.get(),
                                         .threads = static_cast<int>(config.runtime.threads)}));
     STRETTO_ASSIGN_OR_RETURN(
-        stage.partial, PartialGradients::Create(*comm, tp_group, part, *stage.dp, ops(), budget));
+        stage.partial,
+        PartialGradients::Create(*comm, tp_group, part, *stage.dp, ops(), budget, timer.get()));
     AdamWOptions options = OptimizerOptions(config);
     options.without = planned.copy;
     STRETTO_ASSIGN_OR_RETURN(stage.optimizer,

@@ -68,8 +68,8 @@ absl::Status Trainer::Impl::RunBatches(const std::vector<PackedBatch>& batches, 
 
 absl::Status Trainer::Impl::SumOverRanks(Tensor data, const char* label) {
   if (world.size() == 1) return absl::OkStatus();
-  return comm->Wait(*stream,
-                    comm->AllReduce(comm->all(), data, ReduceOp::kSum, label, stream->Record()));
+  return WaitIn(StepPhase::kExposedWorld,
+                comm->AllReduce(comm->all(), data, ReduceOp::kSum, label, stream->Record()));
 }
 
 namespace {
@@ -82,7 +82,6 @@ const ParameterShard* ShardOf(const DataParallel& dp, ParamId id) {
 
 absl::Status Trainer::Impl::SumTiedGradients() {
   if (plan.step.stages == 1 || !config.model.tie_embeddings) return absl::OkStatus();
-  timer->Begin(static_cast<int>(StepPhase::kPipelineWait));
   const int first = plan.step.place_of_stage.front(), last = plan.step.place_of_stage.back();
   const StagePlan &lowest = plan.stages.front(), &highest = plan.stages.back();
   const bool has_table = lowest.stage == 0, has_copy = highest.copy.valid();
@@ -91,11 +90,12 @@ absl::Status Trainer::Impl::SumTiedGradients() {
   if (has_table && has_copy) {
     if (table().rows() > 0) ops::Add(ops(), table(), copy());
   } else if (has_copy && copy().rows() > 0) {
-    return comm->Wait(*stream,
-                      comm->Send(pp_group, copy(), first, "tied gradient", stream->Record()));
+    return WaitIn(StepPhase::kExposedPipeline,
+                  comm->Send(pp_group, copy(), first, "tied gradient", stream->Record()));
   } else if (has_table && tied_gradient.present() && tied_gradient.rows() > 0) {
-    STRETTO_RETURN_IF_ERROR(comm->Wait(
-        *stream, comm->Receive(pp_group, tied_gradient, last, "tied gradient", stream->Record())));
+    STRETTO_RETURN_IF_ERROR(
+        WaitIn(StepPhase::kExposedPipeline,
+               comm->Receive(pp_group, tied_gradient, last, "tied gradient", stream->Record())));
     ops::Add(ops(), table(), tied_gradient);
   }
   return absl::OkStatus();
@@ -134,9 +134,9 @@ absl::Status Trainer::Impl::WaitParameters() {
 absl::Status Trainer::Impl::EndFloat8Step() {
   if (float8 == nullptr) return absl::OkStatus();
   if (dp_group.size() > 1) {
-    STRETTO_RETURN_IF_ERROR(
-        comm->Wait(*stream, comm->AllReduce(dp_group, float8->Magnitudes(), ReduceOp::kMax,
-                                            "fp8 magnitudes", stream->Record())));
+    STRETTO_RETURN_IF_ERROR(WaitIn(StepPhase::kExposedData,
+                                   comm->AllReduce(dp_group, float8->Magnitudes(), ReduceOp::kMax,
+                                                   "fp8 magnitudes", stream->Record())));
   }
   float8->EndStep(ops());
   return absl::OkStatus();
@@ -224,8 +224,12 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   stats.forward_ms = ms(StepPhase::kForward);
   stats.backward_ms = ms(StepPhase::kBackward);
   stats.update_ms = ms(StepPhase::kUpdate);
-  stats.comm_exposed_ms = ms(StepPhase::kExposed);
-  stats.pipeline_wait_ms = ms(StepPhase::kPipelineWait);
+  stats.exposed_data_ms = ms(StepPhase::kExposedData);
+  stats.exposed_tensor_ms = ms(StepPhase::kExposedTensor);
+  stats.exposed_pipeline_ms = ms(StepPhase::kExposedPipeline);
+  stats.exposed_world_ms = ms(StepPhase::kExposedWorld);
+  stats.comm_exposed_ms = stats.exposed_data_ms + stats.exposed_tensor_ms +
+                          stats.exposed_pipeline_ms + stats.exposed_world_ms;
   if (stream->device().kind != DeviceKind::kCpu) {
     stats.memory_bytes = budget.Used(Resource::kDeviceMemory);
   } else if (const absl::StatusOr<ProcessMemory> memory = ReadProcessMemory(); memory.ok()) {

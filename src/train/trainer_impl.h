@@ -134,6 +134,10 @@ struct Trainer::Impl {
   absl::StatusOr<RunResult> Run(Trainer& trainer);
   // Ends a step for the scales of FP8 operands, which all ranks then have alike.
   absl::Status EndFloat8Step();
+  // What is enqueued from now on waits for `ticket` in `phase`.
+  absl::Status WaitIn(StepPhase phase, Ticket ticket) {
+    return TimedWait(*comm, *stream, timer.get(), phase, ticket);
+  }
   // In place, over all ranks.
   absl::Status SumOverRanks(Tensor data, const char* label);
   // Forward and backward, or forward alone, of this rank's micro-batches, and as many empty ones as

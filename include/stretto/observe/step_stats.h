@@ -25,10 +25,15 @@ struct StepStats {
   // which follow each other without gaps.
   double data_ms = 0;  // waiting for the batch
   double forward_ms = 0;
-  double backward_ms = 0;       // recomputation included
-  double update_ms = 0;         // norm of the gradient, clipping, optimizer
-  double comm_exposed_ms = 0;   // waiting for gradients and parameters that nothing overlapped
-  double pipeline_wait_ms = 0;  // waiting for another stage: bubbles, and messages on their way
+  double backward_ms = 0;  // recomputation included
+  double update_ms = 0;    // norm of the gradient, clipping, optimizer
+  // Waiting for other ranks with nothing else to do: as long as they are late and the message is on
+  // its way, together.
+  double exposed_data_ms = 0;      // for gradients and parameters
+  double exposed_tensor_ms = 0;    // for the ranks that share a layer
+  double exposed_pipeline_ms = 0;  // for another stage: bubbles, and messages on their way
+  double exposed_world_ms = 0;     // for the step's scalars, which all ranks sum
+  double comm_exposed_ms = 0;      // the sum of the four
 };
 
 }  // namespace stretto

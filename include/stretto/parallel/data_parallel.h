@@ -126,7 +126,7 @@ class DataParallel {
  private:
   class Hooks;
   class BufferHooks;
-  absl::Status TimedWait(Ticket* ticket);
+  absl::Status TakeTicket(Ticket* ticket);
   // Returns the phase until now, -1 when there was none.
   int Enter(StepPhase phase);
   struct Bucket {

@@ -104,7 +104,8 @@ class PipelineExecutor {
   absl::Status Run(const RankProgram& program, StageWorker& worker);
   // Waits for the messages in flight.
   absl::Status Finish();
-  // Told of waits for other stages (StepPhase::kPipelineWait); null: nobody is. Outlives the runs.
+  // Told of waits for other stages (StepPhase::kExposedPipeline); null: nobody is. Outlives the
+  // runs.
   void SetTimer(PhaseTimer* timer) { timer_ = timer; }
 
   int64_t bytes() const { return arena_.bytes(); }

@@ -2,16 +2,29 @@
 #ifndef STRETTO_PARALLEL_STEP_PHASE_H_
 #define STRETTO_PARALLEL_STEP_PHASE_H_
 
+#include "stretto/comm/communicator.h"
+#include "stretto/core/phase_timer.h"
+#include "stretto/core/stream.h"
+
 namespace stretto {
 
+// The exposed ones: the stream has nothing to do but to wait for other ranks. A wait is as long as
+// the others are late and the message is on its way, together.
 enum class StepPhase : int {
   kForward,
   kBackward,
-  kExposed,       // waiting for gradients and parameters that nothing overlapped
-  kPipelineWait,  // waiting for another stage: a schedule's bubbles, and messages on their way
-  kUpdate,        // norm, clipping, optimizer
+  kExposedData,      // for gradients and parameters of the data axis
+  kExposedTensor,    // for the ranks that share a layer
+  kExposedPipeline,  // for another stage: a schedule's bubbles, and messages on their way
+  kExposedWorld,     // for the step's scalars, which all ranks sum: the slowest one
+  kUpdate,           // norm, clipping, optimizer
   kCount,
 };
+
+// Work enqueued on `stream` from now on sees the result of `ticket`; the stream's time until then
+// is that of `phase`. `timer` may be null.
+absl::Status TimedWait(Communicator& comm, Stream& stream, PhaseTimer* timer, StepPhase phase,
+                       Ticket ticket);
 
 }  // namespace stretto
 

@@ -37,8 +37,8 @@ class TensorAxis {
  public:
   static constexpr int kMostUnderWay = 8;  // exchanges; layers need four
 
-  // `timer` is told of waits for other ranks (StepPhase::kExposed); null: nobody is. All outlive
-  // the axis.
+  // `timer` is told of waits for other ranks (StepPhase::kExposedTensor); null: nobody is. All
+  // outlive the axis.
   TensorAxis(Communicator& comm, const Group& group, PhaseTimer* timer = nullptr)
       : comm_(comm), group_(group), timer_(timer) {}
   const Group& group() const { return group_; }
@@ -90,12 +90,10 @@ Strategies TensorStrategies(int ranks, int index, int pieces = 1);
 // left, so that they are summed once.
 class PartialGradients {
  public:
-  // Reserves its memory from `budget`. The objects outlive it.
-  static absl::StatusOr<std::unique_ptr<PartialGradients>> Create(Communicator& comm,
-                                                                  const Group& group,
-                                                                  const Graph& graph,
-                                                                  const DataParallel& parameters,
-                                                                  ops::Context ops, Budget& budget);
+  // Reserves its memory from `budget`. `timer` as TensorAxis has it. The objects outlive it.
+  static absl::StatusOr<std::unique_ptr<PartialGradients>> Create(
+      Communicator& comm, const Group& group, const Graph& graph, const DataParallel& parameters,
+      ops::Context ops, Budget& budget, PhaseTimer* timer = nullptr);
   // After DataParallel::FinishGradients, on all ranks of the axis alike. Every rank then has the
   // same bits.
   absl::Status Sum();
@@ -107,12 +105,13 @@ class PartialGradients {
   static Costs CostsOf(const Graph& graph, int ranks, int index);
 
  private:
-  PartialGradients(Communicator& comm, const Group& group, ops::Context ops)
-      : comm_(comm), group_(group), ops_(ops) {}
+  PartialGradients(Communicator& comm, const Group& group, ops::Context ops, PhaseTimer* timer)
+      : comm_(comm), group_(group), ops_(ops), timer_(timer) {}
 
   Communicator& comm_;
   Group group_;
   ops::Context ops_;
+  PhaseTimer* timer_;
   Arena memory_;
   Tensor packed_;  // all of them one behind the other, in equal parts for the ranks
   struct Item {

@@ -84,9 +84,11 @@ TEST(StepStatsLine, ShowsWhatIsKnownOnly) {
   s.mfu_palm = 0.502;
   s.eval_loss = 4.125;
   s.comm_exposed_ms = s.step_ms / 4;
+  s.exposed_data_ms = s.step_ms / 10;
+  s.exposed_pipeline_ms = 0.15 * s.step_ms;
   const std::string line = StepStatsLine(s, 0);
   EXPECT_THAT(line, HasSubstr("mfu 42.1% (palm 50.2%)"));
-  EXPECT_THAT(line, HasSubstr("comm 25.0%"));
+  EXPECT_THAT(line, HasSubstr("comm 25.0% (data 10.0, pipeline 15.0)"));
   EXPECT_THAT(line, HasSubstr("eval 4.1250"));
 }
 

@@ -59,9 +59,12 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   s.backward_ms = 2.5;
   s.update_ms = 2.75;
   s.comm_exposed_ms = 3;
-  s.pipeline_wait_ms = 3.5;
+  s.exposed_data_ms = 1.5;
+  s.exposed_tensor_ms = 0.75;
+  s.exposed_pipeline_ms = 0.5;
+  s.exposed_world_ms = 0.25;
   const Json j = Json::parse(StepStatsJson(s, 1.5e9));
-  EXPECT_EQ(j.size(), 20u);
+  EXPECT_EQ(j.size(), 23u);
   EXPECT_EQ(j["step"], 12);
   EXPECT_EQ(j["loss"].get<double>(), 0.1 + 0.2);  // all digits: curves can be compared bit for bit
   EXPECT_EQ(j["grad_norm"].get<double>(), 1e-300);
@@ -78,7 +81,10 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   EXPECT_EQ(j["backward_ms"], 2.5);
   EXPECT_EQ(j["update_ms"], 2.75);
   EXPECT_EQ(j["comm_exposed_ms"], 3);
-  EXPECT_EQ(j["pipeline_wait_ms"], 3.5);
+  EXPECT_EQ(j["exposed_data_ms"], 1.5);
+  EXPECT_EQ(j["exposed_tensor_ms"], 0.75);
+  EXPECT_EQ(j["exposed_pipeline_ms"], 0.5);
+  EXPECT_EQ(j["exposed_world_ms"], 0.25);
   EXPECT_EQ(j["time"], 1.5e9);
 }
 

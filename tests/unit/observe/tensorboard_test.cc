@@ -111,6 +111,10 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
   ASSERT_TRUE(sink.ok()) << sink.status();
   EXPECT_THAT((*sink)->path(), testing::HasSubstr("/events.out.tfevents."));
   StepStats s;
+  s.exposed_data_ms = 1.5;
+  s.exposed_tensor_ms = 0.75;
+  s.exposed_pipeline_ms = 0.5;
+  s.exposed_world_ms = 0.25;
   for (const int64_t step : {1, 127, 128, 300000}) {
     s.step = step;
     s.loss = 0.5 + static_cast<double>(step);
@@ -136,6 +140,10 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
   EXPECT_EQ(scalars.at("train/loss"), 128.5f);
   EXPECT_EQ(scalars.at("eval/loss"), 3.5f);
   EXPECT_EQ(scalars.at("perf/mfu_causal"), 0.25f);
+  EXPECT_EQ(scalars.at("perf/exposed_data_ms"), 1.5f);
+  EXPECT_EQ(scalars.at("perf/exposed_tensor_ms"), 0.75f);
+  EXPECT_EQ(scalars.at("perf/exposed_pipeline_ms"), 0.5f);
+  EXPECT_EQ(scalars.at("perf/exposed_world_ms"), 0.25f);
   const auto other = Scalars(ParseMessage(records[5]));
   EXPECT_EQ(other.at("train/loss"), 300000.5f);
   EXPECT_EQ(other.count("eval/loss"), 0u);

@@ -137,7 +137,7 @@ int main(int argc, char** argv) {
   arguments.Add("width", "N", "characters of a line", &o.width);
   arguments.AddFlag("list", "print the actions of each rank, too", &o.list);
   arguments.Add("svg", "FILE", "write a picture there", &o.svg);
-  arguments.Add("trace", "FILE", "write a trace for chrome://tracing there", &o.trace);
+  arguments.Add("trace", "FILE", "write a trace for Perfetto there", &o.trace);
   absl::Status status = arguments.Parse(argc, argv);
   if (arguments.help()) {
     std::printf("%s", arguments.Help().c_str());

@@ -40,10 +40,16 @@ class DeviceQueue {
   virtual absl::Status BeginCapture() = 0;
   virtual absl::StatusOr<std::unique_ptr<DeviceGraph>> EndCapture() = 0;
   virtual absl::Status Launch(const DeviceGraph& graph) = 0;
-  // Notes the device's time at this point of the queue under `mark`, a small number.
-  virtual absl::Status MarkTime(int mark) = 0;
-  // Seconds between two marks that the queue has passed; negative when that is not known.
-  virtual double SecondsBetween(int from, int to) const = 0;
+};
+
+// Times of the device at points that its queues pass.
+class DeviceMarks {
+ public:
+  virtual ~DeviceMarks() = default;
+  // At this point of the queue. Makes room for the number where there is none.
+  virtual absl::Status Mark(DeviceQueue& queue, size_t mark) = 0;
+  // Between two marks that their queues have passed; negative when that is not known.
+  virtual double SecondsBetween(size_t from, size_t to) const = 0;
 };
 
 class DeviceRuntime {
@@ -60,6 +66,9 @@ class DeviceRuntime {
   virtual void FreeHost(std::byte* memory) const = 0;
   virtual absl::StatusOr<std::unique_ptr<DeviceQueue>> CreateQueue(
       int index, const StreamOptions& options) const = 0;
+  // With room for `count` marks.
+  virtual absl::StatusOr<std::unique_ptr<DeviceMarks>> CreateMarks(int index,
+                                                                   size_t count) const = 0;
   // Rows of `row_bytes` bytes between host and device, or within the device; blocks.
   virtual absl::Status CopyRows(int index, void* to, int64_t to_pitch, const void* from,
                                 int64_t from_pitch, int64_t row_bytes, int64_t rows) const = 0;

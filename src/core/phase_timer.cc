@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "src/core/device_runtime.h"
+#include "src/core/time_marks.h"
 
 namespace stretto {
 namespace {
@@ -14,10 +14,12 @@ constexpr int kNoPhase = -1;
 }  // namespace
 
 PhaseTimer::PhaseTimer(Stream& stream, int phases)
-    : stream_(stream), seconds_(static_cast<size_t>(phases)) {
+    : stream_(stream),
+      seconds_(static_cast<size_t>(phases)),
+      marks_(std::make_unique<TimeMarks>(stream, kUsualMarks)) {
   phases_.reserve(kUsualMarks);
-  times_.resize(stream.device_queue_ == nullptr ? kUsualMarks : 0);
 }
+PhaseTimer::~PhaseTimer() = default;
 
 void PhaseTimer::Restart(int phase) {
   phases_.clear();
@@ -35,27 +37,14 @@ void PhaseTimer::End() { Mark(kNoPhase); }
 void PhaseTimer::Mark(int phase) {
   const size_t mark = phases_.size();
   phases_.push_back(phase);
-  if (stream_.device_queue_ != nullptr) {
-    stream_.Fail(stream_.device_queue_->MarkTime(static_cast<int>(mark)));
-    return;
-  }
-  if (mark == times_.size()) {
-    // Marks that are still to be written must not move.
-    stream_.Synchronize().IgnoreError();
-    times_.resize(2 * times_.size());
-  }
-  Clock::time_point* time = &times_[mark];
-  stream_.Enqueue([time] { *time = Clock::now(); });
+  marks_->Mark(stream_, mark);
 }
 
 const std::vector<double>& PhaseTimer::Seconds() {
   std::fill(seconds_.begin(), seconds_.end(), 0.0);
   for (size_t i = 0; i + 1 < phases_.size(); ++i) {
     if (phases_[i] == kNoPhase) continue;
-    const double seconds =
-        stream_.device_queue_ != nullptr
-            ? stream_.device_queue_->SecondsBetween(static_cast<int>(i), static_cast<int>(i + 1))
-            : std::chrono::duration<double>(times_[i + 1] - times_[i]).count();
+    const double seconds = marks_->SecondsBetween(i, i + 1);
     if (seconds < 0) {
       std::fill(seconds_.begin(), seconds_.end(), -1.0);
       break;

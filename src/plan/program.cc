@@ -128,6 +128,10 @@ absl::Status AssignLevels(int pipelines, std::vector<PlanItem>* items) {
   return absl::OkStatus();
 }
 
+TraceTags TagsOf(const ProgramAction& action) {
+  return {.stage = action.stage, .item = action.item, .order = action.order};
+}
+
 absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeline_ranks,
                                     int chunks, std::vector<PlanItem> items) {
   STRETTO_RETURN_IF_ERROR(AssignLevels(pipelines, &items));

@@ -1,6 +1,7 @@
 #include "stretto/sim/timeline.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <set>
 #include <tuple>
@@ -222,26 +223,22 @@ absl::StatusOr<Timeline> Simulate(const Program& program, const CostModel& cost)
 }
 
 std::string ChromeTrace(const Program& program, const Timeline& timeline) {
-  std::string out = "{\"traceEvents\":[\n";
-  const char* separator = "";
+  std::string out = kChromeTraceBegin;
   for (size_t rank = 0; rank < timeline.of_rank.size(); ++rank) {
-    absl::StrAppendFormat(&out,
-                          "%s{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":0,\"tid\":%d,"
-                          "\"args\":{\"name\":\"rank %d\"}}",
-                          separator, rank, rank);
-    separator = ",\n";
+    std::vector<TraceSlice> slices;
     for (const Span& span : timeline.of_rank[rank]) {
       const ProgramAction& a = program.of_rank[rank][static_cast<size_t>(span.action)];
-      absl::StrAppendFormat(
-          &out,
-          "%s{\"ph\":\"X\",\"name\":\"%s %d\",\"cat\":\"%s\",\"pid\":0,\"tid\":%d,\"ts\":%.3f,"
-          "\"dur\":%.3f,\"args\":{\"stage\":%d,\"item\":%d,\"order\":%d}}",
-          separator, Name(a.work), a.item, Name(a.work), rank, 1e6 * span.start,
-          1e6 * (span.end - span.start), a.stage, a.item, a.order);
+      slices.push_back({.row = "compute",
+                        .category = Name(a.work),
+                        .tags = TagsOf(a),
+                        .begin_ns = std::llround(1e9 * span.start),
+                        .end_ns = std::llround(1e9 * span.end)});
     }
+    if (rank > 0) out += kChromeTraceSeparator;
+    const auto number = static_cast<int>(rank);
+    out += ChromeTraceProcess(number, absl::StrCat("rank ", number), "", slices);
   }
-  absl::StrAppend(&out, "\n],\"otherData\":{\"source\":\"simulated\"}}\n");
-  return out;
+  return out + ChromeTraceEnd({{"source", JsonString("simulated")}});
 }
 
 std::string DrawText(const Program& program, const Timeline& timeline, int columns) {

@@ -2,12 +2,14 @@
 #ifndef STRETTO_CORE_PHASE_TIMER_H_
 #define STRETTO_CORE_PHASE_TIMER_H_
 
-#include <chrono>
+#include <memory>
 #include <vector>
 
 #include "stretto/core/stream.h"
 
 namespace stretto {
+
+class TimeMarks;  // src/core/time_marks.h
 
 // Cuts a stream's work into phases that follow each other without gaps. A device notes the times
 // itself, so a phase that waits for another stream is as long as that wait holds this stream up,
@@ -16,6 +18,7 @@ class PhaseTimer {
  public:
   // Numbers of phases are below `phases`. The stream outlives the timer.
   PhaseTimer(Stream& stream, int phases);
+  ~PhaseTimer();
 
   // Forgets everything and begins `phase` here.
   void Restart(int phase);
@@ -28,13 +31,12 @@ class PhaseTimer {
   const std::vector<double>& Seconds();
 
  private:
-  using Clock = std::chrono::steady_clock;
   void Mark(int phase);
 
   Stream& stream_;
   std::vector<double> seconds_;
-  std::vector<int> phases_;               // by mark: what begins there
-  std::vector<Clock::time_point> times_;  // by mark; the CPU's
+  std::vector<int> phases_;  // by mark: what begins there
+  std::unique_ptr<TimeMarks> marks_;
 };
 
 }  // namespace stretto

@@ -130,7 +130,7 @@ class Stream {
 
  private:
   friend class Event;
-  friend class PhaseTimer;
+  friend class TimeMarks;
   friend void CopyBytes(Stream& stream, void* to, const void* from, int64_t bytes);
   struct Queue;
   Stream(Device device, StreamOptions options);

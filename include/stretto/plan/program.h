@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "stretto/core/chrome_trace.h"
 #include "stretto/core/status.h"
 #include "stretto/plan/schedule.h"
 
@@ -34,6 +35,9 @@ struct ProgramAction {
   int64_t order = 0;  // place in the one order: equal for those who run it together, else unequal
   bool operator==(const ProgramAction&) const = default;
 };
+
+// What a timeline says about an action, simulated or real.
+TraceTags TagsOf(const ProgramAction& action);
 
 // Ranks are numbered pipeline by pipeline: rank = pipeline * pipeline_ranks + place in the
 // pipeline.

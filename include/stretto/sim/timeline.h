@@ -33,7 +33,8 @@ struct Timeline {
 // INVALID_ARGUMENT when the costs are for another number of stages.
 absl::StatusOr<Timeline> Simulate(const Program& program, const CostModel& cost);
 
-// For chrome://tracing and Perfetto: one process, one thread for each rank, times in microseconds.
+// For chrome://tracing and Perfetto: one process for each rank, as in the trace of a real run
+// (observe/step_trace.h). Those of a unit lie side by side.
 std::string ChromeTrace(const Program& program, const Timeline& timeline);
 
 // One line a rank, `columns` characters long: a letter (F forward, D backward, B and W its halves)

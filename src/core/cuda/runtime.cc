@@ -149,7 +149,6 @@ class CudaQueue final : public DeviceQueue {
     for (cudaEvent_t event : events_) {
       if (event != nullptr) cudaEventDestroy(event);
     }
-    for (cudaEvent_t mark : marks_) cudaEventDestroy(mark);
     if (stream_ != nullptr) cudaStreamDestroy(stream_);
     if (workspace_.data != nullptr) cudaFree(workspace_.data);
     if (fault_ != nullptr) {
@@ -231,25 +230,6 @@ class CudaQueue final : public DeviceQueue {
                   cudaGraphLaunch(static_cast<const CudaGraph&>(graph).get(), stream_), index_);
   }
 
-  absl::Status MarkTime(int mark) override {
-    while (marks_.size() <= static_cast<size_t>(mark)) {
-      cudaEvent_t event = nullptr;
-      STRETTO_RETURN_IF_ERROR(Called("cudaEventCreate", cudaEventCreate(&event), index_));
-      marks_.push_back(event);
-    }
-    return Called("cudaEventRecord", cudaEventRecord(marks_[static_cast<size_t>(mark)], stream_),
-                  index_);
-  }
-
-  double SecondsBetween(int from, int to) const override {
-    float ms = 0;
-    const cudaError_t error = cudaEventElapsedTime(&ms, marks_[static_cast<size_t>(from)],
-                                                   marks_[static_cast<size_t>(to)]);
-    if (error == cudaSuccess) return 1e-3 * static_cast<double>(ms);
-    cudaGetLastError();  // a time that is not known is no error of a kernel
-    return -1;
-  }
-
  private:
   static constexpr int kEvents = 256;
   explicit CudaQueue(int index) : index_(index) {}
@@ -266,11 +246,48 @@ class CudaQueue final : public DeviceQueue {
   int index_;
   cudaStream_t stream_ = nullptr;
   std::array<cudaEvent_t, kEvents> events_ = {};
-  std::vector<cudaEvent_t> marks_;  // with times
   std::atomic<uint64_t> points_{0};
   mutable std::atomic<uint64_t> finished_{0};
   Stream::Workspace workspace_;
   DeviceFault* fault_ = nullptr;
+};
+
+class CudaMarks final : public DeviceMarks {
+ public:
+  explicit CudaMarks(int index) : index_(index) {}
+  ~CudaMarks() override {
+    cudaSetDevice(index_);
+    for (cudaEvent_t event : events_) cudaEventDestroy(event);
+  }
+
+  absl::Status MakeRoom(size_t count) {
+    STRETTO_RETURN_IF_ERROR(Called("cudaSetDevice", cudaSetDevice(index_), index_));
+    while (events_.size() < count) {
+      cudaEvent_t event = nullptr;
+      STRETTO_RETURN_IF_ERROR(Called("cudaEventCreate", cudaEventCreate(&event), index_));
+      events_.push_back(event);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Mark(DeviceQueue& queue, size_t mark) override {
+    if (mark >= events_.size()) STRETTO_RETURN_IF_ERROR(MakeRoom(mark + 1));
+    return Called("cudaEventRecord",
+                  cudaEventRecord(events_[mark], static_cast<cudaStream_t>(queue.native())),
+                  index_);
+  }
+
+  double SecondsBetween(size_t from, size_t to) const override {
+    float ms = 0;
+    const cudaError_t error = cudaEventElapsedTime(&ms, events_[from], events_[to]);
+    if (error == cudaSuccess) return 1e-3 * static_cast<double>(ms);
+    cudaGetLastError();  // a time that is not known is no error of a kernel
+    return -1;
+  }
+
+ private:
+  int index_;
+  std::vector<cudaEvent_t> events_;
 };
 
 class Runtime final : public DeviceRuntime {
@@ -392,6 +409,12 @@ class Runtime final : public DeviceRuntime {
       int index, const StreamOptions& options) const override {
     STRETTO_RETURN_IF_ERROR(Describe(index).status());
     return CudaQueue::Create(index, options);
+  }
+
+  absl::StatusOr<std::unique_ptr<DeviceMarks>> CreateMarks(int index, size_t count) const override {
+    auto marks = std::make_unique<CudaMarks>(index);
+    STRETTO_RETURN_IF_ERROR(marks->MakeRoom(count));
+    return marks;
   }
 
   absl::Status CopyRows(int index, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,

@@ -228,7 +228,7 @@ void Operation::Reset() {
   reduce = ReduceOp::kSum;
   peer = -1;
   phases = phase = 0;
-  record = -1;
+  record = trace = -1;
   bytes_sent = 0;
 }
 

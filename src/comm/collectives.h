@@ -85,6 +85,7 @@ struct Operation {
   int64_t sequence = 0;
   int tag = 0;
   int64_t record = -1;
+  int trace = -1;  // in a TraceRecorder
   char label[56] = {};
   Event after;
   bool started = false;

@@ -56,6 +56,8 @@ Communicator::Impl::GroupState& Communicator::Impl::AddGroup(const std::string& 
   GroupState& state = groups.emplace_back();
   state.group.id = WorldAccess::phase(world).next_group++;
   state.group.name = name;
+  state.send_row = name + " send";
+  state.receive_row = name + " receive";
   state.group.ranks = ranks;
   const auto me = std::find(ranks.begin(), ranks.end(), world.rank());
   state.group.index = static_cast<int>(me - ranks.begin());
@@ -166,6 +168,13 @@ Ticket Communicator::Impl::Submit(Operation* o, int64_t count) {
   record.peer = o->point_to_point() ? o->group->ranks[static_cast<std::size_t>(o->peer)] : -1;
   std::memcpy(record.label, o->label, sizeof(record.label));
   o->record = recorder.Begin(record);
+  if (trace != nullptr) {
+    const std::string& row = o->op == CommOp::kSend      ? state.send_row
+                             : o->op == CommOp::kReceive ? state.receive_row
+                                                         : state.group.name;
+    o->trace = trace->Open(row.c_str(), Name(o->op), o->label,
+                           {.peer = record.peer, .bytes = count * SizeOf(o->dtype)});
+  }
   in_flight.push_back(o);
   Step(Turn::kSubmit);
   if (device != nullptr && device->busy()) guard_wake.notify_one();
@@ -193,6 +202,12 @@ Communicator::~Communicator() {
 World& Communicator::world() { return impl_->world; }
 const Group& Communicator::all() const { return impl_->groups.front().group; }
 FlightRecorder& Communicator::recorder() { return impl_->recorder; }
+TraceRecorder* Communicator::trace() const { return impl_->trace; }
+void Communicator::SetTrace(TraceRecorder* trace) {
+  const auto lock = impl_->Lock();
+  impl_->trace = trace;
+  if (impl_->device != nullptr) impl_->device->SetTrace(trace);
+}
 absl::Status Communicator::status() const {
   const auto lock = impl_->Lock();
   return impl_->error;

@@ -28,6 +28,7 @@ struct Communicator::Impl {
     int64_t next_start = 1;  // sequence of the collective that starts next
     int active = 0;
     int64_t bytes_sent = 0;
+    std::string send_row, receive_row;  // of a trace
   };
 
   explicit Impl(World& w);
@@ -35,6 +36,7 @@ struct Communicator::Impl {
 
   World& world;
   FlightRecorder recorder;
+  TraceRecorder* trace = nullptr;
   Engine engine;
   Watchdog watchdog;
   std::deque<GroupState> groups;  // operations point into it

@@ -103,6 +103,7 @@ bool Communicator::Impl::Step(Turn turn) {
     }
     if (!o->started && o->after.Done() &&
         (o->point_to_point() || (next && state.active < kActiveInGroup))) {
+      if (trace != nullptr) trace->Begin(o->trace);
       engine.Start(*o);
       recorder.Started(o->record);
       if (!o->point_to_point()) {
@@ -131,6 +132,10 @@ void Communicator::Impl::Finish(Operation& o) {
   GroupState& state = *Find(*o.group);
   recorder.Finished(o.record);
   state.bytes_sent += o.bytes_sent;
+  if (trace != nullptr) {
+    if (o.op != CommOp::kReceive) trace->SetBytes(o.trace, o.bytes_sent);
+    if (o.device == Operation::OnDevice::kNo) trace->End(o.trace);
+  }
   if (!o.point_to_point()) {
     if (o.device == Operation::OnDevice::kNo) --state.active;
     watchdog.board().Finished(state.group.id, o.sequence);

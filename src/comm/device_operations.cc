@@ -19,6 +19,7 @@ absl::StatusOr<bool> DeviceOperations::Advance(bool all) {
     for (Operation* o : batch_) {
       o->device = Operation::OnDevice::kQueued;
       o->done = done;
+      if (trace_ != nullptr) trace_->End(o->trace, collectives_->stream());
     }
     batch_.clear();
     moved = true;
@@ -38,6 +39,10 @@ absl::StatusOr<bool> DeviceOperations::Advance(bool all) {
   before_issue_();
   for (Operation* o : batch_) collectives_->stream().Wait(o->after);
   STRETTO_RETURN_IF_ERROR(collectives_->stream().status());
+  if (trace_ != nullptr) {
+    // Of several that proceed together all begin here and end together.
+    for (Operation* o : batch_) trace_->Begin(o->trace, collectives_->stream());
+  }
   STRETTO_RETURN_IF_ERROR(collectives_->Issue(batch_));
   for (Operation* o : batch_) {
     o->device = Operation::OnDevice::kIssued;

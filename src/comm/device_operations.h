@@ -28,6 +28,8 @@ class DeviceOperations {
   DeviceCollectives& collectives() { return *collectives_; }
   Device device() { return collectives_->stream().device(); }
 
+  // Null: nothing is traced.
+  void SetTrace(TraceRecorder* trace) { trace_ = trace; }
   // `o` comes after whatever was added before.
   void Add(Operation* o);
   // Moves the operations on; true when something happened. Sends and receives at the end of the
@@ -43,6 +45,7 @@ class DeviceOperations {
  private:
   std::unique_ptr<DeviceCollectives> collectives_;
   FlightRecorder& recorder_;
+  TraceRecorder* trace_ = nullptr;
   std::function<void()> before_issue_;
   std::vector<Operation*> waiting_;  // in order of submission
   std::vector<Operation*> batch_;    // handed over, but not yet known to be in the stream

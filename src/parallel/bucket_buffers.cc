@@ -121,6 +121,7 @@ absl::Status BucketBuffers::Do(const Caller& caller, const BucketEvent& event) {
 void BucketBuffers::Gather(Stay& stay) {
   if (stay.submitted) return;  // ahead
   stay.submitted = true;
+  const TraceScope scope(comm_.trace(), {.bucket = stay.bucket});
   // Whatever used the place before comes before on the stream.
   stay.ticket =
       comm_.AllGatherMany(group_, stay.stored, stay.shards, stay.label, ops_.stream->Record());
@@ -147,6 +148,7 @@ absl::Status BucketBuffers::Reduce(const Caller& caller, Stay& stay) {
   }
   if (!caller.communicate) return absl::OkStatus();
   stay.submitted = true;
+  const TraceScope scope(comm_.trace(), {.bucket = stay.bucket});
   stay.ticket =
       comm_.ReduceScatterMany(group_, stay.parts, stay.stored, stay.label, ops_.stream->Record());
   return options_.overlap ? absl::OkStatus() : Collect(stay);

@@ -329,6 +329,7 @@ void DataParallel::SubmitReduce(Run& run, Bucket& bucket) {
     if (!target.accumulate) ops::Zero(ops_, target.tensor);  // no micro-batch of this rank wrote it
   }
   if (group_.size() == 1) return;
+  const TraceScope scope(comm_.trace(), {.bucket = NumberOf(bucket)});
   bucket.reduce = comm_.ReduceScatterMany(group_, bucket.grad_outputs, bucket.grad_inputs,
                                           bucket.reduce_label, stream_.Record());
 }
@@ -356,6 +357,7 @@ absl::Status DataParallel::GatherParameters() {
   }
   // In the order of the next forward, which is the reverse of backward's.
   for (auto bucket = buckets_.rbegin(); bucket != buckets_.rend(); ++bucket) {
+    const TraceScope scope(comm_.trace(), {.bucket = NumberOf(*bucket)});
     bucket->gather = comm_.AllGatherMany(group_, bucket->value_outputs, bucket->value_inputs,
                                          bucket->gather_label, stream_.Record());
   }

@@ -231,12 +231,22 @@ absl::Status PipelineExecutor::ReceiveUntil(const RankProgram& program, int64_t 
     const BoundaryMessage& m = messages[submitted_];
     if (worker.Empty(m.item)) continue;       // neither end submits it
     if (!m.receive) return absl::OkStatus();  // its own action submits it
+    const TraceScope scope(comm_.trace(), {.stage = m.stage,
+                                           .item = m.item,
+                                           .micro_batch = worker.MicroBatch(m.item),
+                                           .order = m.order});
     STRETTO_ASSIGN_OR_RETURN(Buffer* const buffer, Take(receives_));
     arriving_[submitted_] = buffer;
     tickets_[submitted_] = comm_.Receive(group_, View(*buffer, worker.Tokens(m.item)), m.peer,
                                          program.labels_[submitted_], buffer->free);
   }
   return absl::OkStatus();
+}
+
+absl::Status PipelineExecutor::RunTraced(StageWorker& worker, const ProgramAction& action,
+                                         Tensor in, Tensor out) {
+  const TraceSpan span(comm_.trace(), "compute", Name(action.work), &stream_);
+  return worker.Run(action, in, out);
 }
 
 absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& worker) {
@@ -260,9 +270,12 @@ absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& work
                        ", the executor was created for ", token_capacity_));
     }
     STRETTO_RETURN_IF_ERROR(ReceiveUntil(program, a.order, worker));
+    TraceTags tags = TagsOf(a);
+    tags.micro_batch = worker.MicroBatch(a.item);
+    const TraceScope scope(comm_.trace(), tags);
     Tensor in, out;
     if (worker.Empty(a.item)) {
-      STRETTO_RETURN_IF_ERROR(worker.Run(a, in, out));
+      STRETTO_RETURN_IF_ERROR(RunTraced(worker, a, in, out));
       comm_.Progress();
       continue;
     }
@@ -289,7 +302,7 @@ absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& work
       STRETTO_ASSIGN_OR_RETURN(out_buffer, Take(ends.keeps ? kept_ : sends_));
       out = View(*out_buffer, tokens);
     }
-    STRETTO_RETURN_IF_ERROR(worker.Run(a, in, out));
+    STRETTO_RETURN_IF_ERROR(RunTraced(worker, a, in, out));
     if (in_buffer != nullptr) {
       in_buffer->free = stream_.Record();
       in_buffer->taken = false;
@@ -310,8 +323,10 @@ absl::Status PipelineExecutor::Run(const RankProgram& program, StageWorker& work
 
 absl::Status PipelineExecutor::Finish() {
   for (Buffer& buffer : sends_.buffers) {
-    if (buffer.ticket != 0) STRETTO_RETURN_IF_ERROR(comm_.Wait(buffer.ticket));
-    buffer.ticket = 0;
+    if (buffer.ticket == 0) continue;
+    // The host waits, and on the CPU the stream with it.
+    const ExposedWait wait(comm_, stream_, timer_, StepPhase::kExposedPipeline);
+    STRETTO_RETURN_IF_ERROR(comm_.Wait(std::exchange(buffer.ticket, 0)));
   }
   return absl::OkStatus();
 }

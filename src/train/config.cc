@@ -179,6 +179,13 @@ void TrainConfig::Metrics::Visit(ConfigVisitor& v) {
   v.Field("log_every", &log_every, "steps between lines on standard output", {.min = 1});
   v.Field("flight_directory", &flight_directory,
           "where ranks dump their flight recorder on a hang or an error; empty: `output`/flight");
+  v.Field("trace_steps", &trace_steps,
+          "steps whose actions are traced with their times, all ranks into one file for Perfetto; "
+          "0: none",
+          {.min = 0});
+  v.Field("trace_from", &trace_from, "first of these steps; the first step of a run is 1",
+          {.min = 1});
+  v.Field("trace_file", &trace_file, "where the trace goes; empty: `output`/trace.json");
 }
 
 void TrainConfig::Visit(ConfigVisitor& v) {
@@ -378,6 +385,13 @@ absl::Status TrainConfig::Resolve(int ranks) {
   if (output.empty()) fail("output is empty; name a directory.");
   if (metrics.flight_directory.empty() && !output.empty()) {
     metrics.flight_directory = absl::StrCat(output, "/flight");
+  }
+  if (metrics.trace_file.empty() && !output.empty()) {
+    metrics.trace_file = absl::StrCat(output, "/trace.json");
+  }
+  if (metrics.trace_steps > 0 && metrics.trace_from > steps) {
+    fail("metrics.trace_from is ", metrics.trace_from, " but the run has only ", steps,
+         " steps; lower it, or set metrics.trace_steps=0.");
   }
 
   if (errors.empty()) return absl::OkStatus();

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "stretto/model/float8.h"
+#include "stretto/observe/step_trace.h"
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/parallel/stages.h"
@@ -321,6 +322,9 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
     const int64_t each = kItem + 3 * kAction * plan.step.stages;
     plan.overheads.push_back({"programs", static_cast<int64_t>(counts.front()) * each *
                                               static_cast<int64_t>(counts.size() + 1)});
+  }
+  if (config.metrics.trace_steps > 0 && device == DeviceKind::kCpu) {
+    plan.overheads.push_back({"trace", StepTrace::Bytes({})});
   }
   for (const NamedBytes& o : plan.overheads) plan.overhead_bytes += o.bytes;
   for (const StagePlan& stage : plan.stages) {

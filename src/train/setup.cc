@@ -193,6 +193,20 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh->Along({"pp"})));
   STRETTO_ASSIGN_OR_RETURN(tp_group, comm->MakeGroup("tp", mesh->Along({"tp"})));
   tensor_axis = std::make_unique<TensorAxis>(*comm, tp_group, timer.get());
+  if (config.metrics.trace_steps > 0) {
+    if (device.kind != DeviceKind::kCpu) {  // else it is in the plan
+      STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "trace", StepTrace::Bytes({})));
+    }
+    std::string name = absl::StrCat("rank ", world.rank());
+    for (const Axis& axis : mesh->axes()) {
+      if (axis.size > 1) absl::StrAppend(&name, ", ", axis.name, " ", mesh->Coord(axis.name));
+    }
+    STRETTO_ASSIGN_OR_RETURN(trace, StepTrace::Create(*comm, *stream,
+                                                      {.file = config.metrics.trace_file,
+                                                       .process = name,
+                                                       .first_step = config.metrics.trace_from,
+                                                       .steps = config.metrics.trace_steps}));
+  }
   STRETTO_ASSIGN_OR_RETURN(learning_rate, LearningRate::Create(config.optimizer, config.steps));
   return absl::OkStatus();
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <functional>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -122,7 +123,10 @@ absl::Status Trainer::Impl::SendTiedValues() {
 
 absl::Status Trainer::Impl::GatherParameters() {
   STRETTO_RETURN_IF_ERROR(SendTiedValues());
-  for (Stage& stage : stages) STRETTO_RETURN_IF_ERROR(stage.dp->GatherParameters());
+  for (size_t s = 0; s < stages.size(); ++s) {
+    const TraceScope scope(comm->trace(), {.stage = plan.stages[s].stage});
+    STRETTO_RETURN_IF_ERROR(stages[s].dp->GatherParameters());
+  }
   return absl::OkStatus();
 }
 
@@ -142,11 +146,55 @@ absl::Status Trainer::Impl::EndFloat8Step() {
   return absl::OkStatus();
 }
 
+absl::Status Trainer::Impl::WriteTrace() {
+  if (trace == nullptr) return absl::OkStatus();
+  // Gathers of parameters may still be under way.
+  STRETTO_RETURN_IF_ERROR(WaitParameters());
+  STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+  const absl::Status written = trace->Close();
+  STRETTO_RETURN_IF_ERROR(comm->status());
+  if (!written.ok()) {
+    LogWarning(absl::StrCat(std::string(written.message()), " The run goes on without a trace."));
+  }
+  return absl::OkStatus();
+}
+
+void Trainer::Impl::WriteTraceAlone() {
+  if (trace == nullptr) return;
+  const absl::Status written = trace->CloseAlone();
+  if (!written.ok()) LogWarning(std::string(written.message()));
+}
+
 absl::StatusOr<StepStats> Trainer::Impl::Step() {
+  if (trace == nullptr) return Step(nullptr);
+  // What tracing itself takes belongs to no step.
+  const auto apart = [&](const std::function<absl::Status()>& work) {
+    const auto begin = std::chrono::steady_clock::now();
+    absl::Status status = work();
+    last_step_end += std::chrono::steady_clock::now() - begin;
+    return status;
+  };
+  TraceRecorder* recorder = nullptr;
+  STRETTO_RETURN_IF_ERROR(apart([&]() -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(recorder, trace->BeginStep(state.step + 1));
+    return absl::OkStatus();
+  }));
+  absl::StatusOr<StepStats> stats = Step(recorder);
+  if (recorder != nullptr && trace->EndStep() && stats.ok()) {
+    STRETTO_RETURN_IF_ERROR(apart([&] { return WriteTrace(); }));
+  }
+  return stats;
+}
+
+absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   const auto start = std::chrono::steady_clock::now();
   if (!clock_started) last_step_end = start;
   clock_started = true;
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<PackedBatch>* batches, loader->Step(state.step));
+  const std::vector<PackedBatch>* batches = nullptr;
+  {
+    const TraceSpan span(recorder, "host", "data wait");
+    STRETTO_ASSIGN_OR_RETURN(batches, loader->Step(state.step));
+  }
   const auto data_ready = std::chrono::steady_clock::now();
 
   timer->Restart(static_cast<int>(StepPhase::kForward));
@@ -159,9 +207,10 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   }
   STRETTO_RETURN_IF_ERROR(RunBatches(*batches, /*training=*/true, /*hooks=*/true));
   // In the order in which backward completes stages, on all ranks alike.
-  for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) {
-    STRETTO_RETURN_IF_ERROR(stage->dp->FinishGradients(*stage->run));
-    STRETTO_RETURN_IF_ERROR(stage->partial->Sum());
+  for (size_t s = stages.size(); s-- > 0;) {
+    const TraceScope scope(recorder, {.stage = plan.stages[s].stage});
+    STRETTO_RETURN_IF_ERROR(stages[s].dp->FinishGradients(*stages[s].run));
+    STRETTO_RETURN_IF_ERROR(stages[s].partial->Sum());
   }
   STRETTO_RETURN_IF_ERROR(executor->Finish());
   STRETTO_RETURN_IF_ERROR(SumTiedGradients());
@@ -177,7 +226,10 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
   STRETTO_RETURN_IF_ERROR(SumOverRanks(scalars.Rows(0, StepScalars::kReduced), "step scalars"));
   ops::PrepareStep(ops(), scalars, config.optimizer.clip_norm, config.spikes.max_loss);
   const double lr = learning_rate->At(state.step);
-  for (const Stage& stage : stages) stage.optimizer->Step(scalars, lr, state.applied + 1);
+  {
+    const TraceSpan span(recorder, "compute", "optimizer", &*stream);
+    for (const Stage& stage : stages) stage.optimizer->Step(scalars, lr, state.applied + 1);
+  }
   STRETTO_RETURN_IF_ERROR(EndFloat8Step());
   CopyBytes(*stream, host_scalars, scalars.data, scalars.bytes());
   if (config.parallel.prefetch) timer->End();
@@ -292,7 +344,7 @@ absl::StatusOr<double> Trainer::Impl::Evaluate() {
 }
 
 Trainer::Trainer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Trainer::~Trainer() = default;
+Trainer::~Trainer() { impl_->WriteTraceAlone(); }
 
 absl::StatusOr<StepStats> Trainer::Step() { return impl_->Step(); }
 absl::StatusOr<double> Trainer::Evaluate() { return impl_->Evaluate(); }
@@ -309,6 +361,7 @@ absl::Status Trainer::Finish() {
   Impl& t = *impl_;
   absl::Status status = t.WaitParameters();
   status.Update(t.stream->Synchronize());
+  if (status.ok()) status = t.WriteTrace();  // of a window that the run did not reach the end of
   status.Update(t.checkpoints->Finish());
   for (auto& sink : t.sinks) status.Update(sink->Finish());
   return status;
@@ -321,6 +374,7 @@ void Trainer::AddSink(std::unique_ptr<MetricsSink> sink) {
 absl::StatusOr<RunResult> Trainer::Run() {
   Impl& t = *impl_;
   absl::StatusOr<RunResult> result = t.Run(*this);
+  if (!result.ok()) t.WriteTraceAlone();
   if (!result.ok() && t.world.size() > 1) {
     // What this rank had communicated, for whoever asks why.
     const absl::Status dumped =

@@ -17,6 +17,7 @@
 #include "stretto/data/tokenizer.h"
 #include "stretto/model/float8.h"
 #include "stretto/observe/signals.h"
+#include "stretto/observe/step_trace.h"
 #include "stretto/optim/optimizer.h"
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/parallel/pipeline.h"
@@ -115,6 +116,7 @@ struct Trainer::Impl {
   std::unique_ptr<Stream> stream;
   std::unique_ptr<Communicator> comm;
   std::unique_ptr<PhaseTimer> timer;
+  std::unique_ptr<StepTrace> trace;  // with metrics.trace_steps
   std::unique_ptr<TensorAxis> tensor_axis;
   std::optional<ReplayCache> replays;  // with runtime.graphs
 
@@ -130,6 +132,12 @@ struct Trainer::Impl {
   absl::Status WarmUp();
 
   absl::StatusOr<StepStats> Step();
+  // What a step does, recorded in `recorder` unless that is null.
+  absl::StatusOr<StepStats> Step(TraceRecorder* recorder);
+  // Writes the trace where one is open. What stops the run is an error, a full disk is not.
+  absl::Status WriteTrace();
+  // The same by this rank alone, which cannot go on.
+  void WriteTraceAlone();
   absl::StatusOr<double> Evaluate();
   absl::StatusOr<RunResult> Run(Trainer& trainer);
   // Ends a step for the scales of FP8 operands, which all ranks then have alike.

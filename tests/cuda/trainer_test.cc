@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "tests/cuda/gpu_test.h"
+#include "tests/support/traced_run.h"
 #include "tests/support/training.h"
 
 namespace stretto {
@@ -176,6 +177,32 @@ TEST_F(CudaTrainer, PhasesMakeUpTheStep) {
   EXPECT_GT(s.update_ms, 0);
   EXPECT_EQ(s.comm_exposed_ms, 0);
   EXPECT_LE(s.data_ms + s.forward_ms + s.backward_ms + s.update_ms, 1.01 * s.step_ms);
+}
+
+// tests/ranks/train/trace_ranks.cc has several GPUs.
+TEST_F(CudaTrainer, TracesSteps) {
+  for (const bool graphs : {false, true}) {
+    const ScratchDirectory directory;
+    TrainConfig config = testing::Traced(OnGpu(TinyRun(directory, "gpt2")));
+    config.runtime.graphs = graphs;
+    const RunRecord with = Train(config);
+    ASSERT_TRUE(with.status.ok()) << with.status.message();
+    const testing::Json file = testing::ReadJson(config.metrics.trace_file);
+    config.metrics.trace_steps = 0;
+    testing::CheckTrace(config, 1, 0, file, with.steps, Train(config).steps);
+    // The actions of a step lie within it on the host's clock.
+    std::map<int, testing::RankTrace> ranks = testing::Parse(file);
+    const double error_us = file["otherData"]["clock_error_us"];
+    EXPECT_LT(error_us, 1000);
+    for (const testing::Json& action : ranks[0].Of("compute")) {
+      for (const testing::Json& step : ranks[0].Of("steps")) {
+        if (testing::Arg(step, "step") != testing::Arg(action, "step")) continue;
+        EXPECT_GE(action["ts"].get<double>() + error_us, step["ts"].get<double>());
+        EXPECT_LE(testing::End(action), testing::End(step) + error_us);
+        EXPECT_GT(action["dur"].get<double>(), 0);
+      }
+    }
+  }
 }
 
 // In all precisions, with the state on the GPU and in host memory: the same bits, also after a

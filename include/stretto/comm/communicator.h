@@ -14,6 +14,7 @@
 #include "stretto/comm/world.h"
 #include "stretto/core/stream.h"
 #include "stretto/core/tensor.h"
+#include "stretto/core/trace_recorder.h"
 
 namespace stretto {
 
@@ -118,6 +119,12 @@ class Communicator {
   absl::Status status() const;
 
   FlightRecorder& recorder();
+  // From now on operations are recorded there, too: in the row of their group's name, from when
+  // they start to when they are done, on a device as its stream comes to them. Sends and receives
+  // have rows of their own. Null: not any more; no recorded operation is in flight then. The
+  // recorder outlives the communicator, or its use.
+  void SetTrace(TraceRecorder* trace);
+  TraceRecorder* trace() const;
   // Payload bytes this rank sent for operations on groups called `name` since the start.
   int64_t BytesSent(const std::string& group_name) const;
 

@@ -140,6 +140,7 @@ class DataParallel {
   DataParallel(Communicator& comm, const Group& group, const Graph& graph, Stream& stream,
                const KernelTable& kernels, const DataParallelOptions& options);
   void SubmitReduce(Run& run, Bucket& bucket);
+  int64_t NumberOf(const Bucket& bucket) const { return &bucket - buckets_.data(); }
   absl::Status WaitLayer(int layer);
 
   Communicator& comm_;

@@ -77,6 +77,8 @@ class StageWorker {
   // Whether this rank's pipeline has no such item where others have one: nothing travels then, and
   // Run is called with both tensors absent.
   virtual bool Empty(int /*item*/) const { return false; }
+  // This rank's number of the item in the step, for timelines.
+  virtual int64_t MicroBatch(int item) const { return item; }
   // Forward: `in` [tokens, width] is what the stage before made (absent on the first), `out` what
   // this one makes (absent on the last). Backward and its input half: `in` is the gradient of what
   // this stage made (absent on the last), `out` that of what it took (absent on the first). Weight
@@ -129,6 +131,8 @@ class PipelineExecutor {
   Tensor View(const Buffer& buffer, int64_t tokens) const;
 
   absl::Status Wait(Ticket ticket);
+  // What the worker does, in the trace if there is one.
+  absl::Status RunTraced(StageWorker& worker, const ProgramAction& action, Tensor in, Tensor out);
 
   Communicator& comm_;
   Group group_;

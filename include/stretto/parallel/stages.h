@@ -72,6 +72,7 @@ class ModelStages : public StageWorker {
   bool Empty(int item) const override {
     return first_ + static_cast<size_t>(item) >= batches_->size();
   }
+  int64_t MicroBatch(int item) const override { return static_cast<int64_t>(first_) + item; }
   absl::Status Run(const ProgramAction& action, Tensor in, Tensor out) override;
 
  private:

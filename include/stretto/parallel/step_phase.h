@@ -2,9 +2,12 @@
 #ifndef STRETTO_PARALLEL_STEP_PHASE_H_
 #define STRETTO_PARALLEL_STEP_PHASE_H_
 
+#include <optional>
+
 #include "stretto/comm/communicator.h"
 #include "stretto/core/phase_timer.h"
 #include "stretto/core/stream.h"
+#include "stretto/core/trace_recorder.h"
 
 namespace stretto {
 
@@ -19,6 +22,24 @@ enum class StepPhase : int {
   kExposedWorld,     // for the step's scalars, which all ranks sum: the slowest one
   kUpdate,           // norm, clipping, optimizer
   kCount,
+};
+
+// The stream's time while it lives is that of `phase`, and an action of the communicator's trace.
+// `timer` may be null.
+class ExposedWait {
+ public:
+  ExposedWait(Communicator& comm, Stream& stream, PhaseTimer* timer, StepPhase phase);
+  ~ExposedWait() {
+    span_.reset();
+    if (before_ >= 0) timer_->Begin(before_);
+  }
+  ExposedWait(const ExposedWait&) = delete;
+  ExposedWait& operator=(const ExposedWait&) = delete;
+
+ private:
+  PhaseTimer* timer_;
+  int before_;
+  std::optional<TraceSpan> span_;
 };
 
 // Work enqueued on `stream` from now on sees the result of `ticket`; the stream's time until then

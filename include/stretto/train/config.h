@@ -123,6 +123,9 @@ struct TrainConfig {
     bool curve = true;
     int64_t log_every = 1;
     std::string flight_directory;
+    int64_t trace_steps = 0;
+    int64_t trace_from = 4;
+    std::string trace_file;
     void Visit(ConfigVisitor& v);
   } metrics;
 

@@ -76,7 +76,7 @@ namespace stretto {
 namespace {
 
 absl::Status Steps(World& world, const std::string& dtype, const std::string& fp8,
-                   const std::string& recompute, int tp, int64_t zero) {
+                   const std::string& recompute, int tp, int64_t zero, bool traced = false) {
   testing::ScratchDirectory scratch;
   STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, "llama"));
   config.steps = 12;
@@ -91,6 +91,8 @@ absl::Status Steps(World& world, const std::string& dtype, const std::string& fp
   }
   config.runtime.recompute = recompute;
   config.parallel.zero = zero;
+  config.metrics.trace_from = 1;
+  config.metrics.trace_steps = traced ? 2 * config.steps : 0;  // written at the end
   STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
   while (trainer->step() < config.steps) {
     if (trainer->step() == 3) {
@@ -102,12 +104,13 @@ absl::Status Steps(World& world, const std::string& dtype, const std::string& fp
     if (!stats.ok()) return stats.status();
   }
   std::printf(
-      "rank %d, %s, fp8 %s, recompute %s, tp %d, zero %ld: %ld allocations by the step, %ld by "
+      "rank %d, %s, fp8 %s, recompute %s, tp %d, zero %ld%s: %ld allocations by the step, %ld by "
       "MPI, "
       "%ld by other threads, steps 4 to %ld\n",
       world.rank(), dtype.c_str(), fp8.c_str(), recompute.c_str(), tp, static_cast<long>(zero),
-      static_cast<long>(driver_allocations.load()), static_cast<long>(mpi_allocations.load()),
-      static_cast<long>(other_allocations.load()), static_cast<long>(config.steps));
+      traced ? ", traced" : "", static_cast<long>(driver_allocations.load()),
+      static_cast<long>(mpi_allocations.load()), static_cast<long>(other_allocations.load()),
+      static_cast<long>(config.steps));
   if (driver_allocations != 0) {
     return absl::InternalError(
         absl::StrCat("steps allocated ", driver_allocations.load(), " times"));
@@ -148,6 +151,10 @@ absl::Status RunAll(World& world) {
   }
   for (const int64_t zero : {2, 3}) {
     STRETTO_RETURN_IF_ERROR(world.Agree("steps", Steps(world, "bf16", "none", "block", 1, zero)));
+  }
+  for (const int64_t zero : {1, 3}) {
+    STRETTO_RETURN_IF_ERROR(
+        world.Agree("steps", Steps(world, "f32", "none", "none", 1, zero, /*traced=*/true)));
   }
   return absl::OkStatus();
 }

@@ -389,7 +389,7 @@ absl::StatusOr<bool> Engine::PostReceives(Operation& o) {
       const int peer = PeerOf(o, lane);
       const Operation::Span span = ReceiveSpan(o, o.receive_next, peer);
       if (span.elements == 0) continue;
-      before_post_();
+      before_post_(o);
       STRETTO_ASSIGN_OR_RETURN(
           o.receives[static_cast<std::size_t>((o.receive_next.step % o.window) * lanes + lane)],
           transport_.Receive(span.data, span.elements * SizeOf(o.dtype),
@@ -415,7 +415,7 @@ absl::StatusOr<bool> Engine::PostSends(Operation& o) {
       const Operation::Span span = SendSpan(o, o.send_next, peer);
       if (span.elements == 0) continue;
       const int64_t bytes = span.elements * SizeOf(o.dtype);
-      before_post_();
+      before_post_(o);
       STRETTO_ASSIGN_OR_RETURN(
           o.sends[static_cast<std::size_t>((o.send_next.step % o.window) * lanes + lane)],
           transport_.Send(span.data, bytes, o.group->ranks[static_cast<std::size_t>(peer)], o.tag));

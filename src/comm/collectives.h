@@ -130,8 +130,8 @@ int64_t BytesToSend(Operation& o);
 // Runs operations over a transport.
 class Engine {
  public:
-  // `before_post` is called before each message is posted (tests inject delays there).
-  Engine(Transport& transport, std::function<void()> before_post)
+  // `before_post` is called before each message is posted (tests inject delays and faults there).
+  Engine(Transport& transport, std::function<void(const Operation&)> before_post)
       : transport_(transport), before_post_(std::move(before_post)) {}
 
   // Chooses the phases of an operation and copies what stays on this rank.
@@ -150,7 +150,7 @@ class Engine {
   void Add(Operation& o);
 
   Transport& transport_;
-  std::function<void()> before_post_;
+  std::function<void(const Operation&)> before_post_;
   StagingPool pool_{kActiveInGroup};
 };
 

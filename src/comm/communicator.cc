@@ -40,9 +40,7 @@ std::string RanksText(const RankList& ranks) {
 
 Communicator::Impl::Impl(World& w)
     : world(w),
-      engine(w.transport(), w.options().random_delay_us > 0
-                                ? std::function<void()>([this] { Delay(); })
-                                : std::function<void()>([] {})),
+      engine(w.transport(), BeforePost()),
       watchdog(w.store(), w.rank(), absl::StrCat(WorldAccess::phase(w).communicators++), recorder) {
   RankList everyone(static_cast<std::size_t>(w.size()));
   for (int r = 0; r < w.size(); ++r) everyone[static_cast<std::size_t>(r)] = r;
@@ -61,6 +59,7 @@ Communicator::Impl::GroupState& Communicator::Impl::AddGroup(const std::string& 
   state.group.ranks = ranks;
   const auto me = std::find(ranks.begin(), ranks.end(), world.rank());
   state.group.index = static_cast<int>(me - ranks.begin());
+  recorder.NameGroup(state.group.id, name);
   watchdog.board().AddGroup(state.group.id, state.group.size());
   return state;
 }

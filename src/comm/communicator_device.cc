@@ -37,10 +37,7 @@ absl::Status Communicator::Impl::UseDevice(Device d) {
   for (const GroupState& state : groups) {
     STRETTO_RETURN_IF_ERROR(connected->AddGroup(state.group));
   }
-  device = std::make_unique<DeviceOperations>(std::move(connected), recorder,
-                                              world.options().random_delay_us > 0
-                                                  ? std::function<void()>([this] { Delay(); })
-                                                  : std::function<void()>([] {}));
+  device = std::make_unique<DeviceOperations>(std::move(connected), recorder, BeforePost());
   absl::StatusOr<std::thread> started =
       StartThread("the communicator's guard", [this] { Guard(); });
   if (started.ok()) {

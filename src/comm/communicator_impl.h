@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -77,6 +78,7 @@ struct Communicator::Impl {
   absl::Status Wait(Stream& stream, Ticket ticket);
 
   void Delay();
+  std::function<void(const Operation&)> BeforePost();
   GroupState* Find(const Group& g);
   GroupState& AddGroup(const std::string& name, const RankList& ranks);
   // Checks the group and makes an operation; null after an error.

@@ -49,14 +49,18 @@ void Communicator::Impl::Delay() {
   std::this_thread::sleep_for(std::chrono::microseconds(us));
 }
 
+std::function<void(const Operation&)> Communicator::Impl::BeforePost() {
+  const WorldOptions& options = world.options();
+  if (!options.before_message && options.random_delay_us <= 0) return [](const Operation&) {};
+  return [this, &options](const Operation& o) {
+    if (options.before_message) options.before_message(What(o));
+    if (options.random_delay_us > 0) Delay();
+  };
+}
+
 std::string Communicator::Impl::What(const Operation& o) const {
-  std::string text = absl::StrCat(Name(o.op), "(", o.group->name, ") seq ", o.sequence);
-  if (o.point_to_point()) {
-    absl::StrAppend(&text, o.op == CommOp::kSend ? " to rank " : " from rank ",
-                    o.group->ranks[static_cast<std::size_t>(o.peer)]);
-  }
-  if (o.label[0] != '\0') absl::StrAppend(&text, " [", o.label, "]");
-  return text;
+  const int peer = o.point_to_point() ? o.group->ranks[static_cast<std::size_t>(o.peer)] : -1;
+  return Describe(o.op, o.group->name, o.sequence, peer, o.label);
 }
 
 bool Communicator::Impl::Step(Turn turn) {

@@ -36,7 +36,7 @@ absl::StatusOr<bool> DeviceOperations::Advance(bool all) {
   batch_.assign(waiting_.begin(), end);
   waiting_.erase(waiting_.begin(), end);
   failed_ = batch_.front();
-  before_issue_();
+  before_issue_(*failed_);
   for (Operation* o : batch_) collectives_->stream().Wait(o->after);
   STRETTO_RETURN_IF_ERROR(collectives_->stream().status());
   if (trace_ != nullptr) {

@@ -18,9 +18,9 @@ namespace stretto {
 // back the send that the other rank waits for before it sends.
 class DeviceOperations {
  public:
-  // `before_issue` is called before each hand-over (tests inject delays there).
+  // `before_issue` is called before each hand-over (tests inject delays and faults there).
   DeviceOperations(std::unique_ptr<DeviceCollectives> collectives, FlightRecorder& recorder,
-                   std::function<void()> before_issue)
+                   std::function<void(const Operation&)> before_issue)
       : collectives_(std::move(collectives)),
         recorder_(recorder),
         before_issue_(std::move(before_issue)) {}
@@ -46,7 +46,7 @@ class DeviceOperations {
   std::unique_ptr<DeviceCollectives> collectives_;
   FlightRecorder& recorder_;
   TraceRecorder* trace_ = nullptr;
-  std::function<void()> before_issue_;
+  std::function<void(const Operation&)> before_issue_;
   std::vector<Operation*> waiting_;  // in order of submission
   std::vector<Operation*> batch_;    // handed over, but not yet known to be in the stream
   const Operation* failed_ = nullptr;

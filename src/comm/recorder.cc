@@ -8,6 +8,8 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
@@ -27,13 +29,6 @@ int64_t NowMicroseconds() {
   return std::chrono::duration_cast<std::chrono::microseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
-}
-
-std::string Text(const FlightRecord& r) {
-  std::string text = absl::StrCat(Name(r.op), "(group ", r.group, ") seq ", r.sequence);
-  if (r.peer >= 0) absl::StrAppend(&text, " peer ", r.peer);
-  if (r.label[0] != '\0') absl::StrAppend(&text, " [", r.label, "]");
-  return text;
 }
 
 }  // namespace
@@ -58,6 +53,15 @@ const char* Name(CommOp op) {
       return "barrier";
   }
   return "unknown";
+}
+
+std::string Describe(CommOp op, const std::string& group, int64_t sequence, int peer,
+                     const std::string& label) {
+  std::string text = absl::StrCat(Name(op), "(", group, ") seq ", sequence);
+  if (op == CommOp::kSend) absl::StrAppend(&text, " to rank ", peer);
+  if (op == CommOp::kReceive) absl::StrAppend(&text, " from rank ", peer);
+  if (!label.empty()) absl::StrAppend(&text, " [", label, "]");
+  return text;
 }
 
 // A sequence lock per slot. The words are atomics, stored with release and loaded with acquire, so
@@ -94,13 +98,29 @@ struct FlightRecorder::Ring {
     return 2 * (static_cast<uint64_t>(handle) / slots.size() + 1);
   }
 
+  std::string NameOf(int group) const {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = names.find(group);
+    return found == names.end() ? absl::StrCat("group ", group) : found->second;
+  }
+  std::string Text(const FlightRecord& r) const {
+    return Describe(r.op, NameOf(r.group), r.sequence, r.peer, r.label);
+  }
+
   std::vector<Slot> slots;
   std::atomic<int64_t> next = 0;
+  mutable std::mutex mutex;
+  std::map<int, std::string> names;  // guarded by mutex
 };
 
 FlightRecorder::FlightRecorder(int capacity)
     : ring_(std::make_unique<Ring>(static_cast<std::size_t>(std::max(capacity, 1)))) {}
 FlightRecorder::~FlightRecorder() = default;
+
+void FlightRecorder::NameGroup(int id, const std::string& name) {
+  const std::lock_guard<std::mutex> lock(ring_->mutex);
+  ring_->names[id] = name;
+}
 
 int64_t FlightRecorder::Begin(const FlightRecord& record) {
   const int64_t handle = ring_->next.load(std::memory_order_relaxed);
@@ -159,13 +179,15 @@ std::string FlightRecorder::Summary() const {
     FlightRecord record;
     if (!ring_->Load(handle, &record)) continue;
     if (record.finished_us == 0) {
-      if (++flying <= 3) absl::StrAppend(&in_flight, in_flight.empty() ? "" : ", ", Text(record));
+      if (++flying <= 3)
+        absl::StrAppend(&in_flight, in_flight.empty() ? "" : ", ", ring_->Text(record));
     } else if (!any_finished || record.finished_us >= last.finished_us) {
       last = record;
       any_finished = true;
     }
   }
-  std::string text = any_finished ? absl::StrCat("last finished: ", Text(last)) : "none finished";
+  std::string text =
+      any_finished ? absl::StrCat("last finished: ", ring_->Text(last)) : "none finished";
   if (flying > 0) absl::StrAppend(&text, "; in flight: ", in_flight);
   if (flying > 3) absl::StrAppend(&text, " and ", flying - 3, " more");
   return text;
@@ -179,6 +201,7 @@ std::string FlightRecorder::ToJson(int rank, int world_size) const {
                                             : "scheduled";
     records.push_back({{"sequence", r.sequence},
                        {"group", r.group},
+                       {"group_name", ring_->NameOf(r.group)},
                        {"op", Name(r.op)},
                        {"dtype", Name(r.dtype)},
                        {"count", r.count},

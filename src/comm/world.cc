@@ -221,6 +221,7 @@ absl::Status World::RunThreads(int ranks, const std::function<absl::Status(World
 
 absl::StatusOr<std::vector<std::string>> World::AllGather(const std::string& name,
                                                           const std::string& value) {
+  if (options_.before_message) options_.before_message(absl::StrCat("'", name, "'"));
   // Whoever comes to meeting k has seen everybody arrive at k - 1, so everybody has left k - 2.
   const int64_t meeting = phase_->next++;
   if (rank() == 0 && meeting >= 2) {

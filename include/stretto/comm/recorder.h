@@ -23,6 +23,10 @@ enum class CommOp : uint8_t {
   kBarrier,
 };
 const char* Name(CommOp op);
+// An operation as messages name it: "send(pp) seq 3 to rank 1 [label]". `group` is the group's
+// name, `peer` the other rank of a send or receive.
+std::string Describe(CommOp op, const std::string& group, int64_t sequence, int peer,
+                     const std::string& label);
 
 // One operation. Times are microseconds of the steady clock; 0: not yet.
 struct FlightRecord {
@@ -43,6 +47,8 @@ class FlightRecorder {
   explicit FlightRecorder(int capacity = 4096);
   ~FlightRecorder();
 
+  // What records of this group call it from now on; "group <id>" before.
+  void NameGroup(int id, const std::string& name);
   // Lock-free; one writer.
   int64_t Begin(const FlightRecord& record);  // returns a handle
   void Started(int64_t handle);

@@ -43,6 +43,10 @@ struct WorldOptions {
   // Adds a random delay of up to this many microseconds before each post (tests).
   int random_delay_us = 0;
   uint64_t delay_seed = 0;
+  // Called before each message of an operation is posted, and before each meeting on the control
+  // plane, with its name as error messages have it: "reduce_scatter(dp) seq 17 [grad bucket 2]",
+  // "'config'" (tests end or stop a rank there).
+  std::function<void(const std::string& operation)> before_message;
 };
 
 // A set of ranks that run one job. Created once by all ranks; destroyed by all ranks.

@@ -43,6 +43,13 @@ TEST(FlightRecorder, KeepsTheNewest) {
   const std::string summary = recorder.Summary();
   EXPECT_THAT(summary, HasSubstr("last finished: reduce_scatter(group 0) seq 10 [x]"));
   EXPECT_THAT(summary, HasSubstr("in flight: reduce_scatter(group 0) seq 9"));
+  recorder.NameGroup(0, "dp");
+  FlightRecord sent = Record(11, "boundary");
+  sent.op = CommOp::kSend;
+  sent.peer = 3;
+  recorder.Begin(sent);
+  EXPECT_THAT(recorder.Summary(), HasSubstr("last finished: reduce_scatter(dp) seq 10 [x]"));
+  EXPECT_THAT(recorder.Summary(), HasSubstr("send(dp) seq 11 to rank 3 [boundary]"));
 }
 
 TEST(FlightRecorder, WritesJson) {

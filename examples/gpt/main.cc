@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -117,9 +118,11 @@ absl::Status WriteCurve(const stretto::TrainConfig& config) {
   return absl::OkStatus();
 }
 
+// The trainer outlives this: it may take long to end after an error, and the message comes first.
 absl::StatusOr<stretto::RunResult> Train(stretto::World& world,
-                                         const stretto::TrainConfig& requested) {
-  STRETTO_ASSIGN_OR_RETURN(auto trainer, stretto::Trainer::Create(world, requested));
+                                         const stretto::TrainConfig& requested,
+                                         std::unique_ptr<stretto::Trainer>& trainer) {
+  STRETTO_ASSIGN_OR_RETURN(trainer, stretto::Trainer::Create(world, requested));
   const stretto::TrainConfig& config = trainer->config();
   const bool first = world.rank() == 0;
   absl::Status outputs;
@@ -202,7 +205,8 @@ int main(int argc, char** argv) {
     }
     stretto::SetLogRank((*world)->rank(), (*world)->size());
     auto signals = stretto::StopSignals::Install();
-    const absl::StatusOr<stretto::RunResult> result = Train(**world, config);
+    std::unique_ptr<stretto::Trainer> trainer;
+    const absl::StatusOr<stretto::RunResult> result = Train(**world, config, trainer);
     if (!result.ok()) {
       // An agreed error is the same on all ranks, so one speaks and all leave together. After a
       // communication error every rank says what it knows: it may be the only one left, and MPI
@@ -213,7 +217,11 @@ int main(int argc, char** argv) {
       }
       std::fflush(nullptr);
       code = absl::IsInvalidArgument(result.status()) ? kUsage : kFailed;
-      if (!agreed) _exit(code);
+      if (!agreed) {
+        trainer.reset();
+        world->reset();  // rank 0's holds the control plane, where others look for the reason
+        _exit(code);
+      }
     }
     if (result.ok() && *result == stretto::RunResult::kRequested) {
       if ((*world)->rank() == 0) std::printf("asked to stop: saved, exit code %d\n", kRequeue);

@@ -30,7 +30,7 @@ int Tag(bool point_to_point, int group, int64_t sequence) {
          static_cast<int>(sequence & ((1 << kSequenceBits) - 1));
 }
 
-std::string RanksText(const RankList& ranks) {
+std::string ListText(const RankList& ranks) {
   std::string text;
   for (int r : ranks) absl::StrAppend(&text, text.empty() ? "" : " ", r);
   return text;
@@ -228,13 +228,13 @@ absl::StatusOr<Group> Communicator::MakeGroup(const std::string& name, const Ran
       std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end() ||
       !std::binary_search(sorted.begin(), sorted.end(), world.rank())) {
     mine = absl::InvalidArgumentError(
-        absl::StrCat(where, "the list [", RanksText(ranks),
+        absl::StrCat(where, "the list [", ListText(ranks),
                      "] must hold this rank, and each rank of the world once at most"));
   }
   // Everybody learns everybody's list here, so a disagreement is found now and not as a hang.
   STRETTO_ASSIGN_OR_RETURN(
       const std::vector<std::string> lists,
-      world.AllGather(absl::StrCat("group ", name), mine.ok() ? RanksText(ranks) : "-"));
+      world.AllGather(absl::StrCat("group ", name), mine.ok() ? ListText(ranks) : "-"));
   STRETTO_RETURN_IF_ERROR(mine);
   for (int r = 0; r < world.size(); ++r) {
     if (lists[static_cast<std::size_t>(r)] == "-") {

@@ -94,11 +94,12 @@ struct Communicator::Impl {
   bool Step(Turn turn);  // one round over what is in flight; true when something moved
   void Advance();        // what Progress does
   void Finish(Operation& o);
-  void Fail(absl::Status status, bool publish);
+  // `own`: this rank found it out; otherwise it gives up because of ranks in trouble.
+  void Fail(absl::Status status, bool own);
   void FailOperation(const Operation& o, const absl::Status& status);
   void LookForTrouble();
   // Why `o` cannot finish; OK when no rank in trouble is known, or it is not yet time to give up.
-  absl::Status BlameTrouble(const Operation& o, const Watchdog::Trouble& trouble);
+  absl::Status BlameTrouble(const Operation& o, const Watchdog::News& trouble);
   std::string What(const Operation& o) const;
   Operation* Flying(Ticket ticket);
   void TimedOut(const Operation& o, std::chrono::steady_clock::time_point since);

@@ -18,9 +18,12 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 // How long a rank that cannot take part any more may stay without consequence for an operation:
-// what it sent before may still be on its way.
+// what it sent before may still be on its way. Short enough for everybody to say what they know
+// before mpirun ends them, a second or two after a rank has died.
+constexpr auto kGraceOutside = std::chrono::milliseconds(300);
+// ... when it said goodbye, which it may have done for a good reason.
 constexpr auto kGraceLeft = std::chrono::seconds(2);
-constexpr auto kGraceOutside = std::chrono::seconds(5);
+constexpr auto kGraceLeftOutside = std::chrono::seconds(5);
 
 // A waiting loop hands its core to others at once, and sleeps when nothing has moved for a while.
 class Backoff {
@@ -152,12 +155,12 @@ void Communicator::Impl::Finish(Operation& o) {
   }
 }
 
-void Communicator::Impl::Fail(absl::Status status, bool publish) {
+void Communicator::Impl::Fail(absl::Status status, bool own) {
   if (!error.ok()) return;
   error = std::move(status);
   WorldAccess::phase(world).failed = true;
   // Tell the others first: closing connections makes them look for a reason.
-  if (publish) watchdog.Fail(std::string(error.message()));
+  watchdog.Fail(std::string(error.message()), own);
   for (Stream* stream : dependent) stream->Fail(error);
   dependent.clear();
   if (device != nullptr) device->Abort();
@@ -192,16 +195,20 @@ void Communicator::Impl::FailOperation(const Operation& o, const absl::Status& s
        true);
 }
 
-absl::Status Communicator::Impl::BlameTrouble(const Operation& o,
-                                              const Watchdog::Trouble& trouble) {
+absl::Status Communicator::Impl::BlameTrouble(const Operation& o, const Watchdog::News& trouble) {
   const auto inside = [&](int rank) {
     const RankList& ranks = o.group->ranks;
-    return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
+    return rank != world.rank() && std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
   };
+  const auto named_inside = [&](const std::pair<int, std::string>& r) { return inside(r.first); };
   const auto age = Clock::now() - trouble.since;
+  // The cause may be outside the group, and a rank of the group the first to suffer from it.
+  const bool now = age >= kGraceOutside ||
+                   std::any_of(trouble.failed.begin(), trouble.failed.end(), named_inside) ||
+                   std::any_of(trouble.gave_up.begin(), trouble.gave_up.end(), named_inside);
   const std::string waiting = absl::StrCat(" while rank ", world.rank(), " waited for ", What(o));
   for (const bool outside : {false, true}) {
-    if (outside && age < kGraceOutside) break;
+    if (outside && !now) break;
     for (int r : trouble.dead) {
       if (r == world.rank() || inside(r) == outside) continue;
       return absl::UnavailableError(
@@ -211,19 +218,22 @@ absl::Status Communicator::Impl::BlameTrouble(const Operation& o,
       if (r == world.rank() || inside(r) == outside) continue;
       return absl::UnavailableError(absl::StrCat("rank ", r, " failed", waiting, ": ", message));
     }
-    if (age < kGraceLeft) continue;
-    for (int r : trouble.left) {
-      if (r == world.rank() || inside(r) == outside) continue;
-      return absl::UnavailableError(
-          absl::StrCat("rank ", r, " left the job", waiting, "; see its messages"));
-    }
+  }
+  for (int r : trouble.left) {
+    if (r == world.rank() || age < (inside(r) ? kGraceLeft : kGraceLeftOutside)) continue;
+    return absl::UnavailableError(
+        absl::StrCat("rank ", r, " left the job", waiting, "; see its messages"));
+  }
+  for (const auto& [r, message] : trouble.gave_up) {
+    if (!inside(r)) continue;
+    return absl::UnavailableError(absl::StrCat("rank ", r, " gave up", waiting, ": ", message));
   }
   return absl::OkStatus();
 }
 
 void Communicator::Impl::LookForTrouble() {
   if (!watchdog.trouble() || in_flight.empty() || !error.ok()) return;
-  const Watchdog::Trouble trouble = watchdog.Known();
+  const Watchdog::News trouble = watchdog.Known();
   for (Operation* o : in_flight) {
     absl::Status blamed = BlameTrouble(*o, trouble);
     if (blamed.ok()) continue;

@@ -15,36 +15,7 @@ namespace {
 
 constexpr auto kLook = std::chrono::milliseconds(250);  // between looks at "trouble"
 constexpr int kPublishEvery = 2;                        // looks
-
-std::vector<std::pair<int, std::string>> Numbered(Store& store, const std::string& prefix) {
-  std::vector<std::pair<int, std::string>> result;
-  auto listed = store.List(prefix);
-  if (!listed.ok()) return result;
-  for (auto& [key, value] : *listed) {
-    int rank = 0;
-    if (absl::SimpleAtoi(key.substr(prefix.size()).c_str(), &rank)) {
-      result.emplace_back(rank, std::move(value));
-    }
-  }
-  std::sort(result.begin(), result.end());
-  return result;
-}
-
-std::vector<int> Ranks(const std::vector<std::pair<int, std::string>>& numbered) {
-  std::vector<int> ranks;
-  for (const auto& [rank, unused] : numbered) ranks.push_back(rank);
-  return ranks;
-}
-
-std::string RanksText(const std::vector<int>& ranks) {
-  constexpr std::size_t kNamed = 8;
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (std::size_t i = 0; i < ranks.size() && i < kNamed; ++i) {
-    absl::StrAppend(&text, i == 0 ? "" : ", ", ranks[i]);
-  }
-  if (ranks.size() > kNamed) absl::StrAppend(&text, " and ", ranks.size() - kNamed, " more");
-  return text;
-}
+constexpr char kSilence[] = " no heartbeat: the process is stopped or its machine hangs";
 
 }  // namespace
 
@@ -164,8 +135,12 @@ void Watchdog::Loop() {
       if (absl::IsUnavailable(trouble.status())) control = trouble.status();
     }
     std::unique_lock<std::mutex> lock(mutex_);
-    if (absl::IsUnavailable(control) && known_.dead.empty()) {
-      // The control plane went away with rank 0.
+    const auto first = [](const std::vector<std::pair<int, std::string>>& told) {
+      return !told.empty() && told[0].first == 0;
+    };
+    if (absl::IsUnavailable(control) && known_.dead.empty() && !first(known_.failed) &&
+        !first(known_.gave_up)) {
+      // The control plane went away with rank 0, without a word.
       known_.dead = {0};
       known_.since = std::chrono::steady_clock::now();
       trouble_flag_.store(true, std::memory_order_release);
@@ -174,31 +149,27 @@ void Watchdog::Loop() {
   }
 }
 
-Watchdog::Trouble Watchdog::Known() const {
+Watchdog::News Watchdog::Known() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return known_;
 }
 
-Watchdog::Trouble Watchdog::Ask() {
-  Trouble now;
-  now.dead = Ranks(Numbered(store_, "dead/"));
-  now.left = Ranks(Numbered(store_, "left/"));
-  now.failed = Numbered(store_, "failed/");
+Watchdog::News Watchdog::Ask() {
+  const Trouble now = AskForTrouble(store_);
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (now.any() &&
-      (now.dead != known_.dead || now.left != known_.left || now.failed != known_.failed)) {
-    now.since = std::chrono::steady_clock::now();
-    known_ = now;
+  if (now.any() && now != known_) {
+    // Those that give up are no news.
+    const bool cause =
+        now.dead != known_.dead || now.failed != known_.failed || now.left != known_.left;
+    if (cause) known_.since = std::chrono::steady_clock::now();
+    static_cast<Trouble&>(known_) = now;
     trouble_flag_.store(true, std::memory_order_release);
   }
   return known_;
 }
 
-void Watchdog::Fail(const std::string& message) {
-  // Best effort: if the control plane is gone, the others notice that themselves.
-  if (store_.Set(absl::StrCat("failed/", rank_), message).ok()) {
-    store_.Add("trouble", 1).status().IgnoreError();
-  }
+void Watchdog::Fail(const std::string& message, bool own) {
+  TellTrouble(store_, rank_, message, own);
   Publish().IgnoreError();
 }
 
@@ -217,7 +188,9 @@ absl::StatusOr<std::map<int, ProgressBoard::Parsed>> Watchdog::ReadAll() {
 std::string Watchdog::Diagnose(const Group& group, CommOp op, int64_t sequence, int peer,
                                const std::string& what) {
   const absl::StatusOr<std::map<int, ProgressBoard::Parsed>> first = ReadAll();
-  if (!first.ok()) return std::string(first.status().message());
+  if (!first.ok()) {
+    return absl::StrCat(what, " does not finish, and ", std::string(first.status().message()));
+  }
 
   const bool point_to_point = op == CommOp::kSend || op == CommOp::kReceive;
   const auto entered = [&](const ProgressBoard::Parsed& state) -> int64_t {
@@ -256,20 +229,29 @@ std::string Watchdog::Diagnose(const Group& group, CommOp op, int64_t sequence, 
     if (!second.ok() || first->count(r) == 0 || second->count(r) == 0) return false;
     return first->at(r).beat == second->at(r).beat;
   };
-  std::vector<int> quiet;
-  for (int r : others) {
-    if (silent(r)) quiet.push_back(r);
+  std::vector<int> quiet, quiet_here;
+  for (const auto& [r, unused] : *first) {
+    if (r == rank_ || !silent(r)) continue;
+    quiet.push_back(r);
+    if (std::binary_search(others.begin(), others.end(), r)) quiet_here.push_back(r);
   }
   const std::string silence =
       quiet.empty()
           ? ""
-          : absl::StrCat("; ", RanksText(quiet),
-                         " sends no heartbeat: the process is stopped or its machine hangs");
+          : absl::StrCat("; ", RanksText(quiet), quiet.size() == 1 ? " sends" : " send", kSilence);
   // Among those that are missing, the silent ones are the cause and the others wait like us.
   std::vector<int> causes;
-  std::set_intersection(absent.begin(), absent.end(), quiet.begin(), quiet.end(),
+  std::set_intersection(absent.begin(), absent.end(), quiet_here.begin(), quiet_here.end(),
                         std::back_inserter(causes));
-  if (!causes.empty()) absent = causes;
+  if (causes.empty() && absent.empty()) causes = quiet_here;
+  if (!causes.empty()) {
+    // How far they came is only known from what they published last.
+    const auto last = first->find(causes[0]);
+    return absl::StrCat(
+        RanksText(causes), causes.size() == 1 ? " sends" : " send", kSilence, ", and ", what,
+        " waits for it; when last heard of, ",
+        last == first->end() ? std::string("it had no communicator yet") : last->second.summary);
+  }
   if (!absent.empty()) {
     return absl::StrCat(RanksText(absent), " never entered ", what, "; ", last_operation(absent[0]),
                         silence);
@@ -285,11 +267,6 @@ std::string Watchdog::Diagnose(const Group& group, CommOp op, int64_t sequence, 
     return absl::StrCat(RanksText(waiting), " entered ", what,
                         " but still waits for its own computation before it; ",
                         last_operation(waiting[0]), silence);
-  }
-  if (!quiet.empty()) {
-    return absl::StrCat(RanksText(quiet), " entered ", what,
-                        " but sends no heartbeat: the process is stopped or its machine hangs; ",
-                        last_operation(quiet[0]));
   }
   return absl::StrCat(
       "all ranks entered ", what,

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "src/comm/trouble.h"
 #include "stretto/comm/communicator.h"
 #include "stretto/comm/recorder.h"
 #include "stretto/comm/store.h"
@@ -54,11 +55,8 @@ class ProgressBoard {
 class Watchdog {
  public:
   // Ranks in trouble, and since when this rank knows.
-  struct Trouble {
-    std::vector<int> dead, left;
-    std::vector<std::pair<int, std::string>> failed;  // with their messages
+  struct News : Trouble {
     std::chrono::steady_clock::time_point since;
-    bool any() const { return !dead.empty() || !left.empty() || !failed.empty(); }
   };
 
   Watchdog(Store& store, int rank, const std::string& name, const FlightRecorder& recorder);
@@ -69,11 +67,11 @@ class Watchdog {
   ProgressBoard& board() { return board_; }
   // Cheap enough for every poll.
   bool trouble() const { return trouble_flag_.load(std::memory_order_acquire); }
-  Trouble Known() const;
+  News Known() const;
   // Asks the control plane now.
-  Trouble Ask();
-  // Tells the other ranks that this one gave up, and why.
-  void Fail(const std::string& message);
+  News Ask();
+  // Tells the other ranks that this one gives up, and why; see TellTrouble.
+  void Fail(const std::string& message, bool own);
   // Why `group`'s operation number `sequence` does not finish: one sentence about the ranks to
   // blame.
   std::string Diagnose(const Group& group, CommOp op, int64_t sequence, int peer,
@@ -94,7 +92,7 @@ class Watchdog {
   mutable std::mutex mutex_;
   std::condition_variable wake_;
   bool stop_ = false;
-  Trouble known_;
+  News known_;
   std::thread thread_;
 };
 

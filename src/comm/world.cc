@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <future>
+#include <iterator>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -14,6 +15,7 @@
 #include "src/comm/socket.h"
 #include "src/comm/transport_tcp.h"
 #include "src/comm/transport_threads.h"
+#include "src/comm/trouble.h"
 #include "src/comm/world_internal.h"
 #include "src/core/start_thread.h"
 #include "stretto/core/log.h"
@@ -25,31 +27,12 @@ namespace {
 constexpr std::chrono::milliseconds kLinger = std::chrono::seconds(30);
 // How long the ranks wait for each other before MPI is finalised.
 constexpr std::chrono::milliseconds kFarewell = std::chrono::seconds(30);
+// ... after a failure, so that they hear of it and do not only see that rank 0 is gone.
+constexpr std::chrono::milliseconds kLingerAfterFailure = std::chrono::seconds(2);
 
 const char* Variable(const char* name) {
   const char* value = std::getenv(name);
   return value == nullptr || *value == '\0' ? nullptr : value;
-}
-
-std::vector<int> RanksUnder(Store& store, const std::string& prefix) {
-  std::vector<int> ranks;
-  const auto listed = store.List(prefix);
-  if (!listed.ok()) return {0};  // rank 0 serves the store
-  for (const auto& [key, value] : *listed) {
-    int rank = 0;
-    if (absl::SimpleAtoi(key.substr(prefix.size()).c_str(), &rank)) ranks.push_back(rank);
-  }
-  std::sort(ranks.begin(), ranks.end());
-  return ranks;
-}
-
-std::string Text(const std::vector<int>& ranks) {
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (std::size_t i = 0; i < ranks.size(); ++i) {
-    if (i == 16) return absl::StrCat(text, " and ", ranks.size() - i, " more");
-    absl::StrAppend(&text, i == 0 ? "" : ", ", ranks[i]);
-  }
-  return text;
 }
 
 }  // namespace
@@ -76,7 +59,9 @@ World::~World() {
   }
   transport_.reset();
   store_.reset();
-  if (server_ != nullptr && !server_->WaitUntilIdle(kLinger)) {
+  const bool idle =
+      server_ == nullptr || server_->WaitUntilIdle(phase_->failed ? kLingerAfterFailure : kLinger);
+  if (!idle && !phase_->failed) {
     LogWarning(
         "some ranks have not left the job, but rank 0 ends and takes the control plane along");
   }
@@ -228,13 +213,14 @@ absl::StatusOr<std::vector<std::string>> World::AllGather(const std::string& nam
     STRETTO_RETURN_IF_ERROR(store_->Erase(absl::StrCat("meet/", meeting - 2, "/")));
   }
   const std::string prefix = absl::StrCat("meet/", meeting, "/");
-  // Rank 0 serves the control plane.
+  // Rank 0 serves the control plane, and has left, died or stopped.
   const auto explain = [&](const absl::Status& status) {
-    if (!absl::IsUnavailable(status) || rank() == 0) return status;
+    const bool gone = absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status);
+    if (!gone || rank() == 0) return status;
     phase_->failed = true;
-    return absl::UnavailableError(absl::StrCat(std::string(status.message()), " while rank ",
-                                               rank(), " was at '", name,
-                                               "'; see its messages, or restart the job"));
+    return absl::Status(status.code(),
+                        absl::StrCat(std::string(status.message()), " while rank ", rank(),
+                                     " was at '", name, "'; see its messages, or restart the job"));
   };
   const absl::Status came_here =
       store_->Set(absl::StrCat(prefix, rank()), absl::StrCat(name.size(), " ", name, value));
@@ -262,32 +248,45 @@ absl::StatusOr<std::vector<std::string>> World::AllGather(const std::string& nam
       if (absl::SimpleAtoi(key.substr(prefix.size()).c_str(), &r))
         came[static_cast<std::size_t>(r)] = true;
     }
-    const auto missing_of = [&](const std::vector<int>& ranks) {
-      std::vector<int> missing;
-      for (int r : ranks) {
-        if (r >= 0 && r < size() && !came[static_cast<std::size_t>(r)]) missing.push_back(r);
-      }
-      return missing;
+    const auto came_not = [&](int r) {
+      return r >= 0 && r < size() && !came[static_cast<std::size_t>(r)];
     };
-    const std::vector<int> dead = missing_of(DeadRanks());
-    if (!dead.empty()) {
+    const auto give_up = [&](const absl::Status& status, bool own) {
       phase_->failed = true;  // the end of this world waits for nobody
-      return absl::UnavailableError(
-          absl::StrCat(Text(dead), " died before coming to '", name, "'; restart the job"));
+      TellTrouble(*store_, rank(), std::string(status.message()), own);
+      return status;
+    };
+    const Trouble trouble = AskForTrouble(*store_);
+    std::vector<int> dead, left;
+    std::copy_if(trouble.dead.begin(), trouble.dead.end(), std::back_inserter(dead), came_not);
+    std::copy_if(trouble.left.begin(), trouble.left.end(), std::back_inserter(left), came_not);
+    if (!dead.empty()) {
+      return give_up(absl::UnavailableError(absl::StrCat(
+                         RanksText(dead), " died before coming to '", name, "'; restart the job")),
+                     false);
     }
-    const std::vector<int> left = missing_of(RanksUnder(*store_, "left/"));
+    for (const auto& told : {trouble.failed, trouble.gave_up}) {
+      for (const auto& [r, message] : told) {
+        if (!came_not(r)) continue;
+        return give_up(absl::UnavailableError(absl::StrCat("rank ", r, " failed before coming to '",
+                                                           name, "': ", message)),
+                       false);
+      }
+    }
     if (!left.empty()) {
-      return absl::UnavailableError(absl::StrCat(Text(left), " left the job before coming to '",
-                                                 name, "'; see the messages there"));
+      return absl::UnavailableError(absl::StrCat(
+          RanksText(left), " left the job before coming to '", name, "'; see the messages there"));
     }
     if (net::Clock::now() >= deadline) {
       std::vector<int> missing;
       for (int r = 0; r < size(); ++r) {
-        if (!came[static_cast<std::size_t>(r)]) missing.push_back(r);
+        if (came_not(r)) missing.push_back(r);
       }
-      return absl::DeadlineExceededError(absl::StrFormat(
-          "%s did not come to '%s' within %.1f s; look there for a hang", Text(missing), name,
-          std::chrono::duration<double>(net::Clock::now() - begin).count()));
+      return give_up(
+          absl::DeadlineExceededError(absl::StrFormat(
+              "%s did not come to '%s' within %.1f s; look there for a hang", RanksText(missing),
+              name, std::chrono::duration<double>(net::Clock::now() - begin).count())),
+          true);
     }
   }
 
@@ -345,6 +344,11 @@ absl::Status World::Agree(const std::string& phase, const absl::Status& mine) {
   return absl::OkStatus();
 }
 
-std::vector<int> World::DeadRanks() { return RanksUnder(*store_, "dead/"); }
+std::vector<int> World::DeadRanks() {
+  if (!store_->List("dead/").ok()) return {0};  // rank 0 serves the control plane
+  std::vector<int> ranks;
+  for (const auto& [rank, unused] : ByRank(*store_, "dead/")) ranks.push_back(rank);
+  return ranks;
+}
 
 }  // namespace stretto

@@ -117,7 +117,10 @@ struct CheckpointWriter::Impl {
   // Writes, agrees, commits.
   absl::Status Run(const Job& job);
   absl::Status Commit(const Job& job, const std::vector<std::vector<WrittenFile>>& files);
-  absl::StatusOr<Report> WaitFor(const std::string& key, int rank, const std::string& what);
+  absl::StatusOr<Report> WaitFor(const std::string& key, int rank, const std::string& what,
+                                 std::chrono::milliseconds more = {});
+  // An error of the control plane, with what this rank did.
+  absl::Status Saving(int64_t step, const absl::Status& status) const;
   // Waits for the write in progress and returns its result; OK when there is none.
   absl::Status Join();
 
@@ -198,15 +201,27 @@ void CheckpointWriter::Impl::Stage(const StateRegistry& registry, Job* job) {
   }
 }
 
+absl::Status CheckpointWriter::Impl::Saving(int64_t step, const absl::Status& status) const {
+  if (status.ok()) return status;
+  return absl::Status(status.code(),
+                      absl::StrCat(std::string(status.message()), " while rank ", world.rank(),
+                                   " took part in the checkpoint of step ", step));
+}
+
 absl::StatusOr<Report> CheckpointWriter::Impl::WaitFor(const std::string& key, int rank,
-                                                       const std::string& what) {
-  const auto deadline = std::chrono::steady_clock::now() + options.timeout;
+                                                       const std::string& what,
+                                                       std::chrono::milliseconds more) {
+  const auto deadline = std::chrono::steady_clock::now() + options.timeout + more;
   while (true) {
     // Short waits, to look between them whether the rank still lives.
     const absl::StatusOr<std::string> value =
         world.store().Get(key, std::chrono::milliseconds(500));
     if (value.ok()) return Decode(*value);
-    if (!absl::IsDeadlineExceeded(value.status())) return value.status();
+    if (!absl::IsDeadlineExceeded(value.status())) {
+      return absl::Status(value.status().code(),
+                          absl::StrCat(std::string(value.status().message()), " before rank ", rank,
+                                       " had ", what));
+    }
     for (const char* gone : {"dead/", "left/"}) {
       if (!world.store().TryGet(absl::StrCat(gone, rank)).ok()) continue;
       // It may have reported just before it left.
@@ -269,7 +284,7 @@ absl::Status CheckpointWriter::Impl::Run(const Job& job) {
   if (rank == 0) {
     begin.status = job.staged.ok() ? PrepareTemporary(options.directory, job.step) : job.staged;
     begin.status = FromRank(0, begin.status);
-    STRETTO_RETURN_IF_ERROR(store.Set(save + "begin", Encode(begin)));
+    STRETTO_RETURN_IF_ERROR(Saving(job.step, store.Set(save + "begin", Encode(begin))));
   } else {
     STRETTO_ASSIGN_OR_RETURN(begin, WaitFor(save + "begin", 0, "made the directory" + of_step));
   }
@@ -296,9 +311,12 @@ absl::Status CheckpointWriter::Impl::Run(const Job& job) {
     if (mine.status.ok()) mine.status = snapshot_internal::SyncDirectory(temporary);
   }
   if (rank != 0) {
-    STRETTO_RETURN_IF_ERROR(store.Set(absl::StrCat(save, "rank/", rank), Encode(mine)));
-    STRETTO_ASSIGN_OR_RETURN(const Report outcome,
-                             WaitFor(save + "outcome", 0, "decided on the commit" + of_step));
+    STRETTO_RETURN_IF_ERROR(
+        Saving(job.step, store.Set(absl::StrCat(save, "rank/", rank), Encode(mine))));
+    // Rank 0 waits for the others just as long, and then says for whom in vain.
+    STRETTO_ASSIGN_OR_RETURN(
+        const Report outcome,
+        WaitFor(save + "outcome", 0, "decided on the commit" + of_step, kGrace));
     return outcome.status;
   }
 
@@ -320,7 +338,7 @@ absl::Status CheckpointWriter::Impl::Run(const Job& job) {
   }
   // Every rank has reported, so every rank has read the outcome of the save before this one.
   store.Erase(absl::StrCat(prefix, job.number - 1, "/")).IgnoreError();
-  STRETTO_RETURN_IF_ERROR(store.Set(save + "outcome", Encode(outcome)));
+  STRETTO_RETURN_IF_ERROR(Saving(job.step, store.Set(save + "outcome", Encode(outcome))));
   return outcome.status;
 }
 
@@ -351,10 +369,10 @@ absl::Status CheckpointWriter::Save(int64_t step, const StateRegistry& registry,
   const absl::Status earlier = impl.Join();
   if (impl.prefix.empty()) {
     // The same number on all ranks: how many writers this rank has used in this world.
-    STRETTO_ASSIGN_OR_RETURN(
-        const int64_t writer,
-        impl.world.store().Add(absl::StrCat("checkpoint/writers/", impl.world.rank()), 1));
-    impl.prefix = absl::StrCat("checkpoint/", writer, "/");
+    const absl::StatusOr<int64_t> writer =
+        impl.world.store().Add(absl::StrCat("checkpoint/writers/", impl.world.rank()), 1);
+    STRETTO_RETURN_IF_ERROR(impl.Saving(step, writer.status()));
+    impl.prefix = absl::StrCat("checkpoint/", *writer, "/");
   }
   Job job;
   job.step = step;

@@ -66,8 +66,8 @@ class World {
   static absl::Status RunThreads(int ranks, const std::function<absl::Status(World&)>& body,
                                  const WorldOptions& options = {});
   // Leaves the job. After a communication error, or when other ranks are gone, MPI is not finalised
-  // (MPI_Finalize would wait for them for ever): leave the program with _exit then. Rank 0 keeps
-  // the control plane up until the others have left, for 30 s at most.
+  // (MPI_Finalize would wait for them for ever): leave the program with _exit afterwards. Rank 0
+  // keeps the control plane up until the others have left, for 30 s at most, or 2 s after an error.
   ~World();
 
   int rank() const { return info_.rank; }

@@ -45,6 +45,7 @@ bible-kjv-text      -            the King James Bible (public domain), the quick
 libgtest-dev        -            tests
 libgmock-dev        -            tests
 python3             python3      tests that start and stop ranks
+iproute2            ip           two machines of a test: network namespaces
 python3-pip         -            fetches GPT-2's vocabulary for a test
 "
 [ "$goal" = all ] && needed+="

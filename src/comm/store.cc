@@ -153,8 +153,8 @@ absl::StatusOr<Answer> Store::State::Call(wire::Request kind,
   if (!waits) {
     suspect = true;
     return absl::DeadlineExceededError(
-        absl::StrFormat("the control plane at %s does not answer: rank 0 is stopped or its machine "
-                        "hangs",
+        absl::StrFormat("the control plane at %s does not answer: rank 0 is stopped, its machine "
+                        "hangs or the network to it is down",
                         where));
   }
   wire::Writer cancel;

@@ -15,7 +15,8 @@ namespace {
 
 constexpr auto kLook = std::chrono::milliseconds(250);  // between looks at "trouble"
 constexpr int kPublishEvery = 2;                        // looks
-constexpr char kSilence[] = " no heartbeat: the process is stopped or its machine hangs";
+constexpr char kSilence[] =
+    " no heartbeat: the process is stopped, its machine hangs or the network to it is down";
 
 }  // namespace
 

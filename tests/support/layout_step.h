@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <ostream>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/parallel/bucket_plan.h"
 #include "stretto/parallel/stages.h"
 #include "stretto/parallel/tensor_parallel.h"
 #include "stretto/plan/program.h"
@@ -26,11 +28,14 @@ struct Layout {
   ScheduleKind kind = ScheduleKind::kOneF1B;
   int chunks = 1;
   int pieces = 1;  // of the tokens, on the tensor axis
+  int zero = 1;
+  bool in_stages() const { return pp * chunks > 1; }  // stages run halves of micro-batches
   int ranks() const { return dp * pp * tp; }
   std::string Name() const {
     std::string name = absl::StrCat("Dp", dp, "Pp", pp, "Tp", tp);
-    if (pp > 1) absl::StrAppend(&name, stretto::Name(kind), "Chunks", chunks);
+    if (in_stages()) absl::StrAppend(&name, stretto::Name(kind), "Chunks", chunks);
     if (pieces > 1) absl::StrAppend(&name, "Pieces", pieces);
+    if (zero > 1) absl::StrAppend(&name, "Zero", zero);
     std::erase_if(name, [](char c) { return c == '-'; });
     return name;
   }
@@ -43,9 +48,13 @@ struct StepOptions {
   Recompute recompute = Recompute::kNone;
   int64_t loss_chunk = 0;
   StreamMode stream = StreamMode::kInline;
-  bool overlap = true;  // see TrainingActions
-  // Tests spoil the actions here.
+  bool overlap = true;  // also see TrainingActions
+  // How parameters and gradients are kept.
+  bool prefetch = true, poison = true;
+  int64_t bucket_bytes = 1000;
+  // Tests spoil the actions, or the plan of the buckets, here.
   std::function<void(ActionList&)> change = [](ActionList&) {};
+  std::function<void(BucketPlan&)> sabotage;
 };
 
 struct StepOutcome {
@@ -103,11 +112,17 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
     items.push_back({.tokens = b.tokens(), .lengths = {b.tokens()}, .pipelines = {0}});
     capacity = std::max(capacity, b.tokens());
   }
+  // Ranks that exchange something in each micro-batch have as many, some of them empty.
+  for (const auto& of_pipeline : batches) {
+    while (layout.zero > 1 && items.size() < of_pipeline.size()) {
+      items.push_back({.tokens = 1, .lengths = {1}, .pipelines = {0}});
+    }
+  }
   STRETTO_ASSIGN_OR_RETURN(const Program program,
                            MakeProgram(layout.kind, 1, layout.pp, layout.chunks, items));
   STRETTO_ASSIGN_OR_RETURN(
       const Schedule schedule,
-      MakeSchedule(layout.kind, layout.pp, layout.chunks, static_cast<int>(mine.size())));
+      MakeSchedule(layout.kind, layout.pp, layout.chunks, static_cast<int>(items.size())));
   const std::vector<int> in_flight = FramesInFlight(schedule);
   STRETTO_ASSIGN_OR_RETURN(const std::vector<int64_t> blocks,
                            CutBlocks(config.layers, program.stages, 1, 0, 0));
@@ -119,6 +134,7 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
     Model model;
     ActionList actions;
     FrameLayout frame;
+    BucketPlan buckets;
     Arena memory;
     std::unique_ptr<DataParallel> parameters;
     std::unique_ptr<PartialGradients> partial;
@@ -140,13 +156,24 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
                               .strategies = TensorStrategies(layout.tp, tp.index, layout.pieces),
                               .part = part}));
       const Graph& graph = stage->model.graph;
-      stage->actions = TrainingActions(graph, options.recompute, /*defer_weights=*/layout.pp > 1,
-                                       options.overlap);
+      stage->actions = TrainingActions(graph, options.recompute,
+                                       /*defer_weights=*/layout.in_stages(), options.overlap);
       options.change(stage->actions);
       STRETTO_ASSIGN_OR_RETURN(stage->frame, PlanFrame(graph, stage->actions, capacity));
+      stage->buckets = PlanBuckets(graph, stage->actions, EvaluationActions(graph),
+                                   {.zero = layout.zero,
+                                    .ranks = layout.dp,
+                                    .bucket_bytes = options.bucket_bytes,
+                                    .pieces = layout.in_stages(),
+                                    .halves = layout.kind == ScheduleKind::kZeroBubbleH1 ||
+                                              layout.kind == ScheduleKind::kVShaped});
+      if (options.sabotage) options.sabotage(stage->buckets);
       STRETTO_ASSIGN_OR_RETURN(stage->parameters,
                                DataParallel::Create(comm, dp, graph, *stream, *kernels, 5, budget,
-                                                    {.bucket_bytes = 1000}));
+                                                    {.overlap = options.overlap,
+                                                     .prefetch = options.prefetch,
+                                                     .buckets = &stage->buckets,
+                                                     .poison = options.poison}));
       STRETTO_ASSIGN_OR_RETURN(stage->partial,
                                PartialGradients::Create(comm, tp, graph, *stage->parameters,
                                                         {stream.get(), kernels}, budget));

@@ -164,6 +164,33 @@ TEST(Communicator, AFailedRankIsNamedToTheOthers) {
   }
 }
 
+// Rank 0 waits for rank 1, which has given up because of rank 2: that is the one to name.
+TEST(Communicator, ARankThatGaveUpIsNotTheCause) {
+  std::vector<absl::Status> seen(3);
+  const absl::Status status = World::RunThreads(
+      3,
+      [&](World& world) -> absl::Status {
+        const int rank = world.rank();
+        Communicator c(world);
+        STRETTO_ASSIGN_OR_RETURN(const Group low,
+                                 c.MakeGroup("low", rank < 2 ? RankList{0, 1} : RankList{2}));
+        STRETTO_ASSIGN_OR_RETURN(const Group high,
+                                 c.MakeGroup("high", rank > 0 ? RankList{1, 2} : RankList{0}));
+        std::vector<float> a(10);
+        absl::Status& mine = seen[static_cast<std::size_t>(rank)];
+        mine = rank == 2
+                   ? c.Wait(c.Send(high, Floats(a), 7, "bad"))
+                   : c.Wait(c.AllReduce(rank == 0 ? low : high, Floats(a), ReduceOp::kSum, "sum"));
+        return world.Barrier("everybody has said so");
+      },
+      Timeout(30000));
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_THAT(Message(seen[1]),
+              HasSubstr("rank 2 failed while rank 1 waited for all_reduce(high) seq 1 [sum]: "));
+  EXPECT_THAT(Message(seen[0]),
+              HasSubstr("rank 2 failed while rank 0 waited for all_reduce(low) seq 1 [sum]: "));
+}
+
 TEST(Communicator, DifferentSizesAreAnError) {
   std::vector<absl::Status> seen(2);
   const absl::Status status = World::RunThreads(2, [&](World& world) -> absl::Status {

@@ -123,24 +123,21 @@ unsigned BackwardUses(const SlotInfo& slot) {
   return uses & (kInBackwardInput | kInBackwardWeight);
 }
 
-}  // namespace
-
-namespace {
-
 // The backward pass; `again`: layers that run again at the end of their block.
 class BackwardActions {
  public:
   BackwardActions(const Graph& graph, bool defer_weights, bool overlap, ActionList* list)
       : graph_(graph),
         layers_(static_cast<int>(graph.layers.size())),
-        defer_(defer_weights),
+        ahead_(overlap && !graph.exchanges.empty()),
+        fill_(ahead_ && !defer_weights),
+        follow_(!ahead_ && !defer_weights),
         weight_started_(list->filled_again),
         out_(list->actions) {
     for (const ExchangeInfo& e : graph.exchanges) {
       // What B sends away comes back.
       exchanges_.emplace(e.at == ActionKind::kBackwardInput ? ActionKind::kFinishInput : e.at,
                          e.layer);
-      overlap_ |= overlap;
     }
   }
 
@@ -149,7 +146,7 @@ class BackwardActions {
       const bool starts = Exchanges(ActionKind::kStartInput, l);
       if (starts) {
         out_.push_back({ActionKind::kStartInput, l});
-        if (overlap_ && !defer_) AddWeights();
+        if (fill_) AddWeights();
       }
       const int block = graph_.layer_block[l];
       if (block >= 0 && (l == layers_ - 1 || graph_.layer_block[l + 1] != block)) {
@@ -159,17 +156,17 @@ class BackwardActions {
           if (again[r]) out_.push_back({ActionKind::kRecompute, r});
         }
       }
-      if (overlap_ && !defer_) {
+      if (fill_) {
         StartWeight(l);
         if (starts) StartWeight(NextStarter(l));
       }
       out_.push_back({ActionKind::kBackwardInput, l});
       if (Exchanges(ActionKind::kFinishInput, l)) {
-        if (overlap_ && !defer_) AddWeights();
+        if (fill_) AddWeights();
         out_.push_back({ActionKind::kFinishInput, l});
       }
       weights_.push_back(l);
-      if (!overlap_ && !defer_) AddWeights();
+      if (follow_) AddWeights();
     }
     AddWeights();
   }
@@ -195,7 +192,7 @@ class BackwardActions {
     for (size_t i = 0; i < weights_.size(); ++i) {
       StartWeight(weights_[i]);
       // One exchange ahead, under this W.
-      for (size_t k = i + 1; overlap_ && k < weights_.size(); ++k) {
+      for (size_t k = i + 1; ahead_ && k < weights_.size(); ++k) {
         if (!Exchanges(ActionKind::kStartWeight, weights_[k])) continue;
         StartWeight(weights_[k]);
         break;
@@ -207,7 +204,9 @@ class BackwardActions {
 
   const Graph& graph_;
   int layers_;
-  bool defer_, overlap_ = false;
+  bool ahead_;                                      // exchanges start before what needs them
+  bool fill_;                                       // W fill the time of exchanges
+  bool follow_;                                     // each W follows its B
   std::set<std::pair<ActionKind, int>> exchanges_;  // actions of these kinds and layers
   std::vector<bool> weight_started_;
   std::vector<int> weights_;  // layers
@@ -500,7 +499,9 @@ absl::StatusOr<FrameLayout> PlanFrame(const Graph& graph, const ActionList& acti
       if (f.empty()) continue;
       // A layer that runs again writes all its outputs, also those nobody reads any more, but for
       // those it said it would not.
-      if (s.producer >= 0 && !s.recomputed_if_dropped) f.Add(times.r[s.producer]);
+      if (s.producer >= 0 && s.kind != SlotKind::kScratch && !s.recomputed_if_dropped) {
+        f.Add(times.r[s.producer]);
+      }
       forward[i] = backward[i] = planner.Add({s.name, bytes_of(s), f.first, f.last});
     }
   }

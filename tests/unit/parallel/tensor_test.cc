@@ -256,6 +256,25 @@ TEST(TensorOverlap, PutsWeightsUnderTheExchangesOfInputs) {
                                  ">W blocks.0.mlp.up\nW blocks.0.mlp.up\n"));
 }
 
+// What a block gathers again lives no longer than its own backward pass: with recomputation of
+// blocks one more block adds a rank's part of the tokens, not all of them.
+TEST(TensorOverlap, KeepsNoGatheredTokensFromBlockToBlock) {
+  constexpr int64_t kTokens = 4096;
+  const auto bytes = [](int64_t layers, bool overlap) {
+    ModelConfig config = Config("gpt2", true);
+    config.layers = layers;
+    const Model model = BuildModel(config, {.strategies = TensorStrategies(2, 0, 2)}).value();
+    const ActionList list =
+        TrainingActions(model.graph, Recompute::kBlock, /*defer_weights=*/false, overlap);
+    return PlanFrame(model.graph, list, kTokens).value().bytes();
+  };
+  const int64_t whole = kTokens * Config("gpt2", true).hidden * SizeOf(DType::kF32);
+  for (const bool overlap : {false, true}) {
+    EXPECT_LT(bytes(8, overlap) - bytes(7, overlap), whole);
+    EXPECT_GE(bytes(8, overlap) - bytes(7, overlap), whole / 2);
+  }
+}
+
 // Whatever is overlapped, the same actions run, weights' halves in the same order: gradients are
 // complete, and leave, in an order that does not depend on it.
 TEST(TensorOverlap, KeepsTheOrderOfWeights) {

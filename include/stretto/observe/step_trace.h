@@ -16,7 +16,7 @@ namespace stretto {
 
 struct StepTraceOptions {
   std::string file;        // rank 0 writes it
-  std::string process;     // this rank's name in it, e.g. "rank 3: pp 1, dp 0, tp 1"
+  std::string process;     // this rank's name in it, e.g. "rank 3, pp 1, tp 1"
   int64_t first_step = 1;  // the first step of a run is 1
   int64_t steps = 1;       // how many
   int capacity = 1 << 15;  // actions of a rank; more are counted and left out

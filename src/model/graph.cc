@@ -416,17 +416,18 @@ std::vector<PlannedExchange> ExchangesOf(const Graph& graph, const ActionList& l
     of_layer[static_cast<size_t>(e.layer)].push_back(&e);
   }
   std::vector<PlannedExchange> planned;
-  for (const Action& a : list.actions) {
+  for (size_t i = 0; i < list.actions.size(); ++i) {
+    const Action& a = list.actions[i];
     const bool again = a.kind == ActionKind::kRecompute;
     for (const ExchangeInfo* e : of_layer[static_cast<size_t>(a.layer)]) {
       const bool kept = e->unless_kept >= 0 && !list.dropped[static_cast<size_t>(e->unless_kept)];
       if (e->at != (again ? ActionKind::kForward : a.kind) || (again && kept)) continue;
       if (e->every_token) {
-        planned.push_back({e, tokens});
+        planned.push_back({e, tokens, i});
         continue;
       }
-      for (int i = 0; i < PiecesOf(graph.tokens, tokens); ++i) {
-        planned.push_back({e, PieceOf(graph.tokens, tokens, i).part.count});
+      for (int piece = 0; piece < PiecesOf(graph.tokens, tokens); ++piece) {
+        planned.push_back({e, PieceOf(graph.tokens, tokens, piece).part.count, i});
       }
     }
   }

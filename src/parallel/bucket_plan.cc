@@ -280,6 +280,24 @@ const char* Name(BucketEventKind kind) {
   return "?";
 }
 
+int ReadyLayer(const Graph& graph, const std::vector<int>& params) {
+  auto layer = static_cast<int>(graph.layers.size());
+  for (const int p : params) {
+    layer = std::min(layer, graph.parameters[static_cast<size_t>(p)].layers.front());
+  }
+  return layer;
+}
+
+int64_t CollectiveBytes(const Graph& graph, const std::vector<int>& params, int ranks,
+                        DType dtype) {
+  int64_t part = 0;  // elements that a rank sends each other one
+  for (const int p : params) {
+    const ParameterInfo& info = graph.parameters[static_cast<size_t>(p)];
+    part += CutRows(info.rows(), ranks, 0).part * info.columns();
+  }
+  return part * (ranks - 1) * SizeOf(dtype);
+}
+
 int64_t PlaceBytes(const Graph& graph, const std::vector<int>& params, int ranks, DType dtype) {
   int64_t bytes = 0;
   for (const int p : params) {
@@ -311,13 +329,9 @@ BucketPlan PlanBuckets(const Graph& graph, const ActionList& training, const Act
 BucketBytes SentBytes(const Graph& graph, const BucketPlan& plan, int64_t micro_batches) {
   BucketBytes once, often;  // a step, and a micro-batch
   for (size_t b = 0; b < plan.buckets.size(); ++b) {
-    int64_t part = 0;  // elements that a rank sends each other one
-    for (const int p : plan.buckets[b]) {
-      const ParameterInfo& info = graph.parameters[static_cast<size_t>(p)];
-      part += CutRows(info.rows(), plan.ranks, 0).part * info.columns();
-    }
-    const int64_t gradients = part * (plan.ranks - 1) * SizeOf(AccumulateType(graph.dtype));
-    const int64_t parameters = part * (plan.ranks - 1) * SizeOf(graph.dtype);
+    const int64_t gradients =
+        CollectiveBytes(graph, plan.buckets[b], plan.ranks, AccumulateType(graph.dtype));
+    const int64_t parameters = CollectiveBytes(graph, plan.buckets[b], plan.ranks, graph.dtype);
     plan.zero >= 2 ? often.gradients += plan.training.reduces[b]* gradients
                    : once.gradients += gradients;
     plan.zero >= 3 ? often.parameters += plan.training.gathers[b]* parameters

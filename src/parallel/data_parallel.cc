@@ -263,12 +263,11 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
        plan != nullptr ? std::vector(plan->buckets) : MakeBuckets(graph, options.bucket_bytes)) {
     const int index = static_cast<int>(dp->buckets_.size());
     Bucket bucket;
-    bucket.ready_layer = static_cast<int>(graph.layers.size());
+    bucket.ready_layer = ReadyLayer(graph, params);
     bucket.reduce_label = absl::StrCat("grad bucket ", index);
     bucket.gather_label = absl::StrCat("param bucket ", index);
     for (int p : params) {
       const RowCut cut = CutRows(graph.parameters[p].rows(), n, group.index);
-      bucket.ready_layer = std::min(bucket.ready_layer, graph.parameters[p].layers.front());
       if (whole_gradients) {
         bucket.grad_inputs.push_back(stored_grads[p]);
         bucket.grad_outputs.push_back(stored_grads[p].Rows(cut.part * group.index, cut.part));

@@ -32,6 +32,36 @@ absl::StatusOr<std::vector<int64_t>> CutBlocks(int64_t blocks, int stages, doubl
   return counts;
 }
 
+ListPieces PiecesOf(const ActionList& list) {
+  const std::vector<Action>& actions = list.actions;
+  ListPieces pieces = {.end = actions.size()};
+  while (pieces.forward_end < pieces.end &&
+         actions[pieces.forward_end].kind == ActionKind::kForward) {
+    ++pieces.forward_end;
+  }
+  // Behind the last action that is not a weight half.
+  pieces.weights_begin = pieces.end;
+  while (pieces.weights_begin > pieces.forward_end &&
+         OfWeights(actions[pieces.weights_begin - 1].kind)) {
+    --pieces.weights_begin;
+  }
+  return pieces;
+}
+
+std::pair<size_t, size_t> ListPieces::Of(StageWork work) const {
+  switch (work) {
+    case StageWork::kForward:
+      return {0, forward_end};
+    case StageWork::kBackward:
+      return {forward_end, end};
+    case StageWork::kBackwardInput:
+      return {forward_end, weights_begin};
+    case StageWork::kBackwardWeight:
+      return {weights_begin, end};
+  }
+  return {0, 0};
+}
+
 // Memory for one micro-batch, and what is in it.
 struct ModelStages::Slot {
   std::byte* memory = nullptr;
@@ -44,10 +74,10 @@ struct ModelStages::Stage {
   StageMemory memory;
   StageParts parts;
   std::vector<Slot> slots;
-  size_t forward_end = 0, weights_begin = 0;  // in the action list
-  int backwards_left = 0;                     // in this program
-  std::vector<StageWork> works;               // of this stage in the program, in its order
-  size_t next = 0;                            // among them
+  ListPieces pieces;
+  int backwards_left = 0;        // in this program
+  std::vector<StageWork> works;  // of this stage in the program, in its order
+  size_t next = 0;               // among them
 };
 
 ModelStages::ModelStages(Stream& stream) : stream_(stream) {}
@@ -78,18 +108,7 @@ absl::Status ModelStages::Use(const std::vector<StageParts>& parts) {
           "a frame of stage ", stage.memory.stage, " needs ", stage.parts.layout->bytes(),
           " bytes, there are ", stage.memory.frame_bytes));
     }
-    const std::vector<Action>& actions = stage.parts.actions->actions;
-    stage.forward_end = 0;
-    while (stage.forward_end < actions.size() &&
-           actions[stage.forward_end].kind == ActionKind::kForward) {
-      ++stage.forward_end;
-    }
-    // Behind the last action that is not a weight half.
-    stage.weights_begin = actions.size();
-    while (stage.weights_begin > stage.forward_end &&
-           OfWeights(actions[stage.weights_begin - 1].kind)) {
-      --stage.weights_begin;
-    }
+    stage.pieces = PiecesOf(*stage.parts.actions);
   }
   return absl::OkStatus();
 }
@@ -131,21 +150,6 @@ absl::StatusOr<ModelStages::Slot*> ModelStages::SlotOf(Stage& stage, int item) {
                             : absl::StrCat("none with item ", item, "; check the program")));
 }
 
-std::pair<size_t, size_t> ModelStages::RangeOf(const Stage& stage, StageWork work) {
-  const size_t all = stage.parts.actions->actions.size();
-  switch (work) {
-    case StageWork::kForward:
-      return {0, stage.forward_end};
-    case StageWork::kBackward:
-      return {stage.forward_end, all};
-    case StageWork::kBackwardInput:
-      return {stage.forward_end, stage.weights_begin};
-    case StageWork::kBackwardWeight:
-      return {stage.weights_begin, all};
-  }
-  return {0, 0};
-}
-
 absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out) {
   const auto found = std::find_if(stages_.begin(), stages_.end(),
                                   [&](const Stage& s) { return s.memory.stage == action.stage; });
@@ -156,7 +160,7 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   Stage& stage = *found;
   const StageParts& p = stage.parts;
   const bool forward = action.work == StageWork::kForward;
-  const auto [first, end] = RangeOf(stage, action.work);
+  const auto [first, end] = stage.pieces.Of(action.work);
   const bool done = action.work == StageWork::kBackward ||
                     action.work == StageWork::kBackwardWeight ||
                     (forward && end == p.actions->actions.size());
@@ -176,7 +180,7 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   const auto gather_for_next = [&] {
     if (p.parameters == nullptr || p.local || !p.actions->training) return;
     if (stage.next >= stage.works.size()) return;
-    p.parameters->GatherFor(RangeOf(stage, stage.works[stage.next]).first);
+    p.parameters->GatherFor(stage.pieces.Of(stage.works[stage.next]).first);
   };
   if (Empty(action.item)) {
     if (hooks != nullptr) FollowHooks(*p.actions, first, end, *hooks);

@@ -1,5 +1,6 @@
 #include "stretto/plan/cost.h"
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <utility>
@@ -21,11 +22,29 @@ void ForNumbers(Model& c, const F& f) {
   f("link_latency", c.link_latency);
   f("link_bytes_per_second", c.link_bytes_per_second);
 }
-template <class Model, class F>
-void ForStages(Model& c, const F& f) {
+template <class Layer, class F>
+void ForHalves(Layer& c, const F& f) {
   f("forward", c.forward);
   f("backward_input", c.backward_input);
   f("backward_weight", c.backward_weight);
+}
+template <class Link, class F>
+void ForOperations(Link& c, const F& f) {
+  f("all_gather", c.all_gather);
+  f("reduce_scatter", c.reduce_scatter);
+  f("all_reduce", c.all_reduce);
+  f("point_to_point", c.point_to_point);
+}
+template <class Operation, class F>
+void ForOperation(Operation& c, const F& f) {
+  f("latency", c.latency);
+  f("bytes_per_second", c.bytes_per_second);
+}
+template <class Device, class F>
+void ForDevice(Device& c, const F& f) {
+  f("hidden", c.hidden);
+  f("update_per_element", c.update_per_element);
+  f("step_fixed", c.step_fixed);
 }
 template <class Cost, class F>
 void ForParts(Cost& c, const F& f) {
@@ -42,7 +61,7 @@ double Seconds(const std::vector<StageCost>& costs, int stage, const PlanItem& i
     pairs += 0.5 * static_cast<double>(length) * static_cast<double>(length + 1);
   }
   const auto share = static_cast<double>(item.pipelines.size());
-  return c.fixed + (static_cast<double>(item.tokens) * c.per_token + pairs * c.per_pair) / share;
+  return c.Seconds(static_cast<double>(item.tokens) / share, pairs / share);
 }
 
 class Reader {
@@ -63,6 +82,31 @@ class Reader {
     }
     return 0;
   }
+  std::string Text(const Json& object, const std::string& name) {
+    const auto found = object.find(name);
+    if (found != object.end() && found->is_string()) return found->get<std::string>();
+    Fail(absl::StrCat("\"", name, "\" must be a text"));
+    return "";
+  }
+  // An object that has these numbers and nothing else. `for_numbers(f)` calls f(name, value&).
+  template <class ForNumbers>
+  void Numbers(const Json& object, const std::string& what, const ForNumbers& for_numbers) {
+    if (!object.is_object()) return Fail(absl::StrCat("an entry of \"", what, "\" is no object"));
+    std::vector<std::string> names;
+    for_numbers([&](const char* name, double& value) {
+      names.push_back(name);
+      value = Number(object, name);
+    });
+    KnowsOnly(object, names);
+  }
+  // A member that is an object; an empty one after an error.
+  const Json& Object(const Json& object, const std::string& name) {
+    static const Json empty = Json::object();
+    const auto found = object.find(name);
+    if (found != object.end() && found->is_object()) return *found;
+    Fail(absl::StrCat("\"", name, "\" must be an object"));
+    return empty;
+  }
   void KnowsOnly(const Json& object, const std::vector<std::string>& names) {
     for (const auto& [key, value] : object.items()) {
       bool known = false;
@@ -76,7 +120,100 @@ class Reader {
   absl::Status status_;
 };
 
+Json ToJson(const LinkCost& link) {
+  Json json = Json::object();
+  ForOperations(link, [&](const char* name, const OperationCost& operation) {
+    ForOperation(operation, [&](const char* number, double value) { json[name][number] = value; });
+  });
+  return json;
+}
+
+LinkCost ReadLink(Reader& reader, const Json& json) {
+  LinkCost link;
+  std::vector<std::string> names;
+  ForOperations(link, [&](const char* name, OperationCost& operation) {
+    names.push_back(name);
+    reader.Numbers(reader.Object(json, name), name,
+                   [&](const auto& f) { ForOperation(operation, f); });
+  });
+  reader.KnowsOnly(json, names);
+  return link;
+}
+
+Json ToJson(const StageCost& stage) {
+  Json parts = Json::object();
+  ForParts(stage, [&](const char* part, double value) { parts[part] = value; });
+  return parts;
+}
+
+Json ToJson(const DeviceCost& device) {
+  Json json = {{"assumed", device.assumed},
+               {"model", device.model},
+               {"measured", device.measured},
+               {"ranks", device.ranks}};
+  ForDevice(device, [&](const char* name, double value) { json[name] = value; });
+  json["layers"] = Json::object();
+  for (const LayerCost& layer : device.layers) {
+    ForHalves(layer, [&](const char* name, const StageCost& half) {
+      json["layers"][layer.name][name] = ToJson(half);
+    });
+  }
+  json["machine"] = ToJson(device.machine);
+  if (device.network) json["network"] = ToJson(*device.network);
+  return json;
+}
+
+DeviceCost ReadDevice(Reader& reader, const Json& json) {
+  DeviceCost device;
+  std::vector<std::string> names = {"assumed", "model", "measured", "ranks", "layers", "machine"};
+  if (const auto assumed = json.find("assumed"); assumed != json.end() && assumed->is_boolean()) {
+    device.assumed = assumed->get<bool>();
+  } else {
+    reader.Fail("\"assumed\" must be true or false");
+  }
+  device.model = reader.Text(json, "model");
+  device.measured = reader.Text(json, "measured");
+  device.ranks = static_cast<int64_t>(std::min(reader.Number(json, "ranks"), 1e9));
+  ForDevice(device, [&](const char* name, double& value) {
+    names.push_back(name);
+    value = reader.Number(json, name);
+  });
+  if (device.hidden > 1) reader.Fail("\"hidden\" must be at most 1");
+  for (const auto& [name, halves] : reader.Object(json, "layers").items()) {
+    LayerCost& layer = device.layers.emplace_back();
+    layer.name = name;
+    std::vector<std::string> known;
+    ForHalves(layer, [&, &halves = halves](const char* half, StageCost& cost) {
+      known.push_back(half);
+      reader.Numbers(reader.Object(halves, half), half, [&](const auto& f) { ForParts(cost, f); });
+    });
+    reader.KnowsOnly(halves, known);
+  }
+  if (device.layers.empty()) reader.Fail("\"layers\" must have an entry");
+  device.machine = ReadLink(reader, reader.Object(json, "machine"));
+  if (json.contains("network")) {
+    names.emplace_back("network");
+    device.network = ReadLink(reader, reader.Object(json, "network"));
+  }
+  reader.KnowsOnly(json, names);
+  return device;
+}
+
 }  // namespace
+
+double OperationCost::Seconds(int ranks, int64_t bytes_sent) const {
+  if (ranks < 2) return 0;
+  const double moving =
+      bytes_per_second > 0 ? static_cast<double>(bytes_sent) / bytes_per_second : 0;
+  return latency * (ranks - 1) + moving;
+}
+
+const LayerCost* DeviceCost::Find(const std::string& name) const {
+  for (const LayerCost& layer : layers) {
+    if (layer.name == name) return &layer;
+  }
+  return nullptr;
+}
 
 double CostModel::Seconds(const Program& program, const ProgramAction& action) const {
   const PlanItem& item = program.items[static_cast<size_t>(action.item)];
@@ -110,16 +247,13 @@ CostModel UniformCost(double forward, double backward_input, double backward_wei
 
 std::string ToJson(const CostModel& cost) {
   Json json = {{"version", kVersion}, {"device", cost.device}};
-  ForStages(cost, [&](const char* name, const std::vector<StageCost>& stages) {
+  ForHalves(cost, [&](const char* name, const std::vector<StageCost>& stages) {
     Json list = Json::array();
-    for (const StageCost& stage : stages) {
-      Json parts = Json::object();
-      ForParts(stage, [&](const char* part, double value) { parts[part] = value; });
-      list.push_back(std::move(parts));
-    }
+    for (const StageCost& stage : stages) list.push_back(ToJson(stage));
     json[name] = std::move(list);
   });
   ForNumbers(cost, [&](const char* name, double value) { json[name] = value; });
+  if (cost.parts) json["parts"] = ToJson(*cost.parts);
   return json.dump(2) + "\n";
 }
 
@@ -135,12 +269,8 @@ absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::str
   if (reader.Number(json, "version") != kVersion) {
     reader.Fail(absl::StrCat("\"version\" must be ", kVersion, "; fit the costs again"));
   }
-  if (const auto device = json.find("device"); device != json.end() && device->is_string()) {
-    cost.device = device->get<std::string>();
-  } else {
-    reader.Fail("\"device\" must be a text");
-  }
-  ForStages(cost, [&](const char* name, std::vector<StageCost>& stages) {
+  cost.device = reader.Text(json, "device");
+  ForHalves(cost, [&](const char* name, std::vector<StageCost>& stages) {
     names.push_back(name);
     const auto list = json.find(name);
     if (list == json.end() || !list->is_array() || list->empty()) {
@@ -150,22 +280,17 @@ absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::str
     }
     for (const Json& entry : *list) {
       StageCost& stage = stages.emplace_back();
-      if (!entry.is_object()) {
-        reader.Fail(absl::StrCat("an entry of \"", name, "\" is no object"));
-        continue;
-      }
-      std::vector<std::string> parts;
-      ForParts(stage, [&](const char* part, double& value) {
-        parts.push_back(part);
-        value = reader.Number(entry, part);
-      });
-      reader.KnowsOnly(entry, parts);
+      reader.Numbers(entry, name, [&](const auto& f) { ForParts(stage, f); });
     }
   });
   ForNumbers(cost, [&](const char* name, double& value) {
     names.push_back(name);
     value = reader.Number(json, name);
   });
+  if (json.contains("parts")) {
+    names.emplace_back("parts");
+    cost.parts = ReadDevice(reader, reader.Object(json, "parts"));
+  }
   reader.KnowsOnly(json, names);
   if (!reader.status().ok()) return reader.status();
   return cost;

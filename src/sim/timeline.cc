@@ -17,11 +17,27 @@ std::string Text(const ProgramAction& a) {
   return absl::StrCat(Name(a.work), " of item ", a.item, " on stage ", a.stage);
 }
 
+class ModelTimes final : public ActionTimes {
+ public:
+  ModelTimes(const Program& program, const CostModel& cost) : program_(program), cost_(cost) {}
+  double Seconds(int /*rank*/, const ProgramAction& action, double /*start*/) override {
+    return cost_.Seconds(program_, action);
+  }
+  double BoundarySeconds(const PlanItem& item) const override {
+    return cost_.BoundarySeconds(item);
+  }
+  double woven() const override { return cost_.woven; }
+
+ private:
+  const Program& program_;
+  const CostModel& cost_;
+};
+
 class Clock {
  public:
-  Clock(const Program& program, const CostModel& cost)
+  Clock(const Program& program, ActionTimes& times)
       : program_(program),
-        cost_(cost),
+        times_(times),
         next_(program.of_rank.size(), 0),
         now_(program.of_rank.size(), 0) {
     timeline_.of_rank.resize(program.of_rank.size());
@@ -80,7 +96,7 @@ class Clock {
         const bool travels = program_.place_of_stage[static_cast<size_t>(stage)] !=
                              program_.place_of_stage[static_cast<size_t>(a.stage)];
         const PlanItem& item = program_.items[static_cast<size_t>(a.item)];
-        ready = std::max(ready, found->second + (travels ? cost_.BoundarySeconds(item) : 0));
+        ready = std::max(ready, found->second + (travels ? times_.BoundarySeconds(item) : 0));
       }
     };
     switch (a.work) {
@@ -126,8 +142,10 @@ class Clock {
     for (int r : together) {
       const auto [first, end] = UnitOf(r);
       double sum = 0;
-      for (size_t k = first; k < end; ++k) sum += cost_.Seconds(program_, ActionsOf(r)[k]);
-      own.push_back(end - first > 1 ? sum * cost_.woven : sum);
+      for (size_t k = first; k < end; ++k) {
+        sum += times_.Seconds(r, ActionsOf(r)[k], start + sum);
+      }
+      own.push_back(end - first > 1 ? sum * times_.woven() : sum);
       seconds = std::max(seconds, own.back());
     }
     const double finish = start + seconds;
@@ -171,7 +189,7 @@ class Clock {
   }
 
   const Program& program_;
-  const CostModel& cost_;
+  ActionTimes& times_;
   std::vector<size_t> next_;
   std::vector<double> now_;
   std::map<std::tuple<bool, int, int>, double> finished_;  // forward or not, stage, item
@@ -219,7 +237,12 @@ absl::StatusOr<Timeline> Simulate(const Program& program, const CostModel& cost)
                        program.stages, "; fit it to this layout, or give one entry for all"));
     }
   }
-  return Clock(program, cost).Run();
+  ModelTimes times(program, cost);
+  return Simulate(program, times);
+}
+
+absl::StatusOr<Timeline> Simulate(const Program& program, ActionTimes& times) {
+  return Clock(program, times).Run();
 }
 
 std::string ChromeTrace(const Program& program, const Timeline& timeline) {

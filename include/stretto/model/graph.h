@@ -281,7 +281,8 @@ std::string Describe(const Graph& graph, const ActionList& list);
 // The operations over the tensor axis when the actions run on `tokens` tokens, in their order.
 struct PlannedExchange {
   const ExchangeInfo* info = nullptr;
-  int64_t rows = 0;  // that this rank sends each other one
+  int64_t rows = 0;   // that this rank sends each other one
+  size_t action = 0;  // of the list, that starts it
 };
 std::vector<PlannedExchange> ExchangesOf(const Graph& graph, const ActionList& list,
                                          int64_t tokens);

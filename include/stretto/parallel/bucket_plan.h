@@ -88,6 +88,13 @@ BucketTimeline PlanTimeline(const Graph& graph, const ActionList& list,
                             const std::vector<std::vector<int>>& buckets,
                             const BucketPlanOptions& options);
 
+// With ZeRO-1: the layer with whose weight half, in a step's last micro-batch, the gradients of a
+// bucket are complete. Buckets leave in their order all the same.
+int ReadyLayer(const Graph& graph, const std::vector<int>& params);
+
+// Bytes that a rank sends for one gather or reduce-scatter of these parameters.
+int64_t CollectiveBytes(const Graph& graph, const std::vector<int>& params, int ranks, DType dtype);
+
 // Bytes of a bucket's place: each parameter's rows, with the padding that `ranks` equal parts and
 // Builder::PadRows ask for, aligned.
 int64_t PlaceBytes(const Graph& graph, const std::vector<int>& params, int ranks, DType dtype);

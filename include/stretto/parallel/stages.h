@@ -25,6 +25,15 @@ namespace stretto {
 absl::StatusOr<std::vector<int64_t>> CutBlocks(int64_t blocks, int stages, double block,
                                                double first, double last);
 
+// Where the pieces of an action list begin that a program runs apart: forward, then backward, whose
+// weight halves may come last.
+struct ListPieces {
+  size_t forward_end = 0, weights_begin = 0, end = 0;
+  // [first, end) of what a stage does.
+  std::pair<size_t, size_t> Of(StageWork work) const;
+};
+ListPieces PiecesOf(const ActionList& list);
+
 // Room for the micro-batches in flight on one stage: `frames` frames (FramesInFlight) of
 // `frame_bytes` bytes each, one behind the other, on the stream's device.
 struct StageMemory {
@@ -81,7 +90,6 @@ class ModelStages : public StageWorker {
   explicit ModelStages(Stream& stream);
   absl::StatusOr<Slot*> SlotOf(Stage& stage, int item);
   // The actions [first, end) of a stage's list that a program's action stands for.
-  static std::pair<size_t, size_t> RangeOf(const Stage& stage, StageWork work);
 
   Stream& stream_;
   std::vector<Stage> stages_;

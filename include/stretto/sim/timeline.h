@@ -26,12 +26,26 @@ struct Timeline {
   double IdleFraction() const;
 };
 
+// How long things take, where that depends on more than the action: what it waits for itself, say.
+class ActionTimes {
+ public:
+  virtual ~ActionTimes() = default;
+  // Seconds of an action that begins at `start`. Asked once for each action, on each rank in its
+  // order, with times that never go back.
+  virtual double Seconds(int rank, const ProgramAction& action, double start) = 0;
+  // Of bringing an item from one stage to the next one, on another rank.
+  virtual double BoundarySeconds(const PlanItem& item) const = 0;
+  // A unit of several woven actions takes this part of their sum.
+  virtual double woven() const { return 1; }
+};
+
 // Each rank runs its actions in order, one at a time (a unit of woven ones together). An action
 // starts when what it needs is there and all ranks that share its item have come to it; they end it
 // together. Sends are not waited for. FAILED_PRECONDITION when ranks wait in a circle: it names one
 // rank, what it wants to do and what for.
 // INVALID_ARGUMENT when the costs are for another number of stages.
 absl::StatusOr<Timeline> Simulate(const Program& program, const CostModel& cost);
+absl::StatusOr<Timeline> Simulate(const Program& program, ActionTimes& times);
 
 // For chrome://tracing and Perfetto: one process for each rank, as in the trace of a real run
 // (observe/step_trace.h). Those of a unit lie side by side.

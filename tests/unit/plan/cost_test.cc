@@ -23,6 +23,21 @@ CostModel Example() {
   return cost;
 }
 
+CostModel WithParts() {
+  CostModel cost = Example();
+  DeviceCost& parts = cost.parts.emplace();
+  parts.model = "gpt2 hidden 64";
+  parts.measured = "2 ranks over mpi";
+  parts.ranks = 2;
+  parts.layers = {{.name = "attn.qkv", .forward = {1e-5, 2e-8, 0}, .backward_weight = {0, 3e-8, 0}},
+                  {.name = "attn", .backward_input = {0, 0, 3e-11}}};
+  parts.hidden = 0.75;
+  parts.update_per_element = 1e-10;
+  parts.machine.all_gather = {.latency = 1e-6, .bytes_per_second = 1e10};
+  parts.network.emplace().point_to_point = {.latency = 5e-6, .bytes_per_second = 2e9};
+  return cost;
+}
+
 TEST(CostModel, SecondsFollowTokensPairsAndShares) {
   const CostModel cost = Example();
   const Program program = MakeProgram(ScheduleKind::kOneF1B, 2, 2, 1,
@@ -43,13 +58,17 @@ TEST(CostModel, SecondsFollowTokensPairsAndShares) {
 }
 
 TEST(CostModel, TheFileGoesThereAndBack) {
-  const auto parsed = ParseCostModel(ToJson(Example()), "costs.json");
-  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
-  EXPECT_EQ(*parsed, Example());
+  CostModel alone = WithParts();
+  alone.parts->network.reset();
+  for (const CostModel& cost : {Example(), WithParts(), alone}) {
+    const auto parsed = ParseCostModel(ToJson(cost), "costs.json");
+    ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+    EXPECT_EQ(*parsed, cost);
+  }
 }
 
 TEST(CostModel, NamesWhatIsWrongWithAFile) {
-  const std::string good = ToJson(Example());
+  const std::string good = ToJson(WithParts());
   const auto error = [&](const std::string& from, const std::string& to) {
     std::string text = good;
     const size_t at = text.find(from);
@@ -66,6 +85,12 @@ TEST(CostModel, NamesWhatIsWrongWithAFile) {
   EXPECT_THAT(error("\"per_pair\": 0.0", "\"per_pear\": 0.0"), HasSubstr("per_p"));
   EXPECT_THAT(error("\"a \\\"device\\\"\"", "3"), HasSubstr("\"device\""));
   EXPECT_THAT(error("\"forward\": [", "\"forward\": 1, \"x\": ["), HasSubstr("\"forward\""));
+  EXPECT_THAT(error("\"hidden\": 0.75", "\"hidden\": 1.5"), HasSubstr("\"hidden\""));
+  EXPECT_THAT(error("\"assumed\": false", "\"assumed\": 0"), HasSubstr("\"assumed\""));
+  EXPECT_THAT(error("\"latency\": 1e-06", "\"latency\": -1"), HasSubstr("\"latency\""));
+  EXPECT_THAT(error("\"machine\"", "\"machines\""), HasSubstr("machine"));
+  EXPECT_THAT(error("\"attn.qkv\": {", "\"attn.qkv\": {\"x\": 1, "), HasSubstr("\"x\""));
+  EXPECT_THAT(error("\"ranks\"", "\"rank\""), HasSubstr("rank"));
   EXPECT_FALSE(ParseCostModel("", "costs.json").ok());
 }
 

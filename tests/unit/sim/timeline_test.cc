@@ -156,6 +156,25 @@ TEST(Simulate, BoundariesTakeTime) {
   EXPECT_DOUBLE_EQ(Simulate(program, cost)->seconds, 3 * 1 + 2 * 0.5 + 3 * 2 - 2 * 0.0 + 2 * 0.5);
 }
 
+// Times that depend on when an action begins: each is asked once, in a rank's order.
+TEST(Simulate, ActionsMayTakeWhatTheTimeSays) {
+  class Growing final : public ActionTimes {
+   public:
+    double Seconds(int rank, const ProgramAction& /*action*/, double start) override {
+      if (rank == 0) starts.push_back(start);
+      return 1 + start;
+    }
+    double BoundarySeconds(const PlanItem& /*item*/) const override { return 0.5; }
+    std::vector<double> starts;
+  } times;
+  const Program program = MakeProgram(ScheduleKind::kGPipe, 1, 2, 1, OnePipeline(2)).value();
+  const Timeline timeline = Simulate(program, times).value();
+  // Rank 0 runs F0 from 0 to 1 and F1 from 1 to 3; F0's result is at the other one at 1.5, which
+  // ends F0 at 4 and F1 at 9, then both backwards at 19 and 39.
+  EXPECT_EQ(times.starts, (std::vector<double>{0, 1, 19.5, 40}));
+  EXPECT_DOUBLE_EQ(timeline.seconds, 81);
+}
+
 TEST(Simulate, RefusesCostsOfAnotherLayout) {
   CostModel cost = UniformCost(1, 1, 1);
   cost.forward.resize(3);

@@ -1,9 +1,7 @@
 // What a run will hold in memory, compute and send, from its configuration alone: nothing is
 // allocated, read or started.
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -19,32 +17,13 @@
 #include "stretto/train/flops.h"
 #include "stretto/train/memory.h"
 #include "tools/arguments.h"
+#include "tools/suggest.h"
 
 namespace stretto {
 namespace {
 
 constexpr int kFits = 0, kFailed = 1;
 constexpr size_t kBuffersShown = 20;
-
-// "80GiB", "1.5 TB", "4096": bytes. GiB and the like are powers of 1024, GB of 1000.
-absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
-  constexpr struct {
-    const char* unit;
-    double bytes;
-  } kUnits[] = {{"", 1},      {"B", 1},        {"KB", 1e3},     {"MB", 1e6},     {"GB", 1e9},
-                {"TB", 1e12}, {"KiB", 0x1p10}, {"MiB", 0x1p20}, {"GiB", 0x1p30}, {"TiB", 0x1p40}};
-  const absl::Status wrong = absl::InvalidArgumentError(absl::StrCat(
-      "--device-memory must be a size such as 80GiB, 24GB or a number of bytes, not '", text, "'"));
-  char* end = nullptr;
-  const double number = std::strtod(text.c_str(), &end);
-  if (end == text.c_str() || !std::isfinite(number) || number <= 0) return wrong;
-  while (*end == ' ') ++end;
-  for (const auto& unit : kUnits) {
-    const double bytes = number * unit.bytes;
-    if (std::string(end) == unit.unit && bytes < 0x1p62) return static_cast<int64_t>(bytes);
-  }
-  return wrong;
-}
 
 // The plan of the rank that needs the most memory: of the data-parallel ranks of a stage the first
 // has the largest share of rows.
@@ -265,17 +244,22 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   std::vector<std::string> sets;
   int64_t ranks = 1;
   std::string device_memory;
-  bool json = false, buckets = false;
-  Arguments arguments("stretto-plan",
-                      "Prints memory, FLOPs and communication of one rank's step. Exit code 1: the "
-                      "memory does not\nsuffice, or an error.",
-                      "CONFIG.json");
+  bool json = false, buckets = false, suggest = false;
+  SuggestArguments suggestions;
+  Arguments arguments(
+      "stretto-plan",
+      "Prints memory, FLOPs and communication of one rank's step, or suggests layouts. "
+      "Exit code 1:\nthe memory does not suffice, or an error.",
+      "CONFIG.json");
   arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
   arguments.Add("ranks", "N", "ranks of the run", &ranks);
   arguments.Add("device-memory", "SIZE", "what a rank has, e.g. 80GiB", &device_memory);
   arguments.AddFlag("json", "print JSON", &json);
   arguments.AddFlag("buckets", "print when buckets come and go with ZeRO-2 and 3, nothing else",
                     &buckets);
+  arguments.AddFlag("suggest", "list layouts that fit, the fastest first; times are simulated",
+                    &suggest);
+  suggestions.AddTo(arguments);
   STRETTO_RETURN_IF_ERROR(arguments.Parse(argc, argv));
   if (arguments.help()) {
     std::printf("%s", arguments.Help().c_str());
@@ -284,6 +268,8 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   if (arguments.rest().size() != 1) {
     return absl::InvalidArgumentError("stretto-plan needs one configuration file; see --help");
   }
+  if (suggest) return PrintSuggestions(arguments.rest()[0], sets, suggestions);
+  STRETTO_RETURN_IF_ERROR(suggestions.RequireNone());
   if (ranks < 1 || ranks > (1 << 20)) {
     return absl::InvalidArgumentError(absl::StrCat("--ranks must be 1 to 1048576, not ", ranks));
   }
@@ -291,7 +277,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   s.ranks = static_cast<int>(ranks);
   STRETTO_RETURN_IF_ERROR(LoadConfig(arguments.rest()[0], sets, ConfigRef(&s.config)));
   if (!device_memory.empty()) {
-    STRETTO_ASSIGN_OR_RETURN(s.device_memory, ParseBytes(device_memory));
+    STRETTO_ASSIGN_OR_RETURN(s.device_memory, ParseBytes("device-memory", device_memory));
   } else {
     s.device_memory = s.config.runtime.host_memory_bytes;
   }

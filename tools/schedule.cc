@@ -4,8 +4,6 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -15,28 +13,12 @@
 #include "stretto/plan/program.h"
 #include "stretto/sim/timeline.h"
 #include "tools/arguments.h"
+#include "tools/files.h"
 
 namespace stretto {
 namespace {
 
 constexpr int kDone = 0, kFailed = 1;
-
-absl::Status WriteFile(const std::string& path, const std::string& text) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
-  file << text;
-  file.close();
-  if (file) return absl::OkStatus();
-  return absl::UnavailableError(
-      absl::StrCat(path, " could not be written: ", std::strerror(errno)));
-}
-
-absl::StatusOr<std::string> ReadFile(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::stringstream text;
-  text << file.rdbuf();
-  if (file && text) return text.str();
-  return absl::UnavailableError(absl::StrCat(path, " could not be read: ", std::strerror(errno)));
-}
 
 struct Options {
   std::string kind = "1f1b", costs, svg, trace;
@@ -67,7 +49,7 @@ absl::Status Run(const Options& o) {
       UniformCost(o.forward / share, o.backward_input / share, o.backward_weight / share);
   cost.link_latency = o.link;
   if (!o.costs.empty()) {
-    STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadFile(o.costs));
+    STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(o.costs));
     STRETTO_ASSIGN_OR_RETURN(cost, ParseCostModel(text, o.costs));
   }
   for (const double seconds : {o.forward, o.backward_input, o.backward_weight, o.link}) {
@@ -107,9 +89,9 @@ absl::Status Run(const Options& o) {
     return absl::UnavailableError(
         absl::StrCat("the output could not be written: ", std::strerror(errno)));
   }
-  if (!o.svg.empty()) STRETTO_RETURN_IF_ERROR(WriteFile(o.svg, DrawSvg(program, timeline)));
+  if (!o.svg.empty()) STRETTO_RETURN_IF_ERROR(WriteTextFile(o.svg, DrawSvg(program, timeline)));
   if (!o.trace.empty()) {
-    STRETTO_RETURN_IF_ERROR(WriteFile(o.trace, ChromeTrace(program, timeline)));
+    STRETTO_RETURN_IF_ERROR(WriteTextFile(o.trace, ChromeTrace(program, timeline)));
   }
   return absl::OkStatus();
 }

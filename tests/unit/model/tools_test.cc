@@ -5,6 +5,7 @@
 
 #include <filesystem>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "stretto/comm/world.h"
@@ -12,6 +13,7 @@
 #include "stretto/data/token_file.h"
 #include "stretto/model/huggingface.h"
 #include "stretto/model/model.h"
+#include "stretto/plan/cost.h"
 #include "stretto/snapshot/huggingface.h"
 #include "stretto/train/trainer.h"
 #include "tests/support/harness.h"
@@ -21,6 +23,7 @@ namespace stretto {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 class ModelTools : public testing::Programs {
  protected:
@@ -227,6 +230,59 @@ TEST_F(PlanTool, CoversTheTensorAxis) {
   EXPECT_THAT(Plan("c.json --ranks 4 --set parallel.tp=4").output, HasSubstr("tensor axis"));
   EXPECT_THAT(Plan("c.json --ranks 4 --set parallel.tp=3").output,
               HasSubstr("parallel.tp is 3 but 4 ranks run"));
+}
+
+TEST_F(PlanTool, SuggestsLayoutsThatFit) {
+  const Result r = Plan("c.json --suggest --gpus 8 --memory 40GiB --top 3");
+  ASSERT_EQ(r.code, 0) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("ASSUMED"));
+  EXPECT_THAT(r.output, HasSubstr("\n2 is "));
+  EXPECT_THAT(r.output, HasSubstr("\n3 is "));
+  EXPECT_THAT(r.output, Not(HasSubstr("\n4 is ")));
+  EXPECT_THAT(r.output, HasSubstr("such as: memory: "));
+  const size_t at = r.output.find("the first: ") + 11;
+  const std::string options = r.output.substr(at, r.output.find('\n', at) - at);
+  const Result first = Plan("c.json --ranks 8 --device-memory 40GiB " + options);
+  EXPECT_EQ(first.code, 0) << options << "\n" << first.output;
+  const Result fixed =
+      Plan("c.json --suggest --gpus 8 --memory 40GiB --set parallel.tp=2 --set parallel.zero=3");
+  EXPECT_EQ(fixed.code, 0) << fixed.output;
+  EXPECT_THAT(fixed.output, HasSubstr("--set parallel.tp=2 "));
+  EXPECT_THAT(fixed.output, HasSubstr("--set parallel.zero=3 "));
+  const Result none = Plan("c.json --suggest --gpus 2 --memory 1GiB");
+  EXPECT_EQ(none.code, 1) << none.output;
+  EXPECT_THAT(none.output, HasSubstr("\n0 fit, "));
+}
+
+TEST_F(PlanTool, SuggestsByAFitOfTheSameModelOnly) {
+  WriteText("stages.json", ToJson(UniformCost(1, 1, 1)));
+  WriteText("broken.json", "{");
+  CostModel other = UniformCost(1, 1, 1);
+  other.parts.emplace().layers = {{.name = "x"}};
+  other.parts->model = "another model";
+  WriteText("other.json", ToJson(other));
+  const std::string good = "c.json --suggest --gpus 2 --memory 80GiB ";
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {"c.json --suggest", "--suggest needs --gpus"},
+      {"c.json --suggest --gpus 0 --memory 80GiB", "--suggest needs --gpus"},
+      {"c.json --suggest --gpus 5000 --memory 80GiB", "not 5000"},
+      {"c.json --suggest --gpus 2", "--suggest needs --memory"},
+      {"c.json --suggest --gpus 2 --memory 80GX", "--memory must be a size"},
+      {"c.json --suggest --gpus 2 --memory 80", "write its unit"},
+      {good + "--machine 0", "--machine must be"},
+      {good + "--top 0", "--top 1 or more"},
+      {good + "--fit none.json", "none.json could not be read"},
+      {good + "--fit broken.json", "broken.json is no cost model"},
+      {good + "--fit stages.json", "stages only"},
+      {good + "--fit other.json", "was fitted to another model"},
+      {"c.json --gpus 2", "--gpus belongs to --suggest"},
+      {"c.json --fit other.json", "--fit belongs to --suggest"}};
+  for (const auto& [arguments, text] : cases) {
+    const Result r = Plan(arguments);
+    EXPECT_EQ(r.code, 1) << arguments;
+    EXPECT_THAT(r.output, HasSubstr(text)) << arguments;
+    EXPECT_TRUE(testing::IsOneSentence(r.output)) << r.output;
+  }
 }
 
 TEST_F(PlanTool, SaysWhatIsWrong) {

@@ -1,0 +1,524 @@
+#include "stretto/train/prediction.h"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "stretto/core/cut.h"
+#include "stretto/model/layer.h"
+#include "stretto/ops/kernels.h"
+#include "stretto/parallel/bucket_plan.h"
+#include "stretto/parallel/stages.h"
+#include "stretto/parallel/tensor_parallel.h"
+#include "stretto/sim/timeline.h"
+
+namespace stretto {
+namespace {
+
+constexpr size_t Index(int i) { return static_cast<size_t>(i); }
+
+// What travels between the ranks of a layout, and over which links.
+struct Links {
+  int dp = 1, tp = 1, world = 1;
+  const LinkCost *data = nullptr, *tensor = nullptr, *pipeline = nullptr, *all = nullptr;
+  double hidden = 0;
+};
+
+// Seconds of what a stage does, on a full micro-batch and on the step's last one.
+struct StageSeconds {
+  const StagePlan* plan = nullptr;
+  ListPieces pieces;
+  // By action.
+  struct Sizes {
+    std::vector<double> layer, exchange;
+  } full, rest;
+  // Of one collective, by bucket.
+  std::vector<double> reduce, gather;
+  // Without rotating buffers (ZeRO-1 gradients, ZeRO-1 and 2 parameters).
+  std::vector<int> ready_layer;                 // by bucket
+  std::vector<std::vector<int>> layer_buckets;  // by layer
+  double partial = 0;                           // of the sums of partial gradients
+  double update = 0;                            // of the optimizer
+};
+
+// The clock of one rank: when its stream has come to what, and its collectives. The methods have
+// the names of what the trainer does there (DataParallel, BucketBuffers).
+class RankClock {
+ public:
+  RankClock(const TrainConfig& config, const Links& links, std::vector<StageSeconds> stages)
+      : overlap_(config.parallel.overlap),
+        prefetch_(config.parallel.prefetch),
+        zero_(stages.front().plan->buckets.zero),
+        links_(links) {
+    for (StageSeconds& seconds : stages) {
+      Stage& stage = stages_.emplace_back();
+      stage.seconds = std::move(seconds);
+      const BucketPlan& buckets = stage.seconds.plan->buckets;
+      stage.reduced.assign(buckets.buckets.size(), 0);
+      stage.gathered.assign(buckets.buckets.size(), 0);
+      stage.stays.resize(buckets.training.stays.size());
+    }
+    // What the step before it started under the forward of this one.
+    if (links_.dp > 1 && prefetch_) GatherParameters();
+  }
+
+  // Before each program: `items` micro-batches from number `first` of `count`.
+  void Begin(const Program& program, int rank, size_t first, size_t count, double offset) {
+    offset_ = offset;
+    first_ = first;
+    count_ = count;
+    for (Stage& stage : stages_) {
+      stage.works.clear();
+      stage.next = 0;
+      stage.backwards_left = 0;
+      for (const ProgramAction& a : program.of_rank[Index(rank)]) {
+        if (a.stage != stage.seconds.plan->stage) continue;
+        stage.works.push_back(a.work);
+        stage.backwards_left += EndsBackward(a.work) ? 1 : 0;
+      }
+    }
+    more_ = first + program.items.size() < count;
+  }
+
+  double Run(const ProgramAction& action, double start) {
+    const double begin = offset_ + start;
+    now_ = begin + std::exchange(debt_, 0);
+    for (Stage& stage : stages_) {
+      if (stage.seconds.plan->stage == action.stage) Run(stage, action);
+    }
+    return now_ - begin;
+  }
+
+  // What is left of the step's gradients, from `start` on; returns when it is done.
+  double FinishGradients(double start) {
+    now_ = start + std::exchange(debt_, 0);
+    for (auto stage = stages_.rbegin(); stage != stages_.rend(); ++stage) {
+      if (links_.dp > 1) FinishGradients(*stage);
+      now_ += stage->seconds.partial;
+      tensor_ += stage->seconds.partial;
+    }
+    return now_;
+  }
+
+  // Without prefetching the gathers end the step, from `start` on; returns when they are done.
+  double GatherAtEnd(double start) {
+    now_ = start;
+    if (links_.dp == 1 || prefetch_) return now_;
+    GatherParameters();
+    now_ += std::exchange(debt_, 0);
+    for (Stage& stage : stages_) WaitParameters(stage);
+    return now_;
+  }
+
+  double compute() const { return compute_; }
+  double tensor() const { return tensor_; }
+  double data() const { return data_; }
+  double update() const {
+    double seconds = 0;
+    for (const Stage& stage : stages_) seconds += stage.seconds.update;
+    return seconds;
+  }
+
+ private:
+  struct Stay {
+    bool submitted = false;
+    double finish = 0;  // 0: nothing is on its way
+  };
+  struct Stage {
+    StageSeconds seconds;
+    std::vector<StageWork> works;
+    size_t next = 0;
+    int backwards_left = 0;
+    std::vector<double> reduced, gathered;  // by bucket, when: 0: nothing is on its way
+    size_t submitted = 0;                   // buckets whose reduce-scatter has been submitted
+    std::vector<Stay> stays;
+  };
+  static bool EndsBackward(StageWork work) {
+    return work == StageWork::kBackward || work == StageWork::kBackwardWeight;
+  }
+
+  // The collectives of a rank follow each other beside its computation, which they hold up by the
+  // part that is not hidden.
+  double Submit(double seconds, double* held_up) {
+    const double serial = (1 - links_.hidden) * seconds;
+    *held_up += serial;
+    data_ += serial;
+    channel_ = std::max(channel_, now_) + links_.hidden * seconds;
+    return channel_;
+  }
+  void WaitFor(double* finish) {
+    if (*finish > now_) {
+      data_ += *finish - now_;
+      now_ = *finish;
+    }
+    *finish = 0;
+  }
+
+  void GatherParameters() {
+    for (Stage& stage : stages_) {
+      if (zero_ == 3) {
+        GatherFor(stage, 0, &debt_);
+        continue;
+      }
+      for (size_t b = stage.gathered.size(); b-- > 0;) {
+        stage.gathered[b] = Submit(stage.seconds.gather[b], &debt_);
+      }
+    }
+  }
+  void WaitParameters(Stage& stage) {
+    for (double& finish : stage.gathered) WaitFor(&finish);
+    const std::vector<BucketStay>& stays = stage.seconds.plan->buckets.training.stays;
+    for (size_t s = 0; s < stays.size(); ++s) {
+      if (!stays[s].gradients) WaitFor(&stage.stays[s].finish);
+    }
+  }
+  void FinishGradients(Stage& stage) {
+    WaitParameters(stage);
+    if (zero_ > 1) {
+      const std::vector<BucketStay>& stays = stage.seconds.plan->buckets.training.stays;
+      for (size_t s = 0; s < stays.size(); ++s) {
+        if (stays[s].gradients) Collect(stage.stays[s]);
+      }
+      return;
+    }
+    while (stage.submitted < stage.reduced.size()) SubmitReduce(stage);
+    for (double& finish : stage.reduced) WaitFor(&finish);
+  }
+  void SubmitReduce(Stage& stage) {
+    const size_t bucket = stage.submitted++;
+    stage.reduced[bucket] = Submit(stage.seconds.reduce[bucket], &now_);
+  }
+  void Gather(Stage& stage, int stay, double* held_up) {
+    Stay& state = stage.stays[Index(stay)];
+    if (state.submitted) return;
+    state.submitted = true;
+    const int bucket = stage.seconds.plan->buckets.training.stays[Index(stay)].bucket;
+    state.finish = Submit(stage.seconds.gather[Index(bucket)], held_up);
+  }
+  void GatherFor(Stage& stage, size_t action, double* held_up) {
+    const BucketTimeline& timeline = stage.seconds.plan->buckets.training;
+    if (!prefetch_ || action >= timeline.before.size()) return;
+    for (const BucketEvent& event : timeline.before[action]) {
+      if (event.kind == BucketEventKind::kCollect) return;
+      if (event.kind == BucketEventKind::kGather && !event.ahead) {
+        Gather(stage, event.stay, held_up);
+      }
+    }
+  }
+  void Collect(Stay& stay) {
+    if (!stay.submitted) return;
+    stay.submitted = false;
+    WaitFor(&stay.finish);
+  }
+  void Do(Stage& stage, const BucketEvent& event, bool last) {
+    Stay& stay = stage.stays[Index(event.stay)];
+    const int bucket = stage.seconds.plan->buckets.training.stays[Index(event.stay)].bucket;
+    switch (event.kind) {
+      case BucketEventKind::kCollect:
+        return Collect(stay);
+      case BucketEventKind::kGather:
+        if (prefetch_ && !(event.ahead && last)) Gather(stage, event.stay, &now_);
+        return;
+      case BucketEventKind::kOpen:
+        return;
+      case BucketEventKind::kUse:
+        Gather(stage, event.stay, &now_);
+        return WaitFor(&stay.finish);
+      case BucketEventKind::kRelease:
+        stay.submitted = false;
+        return;
+      case BucketEventKind::kReduce:
+        stay.submitted = true;
+        stay.finish = Submit(stage.seconds.reduce[Index(bucket)], &now_);
+        if (!overlap_) Collect(stay);
+        return;
+    }
+  }
+
+  void Run(Stage& stage, const ProgramAction& action) {
+    const StageSeconds& s = stage.seconds;
+    const StageSeconds::Sizes& sizes = first_ + Index(action.item) + 1 == count_ ? s.rest : s.full;
+    const BucketTimeline& timeline = s.plan->buckets.training;
+    const std::vector<Action>& actions = s.plan->train_actions.actions;
+    const auto [first, end] = s.pieces.Of(action.work);
+    const bool last = EndsBackward(action.work) && stage.backwards_left == 1 && !more_;
+    if (EndsBackward(action.work)) --stage.backwards_left;
+    ++stage.next;
+    for (size_t i = first; i < end; ++i) {
+      if (links_.dp > 1 && actions[i].kind == ActionKind::kForward && zero_ < 3) {
+        for (const int b : s.layer_buckets[Index(actions[i].layer)]) WaitFor(&stage.gathered[b]);
+      }
+      if (zero_ > 1) {
+        for (const BucketEvent& event : timeline.before[i]) Do(stage, event, last);
+      }
+      now_ += sizes.layer[i] + sizes.exchange[i];
+      compute_ += sizes.layer[i];
+      tensor_ += sizes.exchange[i];
+      if (zero_ > 1) {
+        for (const BucketEvent& event : timeline.after[i]) Do(stage, event, last);
+      } else if (links_.dp > 1 && last && overlap_ &&
+                 actions[i].kind == ActionKind::kBackwardWeight &&
+                 stage.submitted < s.ready_layer.size() &&
+                 s.ready_layer[stage.submitted] == actions[i].layer) {
+        SubmitReduce(stage);
+      }
+    }
+    if (zero_ == 3 && stage.next < stage.works.size()) {
+      GatherFor(stage, s.pieces.Of(stage.works[stage.next]).first, &now_);
+    }
+  }
+
+  bool overlap_, prefetch_;
+  int zero_;
+  Links links_;
+  std::vector<Stage> stages_;
+  double offset_ = 0, now_ = 0;
+  double debt_ = 0;     // by which the next action begins later
+  double channel_ = 0;  // when the collectives submitted so far are done
+  size_t first_ = 0, count_ = 0;
+  bool more_ = false;
+  double compute_ = 0, tensor_ = 0, data_ = 0;
+};
+
+class Clocks final : public ActionTimes {
+ public:
+  Clocks(std::vector<RankClock>& ranks, double boundary) : ranks_(ranks), boundary_(boundary) {}
+  double Seconds(int rank, const ProgramAction& action, double start) override {
+    return ranks_[Index(rank)].Run(action, start);
+  }
+  double BoundarySeconds(const PlanItem& /*item*/) const override { return boundary_; }
+
+ private:
+  std::vector<RankClock>& ranks_;
+  double boundary_;
+};
+
+// Layers that copy what comes from a neighbouring stage: part of what it takes to bring it.
+bool IsStageEnd(const std::string& kind) { return kind == "stage_input" || kind == "stage_output"; }
+
+absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const LinkCost& tensor,
+                          int64_t tokens, int64_t length, StageSeconds::Sizes* sizes) {
+  const Graph& graph = stage.model.graph;
+  const double share = graph.tokens.ranks;
+  const double pairs = 0.5 * static_cast<double>(tokens) * static_cast<double>(length + 1);
+  std::vector<const LayerCost*> of_layer;
+  for (const std::string& name : graph.layer_names) {
+    const std::string kind = LayerKind(name);
+    of_layer.push_back(cost.Find(kind));
+    if (of_layer.back() == nullptr && !IsStageEnd(kind)) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "the cost model has no layer '", kind, "'; fit it to this model (stretto-bench fit)"));
+    }
+  }
+  const std::vector<ActionExchange> exchanges = ExchangesOf(graph, stage.train_actions, tokens);
+  for (size_t i = 0; i < stage.train_actions.actions.size(); ++i) {
+    const Action& action = stage.train_actions.actions[i];
+    double seconds = 0;
+    if (const LayerCost* layer = of_layer[Index(action.layer)]) {
+      const StageCost& half = action.kind == ActionKind::kBackwardInput    ? layer->backward_input
+                              : action.kind == ActionKind::kBackwardWeight ? layer->backward_weight
+                                                                           : layer->forward;
+      seconds = half.Seconds(static_cast<double>(tokens) / share, pairs / share);
+    }
+    sizes->layer.push_back(seconds);
+    // Half of them gather, half of them add up.
+    const ActionExchange& e = exchanges[i];
+    double exchange = 0;
+    for (const OperationCost* operation : {&tensor.all_gather, &tensor.reduce_scatter}) {
+      exchange +=
+          0.5 * (operation->Seconds(graph.tokens.ranks, e.bytes) +
+                 static_cast<double>(e.count - 1) * operation->Seconds(graph.tokens.ranks, 0));
+    }
+    sizes->exchange.push_back(e.count > 0 ? exchange : 0);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<StageSeconds> SecondsOf(const TrainConfig& config, const StagePlan& stage,
+                                       const DeviceCost& cost, const Links& links,
+                                       int64_t samples) {
+  StageSeconds s;
+  const Graph& graph = stage.model.graph;
+  const int64_t length = config.data.sequence_length, micro = config.batch.micro;
+  s.plan = &stage;
+  s.pieces = PiecesOf(stage.train_actions);
+  STRETTO_RETURN_IF_ERROR(
+      LayerSeconds(stage, cost, *links.tensor, micro * length, length, &s.full));
+  const int64_t rest = samples % micro > 0 ? samples % micro : micro;
+  STRETTO_RETURN_IF_ERROR(LayerSeconds(stage, cost, *links.tensor, rest * length, length, &s.rest));
+  s.layer_buckets.resize(graph.layers.size());
+  for (size_t b = 0; b < stage.buckets.buckets.size(); ++b) {
+    const std::vector<int>& params = stage.buckets.buckets[b];
+    s.ready_layer.push_back(ReadyLayer(graph, params));
+    s.reduce.push_back(links.data->reduce_scatter.Seconds(
+        links.dp, CollectiveBytes(graph, params, links.dp, AccumulateType(graph.dtype))));
+    s.gather.push_back(links.data->all_gather.Seconds(
+        links.dp, CollectiveBytes(graph, params, links.dp, graph.dtype)));
+    for (const int p : params) {
+      for (const int layer : graph.parameters[Index(p)].layers) {
+        s.layer_buckets[Index(layer)].push_back(static_cast<int>(b));
+      }
+    }
+  }
+  const int64_t partial = PartialGradients::CostsOf(graph, links.dp, 0).sent;
+  if (partial > 0) s.partial = links.tensor->all_reduce.Seconds(links.tp, partial);
+  int64_t elements = 0;
+  for (size_t p = 0; p < graph.parameters.size(); ++p) {
+    if (static_cast<int>(p) == stage.copy.value) continue;
+    const ParameterInfo& info = graph.parameters[p];
+    elements += CutRows(info.rows(), links.dp, 0).part * info.columns();
+  }
+  s.update = cost.update_per_element * static_cast<double>(elements);
+  return s;
+}
+
+// Everything of a step but what is between stages, when that takes `boundary` seconds.
+struct StepRun {
+  double seconds = 0;  // until the gradients of all ranks are there
+  double end = 0;      // of the gathers that end the step, behind it
+  std::vector<RankClock> ranks;
+};
+
+absl::StatusOr<StepRun> RunStep(const TrainConfig& config, const std::vector<RunPlan>& plans,
+                                const std::vector<RankClock>& fresh, const Links& links,
+                                double boundary) {
+  StepRun run = {.ranks = fresh};
+  const RunPlan& plan = plans.front();
+  const bool pipeline = plan.step.stages > 1;
+  const auto count = static_cast<size_t>(plan.micro_batches);
+  std::vector<double> ends(run.ranks.size(), 0);
+  Clocks clocks(run.ranks, boundary);
+  // Without a pipeline micro-batches run one after the other.
+  for (size_t first = 0; first < count; first += plan.step.items.size()) {
+    for (size_t r = 0; r < run.ranks.size(); ++r) {
+      run.ranks[r].Begin(plan.step, static_cast<int>(r), first, count, ends[r]);
+    }
+    STRETTO_ASSIGN_OR_RETURN(const Timeline timeline, Simulate(plan.step, clocks));
+    for (size_t r = 0; r < run.ranks.size(); ++r) {
+      if (!timeline.of_rank[r].empty()) ends[r] += timeline.of_rank[r].back().end;
+    }
+    if (pipeline) break;  // its program has all of them
+  }
+  for (size_t r = 0; r < run.ranks.size(); ++r) {
+    run.seconds = std::max(run.seconds, run.ranks[r].FinishGradients(ends[r]));
+  }
+  for (RankClock& rank : run.ranks) {
+    run.end = std::max(run.end, rank.GatherAtEnd(run.seconds) - run.seconds);
+  }
+  return run;
+}
+
+}  // namespace
+
+std::string LayerKind(const std::string& name) {
+  constexpr char kBlocks[] = "blocks.";
+  constexpr size_t kLength = sizeof(kBlocks) - 1;
+  if (name.rfind(kBlocks, 0) != 0) return name;
+  const size_t dot = name.find('.', kLength);
+  return dot == std::string::npos ? name : name.substr(dot + 1);
+}
+
+std::string ModelKey(const TrainConfig& config) {
+  const ModelConfig& m = config.model;
+  return absl::StrCat(m.family, " hidden ", m.hidden, " heads ", m.heads, "/", m.kv_heads, "x",
+                      m.head_dim, " ffn ", m.ffn, " vocabulary ", m.vocabulary, " ",
+                      config.runtime.dtype, " fp8 ", config.runtime.fp8, " loss_chunk ",
+                      config.runtime.loss_chunk, " on ",
+                      config.runtime.device == "cuda" ? "cuda" : "cpu");
+}
+
+absl::StatusOr<RunPlan> PlanPlace(const TrainConfig& config, int ranks, int64_t place,
+                                  int64_t tensor) {
+  const TrainConfig::Parallel& p = config.parallel;
+  return PlanRun(config, ranks, static_cast<int>(place * p.dp * p.tp + tensor));
+}
+
+absl::StatusOr<std::vector<RunPlan>> PlanPlaces(const TrainConfig& config, int ranks) {
+  std::vector<RunPlan> plans;
+  for (int64_t place = 0; place < config.parallel.pp; ++place) {
+    STRETTO_ASSIGN_OR_RETURN(RunPlan plan, PlanPlace(config, ranks, place));
+    plans.push_back(std::move(plan));
+  }
+  return plans;
+}
+
+absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config,
+                                           const std::vector<RunPlan>& plans, const CostModel& cost,
+                                           int machine_ranks) {
+  if (!cost.parts) {
+    return absl::FailedPreconditionError(
+        "the cost model has stages only, no layers and links: make one with stretto-bench fit");
+  }
+  const DeviceCost& device = *cost.parts;
+  if (device.model != ModelKey(config)) {
+    return absl::FailedPreconditionError(absl::StrCat("the cost model is for ", device.model,
+                                                      ", the configuration for ", ModelKey(config),
+                                                      "; fit it to this one"));
+  }
+  const TrainConfig::Parallel& p = config.parallel;
+  const LinkCost* network = device.network ? &*device.network : &device.machine;
+  // Ranks of an axis are so far apart: the tensor axis is innermost, the pipeline's outermost.
+  const auto within = [&](int64_t reach) {
+    return machine_ranks <= 0 || reach <= machine_ranks ? &device.machine : network;
+  };
+  const Links links = {.dp = static_cast<int>(p.dp),
+                       .tp = static_cast<int>(p.tp),
+                       .world = static_cast<int>(p.dp * p.tp * p.pp),
+                       .data = within(p.dp * p.tp),
+                       .tensor = within(p.tp),
+                       .pipeline = within(p.dp * p.tp * p.pp),
+                       .all = within(p.dp * p.tp * p.pp),
+                       .hidden = device.hidden};
+  const int64_t samples = (config.batch.global + p.dp - 1) / p.dp;
+  std::vector<RankClock> ranks;
+  for (const RunPlan& plan : plans) {
+    std::vector<StageSeconds> stages;
+    for (const StagePlan& stage : plan.stages) {
+      STRETTO_ASSIGN_OR_RETURN(stages.emplace_back(),
+                               SecondsOf(config, stage, device, links, samples));
+    }
+    ranks.emplace_back(config, links, std::move(stages));
+  }
+  const int64_t boundary_bytes = plans.front().boundary_tokens * config.model.hidden *
+                                 SizeOf(plans.front().stages.front().model.graph.dtype);
+  const double boundary = links.pipeline->point_to_point.Seconds(2, boundary_bytes);
+  STRETTO_ASSIGN_OR_RETURN(const StepRun run, RunStep(config, plans, ranks, links, boundary));
+
+  StepPrediction step;
+  // The table that the first and the last stage share: its gradient there, its values back.
+  for (const RunPlan& plan : plans) {
+    if (plan.tied_bytes_sent == 0) continue;
+    step.pipeline += links.pipeline->point_to_point.Seconds(2, plan.tied_bytes_sent);
+  }
+  const int64_t scalar_bytes = StepScalars::kReduced * SizeOf(DType::kF64) * (links.world - 1);
+  for (const RankClock& rank : run.ranks) step.update = std::max(step.update, rank.update());
+  step.update += device.step_fixed + links.all->all_reduce.Seconds(links.world, scalar_bytes);
+  step.seconds = run.seconds + step.pipeline + step.update + run.end;
+  const double mean = 1 / static_cast<double>(run.ranks.size());
+  for (const RankClock& rank : run.ranks) {
+    step.compute += mean * rank.compute();
+    step.tensor += mean * rank.tensor();
+    step.data += mean * rank.data();
+  }
+  double idle = step.seconds - step.compute - step.tensor - step.data - step.update - step.pipeline;
+  if (p.pp > 1) {
+    // What bringing things from stage to stage adds to a step in which that takes no time.
+    STRETTO_ASSIGN_OR_RETURN(const StepRun free, RunStep(config, plans, ranks, links, 0));
+    const double added = std::clamp(run.seconds - free.seconds, 0.0, std::max(idle, 0.0));
+    step.pipeline += added;
+    idle -= added;
+  }
+  // Sums of many terms are not exact.
+  step.bubble = idle > 1e-9 * step.seconds ? idle : 0;
+  return step;
+}
+
+absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config, int ranks,
+                                           const CostModel& cost, int machine_ranks) {
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<RunPlan> plans, PlanPlaces(config, ranks));
+  return PredictStep(config, plans, cost, machine_ranks);
+}
+
+}  // namespace stretto

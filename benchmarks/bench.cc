@@ -1,6 +1,8 @@
 // stretto-bench: speed of kernels, of communication and of whole steps, and comparison of two runs.
 #include "benchmarks/bench.h"
 
+#include <unistd.h>
+
 #include <cstdio>
 #include <fstream>
 #include <string>
@@ -23,6 +25,8 @@ constexpr Command kCommands[] = {
     {"comm", "collectives and point to point between all ranks; run it under mpirun", &Comm},
     {"train", "whole optimizer steps of a configuration on random tokens", &Train},
     {"compare", "two files that --json wrote", &Compare},
+    {"fit", "a cost model of a configuration on these ranks, for stretto-plan --suggest", &Fit},
+    {"predict", "steps of several layouts beside what a cost model predicts", &Predict},
 };
 
 std::string Help() {
@@ -60,6 +64,29 @@ int Fail(const absl::Status& status, int code) {
   std::fflush(stdout);
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
   return code;
+}
+
+absl::StatusOr<TrainConfig> LoadOne(const std::string& subcommand,
+                                    const std::vector<std::string>& files,
+                                    const std::vector<std::string>& sets) {
+  if (files.size() != 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("stretto-bench ", subcommand, " needs one configuration file; see --help"));
+  }
+  TrainConfig config;
+  STRETTO_RETURN_IF_ERROR(LoadConfig(files[0], sets, ConfigRef(&config)));
+  return config;
+}
+
+int RunInWorld(const std::function<absl::Status(World&)>& work) {
+  auto world = World::Create({});
+  if (!world.ok()) return Fail(world.status(), kFailed);
+  const absl::Status status = work(**world);
+  if (status.ok()) return kDone;
+  // One rank speaks for all where all know; the world cannot be left in order.
+  if (!IsAgreed(status) || (*world)->rank() == 0) Fail(status, kFailed);
+  std::fflush(stdout);
+  _exit(kFailed);
 }
 
 absl::StatusOr<Device> ChooseDevice(const std::string& device, int local_rank) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -12,7 +13,9 @@
 #include "stretto/comm/world.h"
 #include "stretto/core/device.h"
 #include "stretto/core/status.h"
+#include "stretto/plan/cost.h"
 #include "stretto/train/config.h"
+#include "stretto/train/trainer.h"
 
 namespace stretto::bench {
 
@@ -26,6 +29,8 @@ int Kernels(int argc, const char* const* argv);
 int Comm(int argc, const char* const* argv);
 int Train(int argc, const char* const* argv);
 int Compare(int argc, const char* const* argv);
+int Fit(int argc, const char* const* argv);
+int Predict(int argc, const char* const* argv);
 
 // What one run measured, for --json and `compare`. Every result has a "name", unique in the run,
 // and "seconds".
@@ -42,11 +47,28 @@ struct Results {
 // Prints the sentence and returns `code`.
 int Fail(const absl::Status& status, int code);
 
+// The one configuration file that a subcommand takes, with overrides.
+absl::StatusOr<TrainConfig> LoadOne(const std::string& subcommand,
+                                    const std::vector<std::string>& files,
+                                    const std::vector<std::string>& sets);
+
+// Runs `work` on all ranks of a new world; the exit code, when what is wrong has been printed. Does
+// not return after an error that leaves the world in disorder.
+int RunInWorld(const std::function<absl::Status(World&)>& work);
+
 // --device: cuda and cpu are what they say, auto is a GPU where there is one. Ranks of a machine
 // take a GPU each.
 absl::StatusOr<Device> ChooseDevice(const std::string& device, int local_rank);
 // "NVIDIA H100 80GB HBM3", or the processor's model.
 std::string DeviceName(Device device);
+
+// The steps behind the warm-up of a run of config.steps steps on random tokens, on all ranks. Calls
+// `inspect` with the trainer when they are done.
+absl::StatusOr<std::vector<StepStats>> TimedSteps(
+    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect);
+
+// Costs of this configuration's layers, and of communication between these ranks (fit.cc).
+absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions);
 
 // Milliseconds by layer of a micro-batch on one rank, each waited for (profile.cc).
 absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, Results* results);
@@ -58,6 +80,12 @@ inline double Now() {
 inline double Median(std::vector<double> v) {
   std::sort(v.begin(), v.end());
   return v.empty() ? 0 : (v[v.size() / 2] + v[(v.size() - 1) / 2]) / 2;
+}
+
+// What a tenth of the measurements stay below: others on the machine only ever add time.
+inline double LowerDecile(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v.empty() ? 0 : v[(v.size() - 1) / 10];
 }
 
 }  // namespace stretto::bench

@@ -3,19 +3,16 @@
 // Bandwidths as nccl-tests defines them (its doc/PERFORMANCE.md): the size is that of the larger of
 // a rank's two buffers, the algorithm's bandwidth is size over time, and the bus bandwidth is that
 // times what a ring has to carry for each byte, so that it can be held against the links' speed.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdio>
-#include <functional>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
+#include "benchmarks/operations.h"
 #include "stretto/comm/communicator.h"
 #include "stretto/comm/transport.h"
 #include "stretto/core/arena.h"
@@ -29,13 +26,6 @@ struct Options {
   int64_t min_bytes = 1024, max_bytes = int64_t{256} << 20, factor = 4, repetitions = 11;
 };
 
-// One operation on `bytes` bytes; submits it and returns the last ticket.
-struct Operation {
-  std::string name;
-  double bus_factor;
-  std::function<Ticket(int64_t elements)> submit;  // f32, a multiple of the ranks
-};
-
 class Bench {
  public:
   Bench(World& world, Device device, Communicator* comm, Stream* stream)
@@ -47,7 +37,7 @@ class Bench {
     STRETTO_ASSIGN_OR_RETURN(const Arena a, Arena::Create(device_, "bench", most * 4));
     STRETTO_ASSIGN_OR_RETURN(const Arena b, Arena::Create(device_, "bench", most * 4));
     std::vector<Operation> operations =
-        Operations(Tensor::Of(a.data(), DType::kF32, {most}, device_),
+        Operations(comm_, Tensor::Of(a.data(), DType::kF32, {most}, device_),
                    Tensor::Of(b.data(), DType::kF32, {most}, device_));
     std::erase_if(operations, [&](const Operation& operation) {
       return operation.name.find(o.only) == std::string::npos;
@@ -62,9 +52,9 @@ class Bench {
         const int64_t elements = std::max<int64_t>(bytes / 4 / n, 1) * n;
         if (elements == before || elements > most) continue;
         before = elements;
-        STRETTO_ASSIGN_OR_RETURN(const double seconds,
-                                 Measure(elements * 4, static_cast<int>(o.repetitions),
-                                         [&] { return operation.submit(elements); }));
+        STRETTO_ASSIGN_OR_RETURN(
+            const double seconds,
+            SecondsOf(comm_, stream_, operation, elements, static_cast<int>(o.repetitions)));
         Show(operation, elements * 4, seconds, results);
       }
     }
@@ -72,66 +62,6 @@ class Bench {
   }
 
  private:
-  std::vector<Operation> Operations(Tensor x, Tensor y) {
-    const int n = world_.size(), rank = world_.rank();
-    const double share = static_cast<double>(n - 1) / n;
-    Communicator& c = comm_;
-    const Group& g = comm_.all();
-    std::vector<Operation> operations = {
-        {"all_reduce", 2 * share,
-         [=, &c, &g](int64_t e) { return c.AllReduce(g, x.Rows(0, e), ReduceOp::kSum, "bench"); }},
-        {"reduce_scatter", share,
-         [=, &c, &g](int64_t e) {
-           return c.ReduceScatter(g, y.Rows(0, e / n), x.Rows(0, e), "bench");
-         }},
-        {"all_gather", share,
-         [=, &c, &g](int64_t e) {
-           return c.AllGather(g, x.Rows(0, e), y.Rows(0, e / n), "bench");
-         }},
-        {"broadcast", 1,
-         [=, &c, &g](int64_t e) { return c.Broadcast(g, x.Rows(0, e), 0, "bench"); }},
-        {"all_to_all", share,
-         [=, &c, &g](int64_t e) {
-           const std::vector<int64_t> counts(static_cast<size_t>(n), e / n);
-           return c.AllToAll(g, x.Rows(0, e), counts, y.Rows(0, e), counts, "bench");
-         }},
-    };
-    if (n > 1) {  // each rank to the next one
-      operations.push_back({"send_receive", 1, [=, &c, &g](int64_t e) {
-                              c.Send(g, y.Rows(0, e), (rank + 1) % n, "bench");
-                              return c.Receive(g, x.Rows(0, e), (rank + n - 1) % n, "bench");
-                            }});
-    }
-    return operations;
-  }
-
-  // Median seconds of one operation on the slowest rank.
-  absl::StatusOr<double> Measure(int64_t bytes, int repetitions,
-                                 const std::function<Ticket()>& submit) {
-    constexpr int64_t kMedium = int64_t{1} << 20;
-    const int calls = bytes <= kMedium ? 10 : 2;
-    std::vector<double> seconds;
-    for (int i = 0; i <= repetitions; ++i) {
-      float ready = 0;
-      STRETTO_RETURN_IF_ERROR(comm_.Wait(comm_.AllReduce(
-          comm_.all(), Tensor::Of(&ready, DType::kF32, {1}), ReduceOp::kMax, "start together")));
-      const double begin = Now();
-      for (int call = 0; call < calls; ++call) {
-        const Ticket ticket = submit();
-        // A GPU takes them one after the other by itself; an MPI or TCP rank waits for each.
-        STRETTO_RETURN_IF_ERROR(stream_ != nullptr ? comm_.Wait(*stream_, ticket)
-                                                   : comm_.WaitAll());
-      }
-      if (stream_ != nullptr) STRETTO_RETURN_IF_ERROR(stream_->Synchronize());
-      double mine = (Now() - begin) / calls;
-      STRETTO_RETURN_IF_ERROR(comm_.WaitAll());
-      STRETTO_RETURN_IF_ERROR(comm_.Wait(comm_.AllReduce(
-          comm_.all(), Tensor::Of(&mine, DType::kF64, {1}), ReduceOp::kMax, "slowest")));
-      if (i > 0) seconds.push_back(mine);  // the first one warms up
-    }
-    return Median(std::move(seconds));
-  }
-
   void Show(const Operation& operation, int64_t bytes, double seconds, Results* results) {
     const double algorithm = static_cast<double>(bytes) / seconds;
     results->results.push_back({{"name", absl::StrCat(operation.name, " ", bytes)},
@@ -202,14 +132,7 @@ int Comm(int argc, const char* const* argv) {
         "--repetitions of 1 or more");
   }
   if (!parsed.ok()) return Fail(parsed, kUsage);
-  auto world = World::Create({});
-  if (!world.ok()) return Fail(world.status(), kFailed);
-  const absl::Status status = Run(**world, o);
-  if (status.ok()) return kDone;
-  // One rank speaks for all where all know; the world cannot be left in order.
-  if (!IsAgreed(status) || (*world)->rank() == 0) Fail(status, kFailed);
-  std::fflush(stdout);
-  _exit(kFailed);
+  return RunInWorld([&](World& world) { return Run(world, o); });
 }
 
 }  // namespace stretto::bench

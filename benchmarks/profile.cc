@@ -10,12 +10,12 @@
 
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
+#include "benchmarks/micro_batch.h"
 #include "stretto/comm/communicator.h"
 #include "stretto/core/copy.h"
-#include "stretto/model/float8.h"
-#include "stretto/optim/optimizer.h"
-#include "stretto/parallel/data_parallel.h"
+#include "stretto/ops/ops.h"
 #include "stretto/train/memory.h"
+#include "stretto/train/prediction.h"
 
 namespace stretto::bench {
 namespace {
@@ -42,66 +42,27 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
   const int threads = config.runtime.threads > 0
                           ? static_cast<int>(config.runtime.threads)
                           : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  STRETTO_ASSIGN_OR_RETURN(RunPlan plan, PlanRun(config, 1, 0));
-  const Graph& graph = plan.stages.front().model.graph;
   STRETTO_ASSIGN_OR_RETURN(
       const auto stream,
       Stream::Create(
           device, {.threads = threads,
                    .workspace_bytes =
                        workspace_bytes > 0 ? workspace_bytes : DeviceWorkspaceBytes(device.kind)}));
-  STRETTO_ASSIGN_OR_RETURN(const KernelTable* const kernels, KernelsFor(device));
   Communicator comm(world);
-  Budget budget(-1, -1, -1);
-  STRETTO_ASSIGN_OR_RETURN(const auto dp, DataParallel::Create(comm, comm.all(), graph, *stream,
-                                                               *kernels, 1, budget, {}));
-  Run run({stream.get(), kernels});
-  STRETTO_ASSIGN_OR_RETURN(const auto float8, Float8State::Create(graph, device, budget));
-  run.SetFloat8(float8.get());
-  STRETTO_ASSIGN_OR_RETURN(const auto adam,
-                           AdamW::Create(graph, *dp, run.ops(), budget, OptimizerOptions(config)));
-  STRETTO_ASSIGN_OR_RETURN(const Arena memory,
-                           Arena::Create(device, "frame", plan.stages.front().train_frame.bytes()));
-  STRETTO_ASSIGN_OR_RETURN(const Arena scalar_memory, Arena::Create(device, "scalars", 1024));
-  const Tensor scalars =
-      Tensor::Of(scalar_memory.data(), DType::kF64, {StepScalars::kCount}, device);
-  STRETTO_ASSIGN_OR_RETURN(const auto feeder,
-                           TokenFeeder::Create(*stream, plan.micro_batch_tokens, budget));
-  dp->Attach(&run, scalars.Rows(0, 2));
-  PackedBatch batch;
-  batch.Clear();
-  const Rng rng(1, "profile/tokens");
-  const int64_t length = config.data.sequence_length;
-  for (int64_t t = 0; t < plan.micro_batch_tokens; ++t) {
-    const auto below = static_cast<uint64_t>(config.model.vocabulary);
-    batch.ids.push_back(static_cast<int32_t>(rng.Below(static_cast<uint64_t>(2 * t), below)));
-    batch.targets.push_back(
-        static_cast<int32_t>(rng.Below(static_cast<uint64_t>(2 * t + 1), below)));
-    batch.weights.push_back(1);
-    batch.positions.push_back(static_cast<int32_t>(t % length));
-    if ((t + 1) % length == 0) batch.cu_seqlens.push_back(static_cast<int32_t>(t + 1));
-  }
-  batch.max_length = length;
-
-  Frame frame(&graph, &plan.stages.front().train_actions, &plan.stages.front().train_frame, memory.data(), device);
-  STRETTO_ASSIGN_OR_RETURN(frame.tokens, feeder->Feed(batch));
-  const auto step = [&] { Execute(graph, plan.stages.front().train_actions, run, frame); };
-  run.BeginStep();
-  if (kernels->set_measuring != nullptr) kernels->set_measuring(true);
-  for (int i = 0; i < 2; ++i) step();
-  if (kernels->set_measuring != nullptr) kernels->set_measuring(false);
-  float8->EndStep(run.ops());
-  float8->SetJustInTime(false);
-  STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+  STRETTO_ASSIGN_OR_RETURN(const auto batch, MicroBatch::Create(config, comm, comm.all(), *stream));
+  STRETTO_RETURN_IF_ERROR(batch->WarmUp());
+  const Graph& graph = batch->graph();
+  Run& run = batch->run();
+  Frame& frame = batch->frame();
 
   constexpr int kRounds = 7;
-  const double whole = Time(*stream, 1, step) * 1e3;
+  const double whole = Time(*stream, 1, [&] { batch->Step(); }) * 1e3;
   std::map<std::string, std::vector<double>> rounds;  // by layer kind and half: ms of each round
   std::vector<double> synchronous;
   for (int round = 0; round < kRounds; ++round) {
     std::map<std::string, double> sums;
     double total = 0;
-    for (const Action& action : plan.stages.front().train_actions.actions) {
+    for (const Action& action : batch->actions().actions) {
       frame.Begin(action);
       const Layer& layer = *graph.layers[static_cast<size_t>(action.layer)];
       const double start = Now();
@@ -111,8 +72,7 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
       if (action.kind == ActionKind::kBackwardWeight) layer.BackwardWeight(run, frame);
       STRETTO_RETURN_IF_ERROR(stream->Synchronize());
       const double ms = (Now() - start) * 1e3;
-      std::string name = graph.layer_names[static_cast<size_t>(action.layer)];
-      if (name.rfind("blocks.", 0) == 0) name = name.substr(name.find('.', 7) + 1);
+      const std::string name = LayerKind(graph.layer_names[static_cast<size_t>(action.layer)]);
       sums[absl::StrFormat("%-16s %c", name, "FRBW"[static_cast<int>(action.kind)])] += ms;
       total += ms;
     }
@@ -125,22 +85,18 @@ absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, 
     absl::PrintF("%-20s %9.3f ms\n", name, ms);
     results->results.push_back({{"name", name}, {"seconds", ms * 1e-3}});
   };
-  absl::PrintF("%s, %d tokens a micro-batch, %s\n", results->device, plan.micro_batch_tokens,
-               Name(graph.dtype));
+  absl::PrintF("%s, %d tokens a micro-batch, %s\n", results->device,
+               batch->plan().micro_batch_tokens, Name(graph.dtype));
   for (const auto& [name, ms] : rounds) show(name, Median(ms));
   show("waiting each time", Median(synchronous));
   show("micro-batch", whole);
-  const double update = Time(*stream, 3, [&] {
-    adam->AddSumSquares(scalars);
-    ops::PrepareStep(run.ops(), scalars, 1.0, 0);
-    adam->Step(scalars, 0.0, 1);
-  });
+  const double update = Time(*stream, 3, [&] { batch->Update(); });
   show("norm and update", update * 1e3);
 
   const int64_t bytes =
-      std::min<int64_t>(plan.stages.front().train_frame.bytes() / 2, int64_t{2} << 30) / 256 * 256;
+      std::min<int64_t>(batch->memory().bytes() / 2, int64_t{2} << 30) / 256 * 256;
   const auto half = [&](int i) {
-    return Tensor::Of(memory.data() + i * bytes, DType::kBF16, {bytes / 2}, device);
+    return Tensor::Of(batch->memory().data() + i * bytes, DType::kBF16, {bytes / 2}, device);
   };
   const double copy = Time(*stream, 5, [&] { ops::Copy(run.ops(), half(1), half(0)); });
   absl::PrintF("%-20s %9.1f GB/s\n", "copy", 2e-9 * static_cast<double>(bytes) / copy);

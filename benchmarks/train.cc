@@ -7,7 +7,6 @@
 #include <cstdio>
 #include <filesystem>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -41,7 +40,10 @@ int64_t DriverBytes(Device device) {
   return 0;
 }
 
-absl::Status Steps(World& world, TrainConfig config, Results* results) {
+}  // namespace
+
+absl::StatusOr<std::vector<StepStats>> TimedSteps(
+    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect) {
   const std::string directory =
       (std::filesystem::temp_directory_path() / absl::StrCat("stretto-bench-", getpid())).string();
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> directories,
@@ -63,77 +65,83 @@ absl::Status Steps(World& world, TrainConfig config, Results* results) {
     written = WriteTokenFile(config.data.train, ids, config.model.vocabulary);
   }
   STRETTO_RETURN_IF_ERROR(world.Agree("writing tokens", written));
-
-  const std::pair<const char*, double StepStats::*> kTimes[] = {
-      {"exposed_ms", &StepStats::comm_exposed_ms},
-      {"exposed_data_ms", &StepStats::exposed_data_ms},
-      {"exposed_tensor_ms", &StepStats::exposed_tensor_ms},
-      {"exposed_pipeline_ms", &StepStats::exposed_pipeline_ms},
-      {"exposed_world_ms", &StepStats::exposed_world_ms},
-      {"data_ms", &StepStats::data_ms},
-      {"forward_ms", &StepStats::forward_ms},
-      {"backward_ms", &StepStats::backward_ms},
-      {"update_ms", &StepStats::update_ms}};
   std::vector<StepStats> steps;
-  const auto median_of = [&](double StepStats::*ms) {
-    std::vector<double> times;
-    for (const StepStats& stats : steps) times.push_back(stats.*ms);
-    return Median(times);
-  };
-  int64_t tokens = 0, planned = 0, overhead = 0;
-  int64_t before = 0;
-  if (const auto memory = ReadProcessMemory(); memory.ok()) before = memory->peak_resident_bytes;
   {
     STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
-    STRETTO_ASSIGN_OR_RETURN(const RunPlan plan,
-                             PlanRun(trainer->config(), world.size(), world.rank()));
-    planned = plan.arena_bytes;
-    overhead = plan.overhead_bytes;
-    double mfu = 0;
     while (trainer->step() < config.steps) {
       STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer->Step());
-      mfu = stats.mfu_causal;
-      if (stats.step <= kWarmUp) continue;
-      steps.push_back(stats);
-      tokens = stats.tokens;
+      if (stats.step > kWarmUp) steps.push_back(stats);
     }
     STRETTO_RETURN_IF_ERROR(trainer->Finish());
-    const auto memory = ReadProcessMemory();
-    const double median = median_of(&StepStats::step_ms);
-    const Device device = trainer->config().runtime.device == "cuda"
-                              ? Device::Cuda(world.info().local_rank)
-                              : Device::Cpu();
-    results->command = "train";
-    results->device = DeviceName(device);
-    results->ranks = world.size();
-    Json figures = {
-        {"ranks", world.size()},
-        {"threads", trainer->config().runtime.threads},
-        {"tokens_per_step", tokens},
-        {"step_ms", median},
-        {"tokens_per_second", static_cast<double>(tokens) / median * 1e3},
-        {"mfu_causal", mfu},
-        {"planned_bytes", planned},
-        {"start_bytes", before},
-        {"overhead_bytes", overhead},
-        {"peak_bytes", memory.ok() ? memory->peak_resident_bytes : 0},
-        {"device_bytes", DriverBytes(device)},
-    };
-    for (const auto& [name, ms] : kTimes) figures[name] = median_of(ms);
-    if (world.rank() == 0) {
-      std::string line;  // with the blanks that train/compare.py looks for
-      for (const auto& [key, value] : figures.items()) {
-        absl::StrAppend(&line, line.empty() ? "{" : ", ", "\"", key, "\": ", value.dump());
-      }
-      std::printf("%s}\n", line.c_str());
-    }
-    Json result = {{"name", "step"}, {"seconds", median * 1e-3}};
-    result.update(figures);
-    results->results.push_back(std::move(result));
+    STRETTO_RETURN_IF_ERROR(inspect(*trainer));
   }
   STRETTO_RETURN_IF_ERROR(world.Barrier("done"));
   std::error_code ignored;
   if (world.rank() == 0) std::filesystem::remove_all(directory, ignored);
+  return steps;
+}
+
+namespace {
+
+absl::Status Steps(World& world, const TrainConfig& config, Results* results) {
+  int64_t before = 0, planned = 0, overhead = 0, peak = 0, driver = 0, threads = 0;
+  if (const auto memory = ReadProcessMemory(); memory.ok()) before = memory->peak_resident_bytes;
+  const auto inspect = [&](Trainer& trainer) -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(const RunPlan plan,
+                             PlanRun(trainer.config(), world.size(), world.rank()));
+    planned = plan.arena_bytes;
+    overhead = plan.overhead_bytes;
+    threads = trainer.config().runtime.threads;
+    if (const auto memory = ReadProcessMemory(); memory.ok()) peak = memory->peak_resident_bytes;
+    const Device device = trainer.config().runtime.device == "cuda"
+                              ? Device::Cuda(world.info().local_rank)
+                              : Device::Cpu();
+    results->device = DeviceName(device);
+    driver = DriverBytes(device);
+    return absl::OkStatus();
+  };
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps, TimedSteps(world, config, inspect));
+  const auto median = [&](double StepStats::*field) {
+    std::vector<double> values;
+    for (const StepStats& stats : steps) values.push_back(stats.*field);
+    return Median(std::move(values));
+  };
+  results->command = "train";
+  results->ranks = world.size();
+  const double step_ms = median(&StepStats::step_ms);
+  const int64_t tokens = steps.back().tokens;
+  const Json figures = {
+      {"ranks", world.size()},
+      {"threads", threads},
+      {"tokens_per_step", tokens},
+      {"step_ms", step_ms},
+      {"tokens_per_second", static_cast<double>(tokens) / step_ms * 1e3},
+      {"exposed_ms", median(&StepStats::comm_exposed_ms)},
+      {"exposed_data_ms", median(&StepStats::exposed_data_ms)},
+      {"exposed_tensor_ms", median(&StepStats::exposed_tensor_ms)},
+      {"exposed_pipeline_ms", median(&StepStats::exposed_pipeline_ms)},
+      {"exposed_world_ms", median(&StepStats::exposed_world_ms)},
+      {"data_ms", median(&StepStats::data_ms)},
+      {"forward_ms", median(&StepStats::forward_ms)},
+      {"backward_ms", median(&StepStats::backward_ms)},
+      {"update_ms", median(&StepStats::update_ms)},
+      {"mfu_causal", steps.back().mfu_causal},
+      {"planned_bytes", planned},
+      {"start_bytes", before},
+      {"overhead_bytes", overhead},
+      {"peak_bytes", peak},
+      {"device_bytes", driver},
+  };
+  if (world.rank() == 0) {
+    std::string line;  // with the blanks that train/compare.py looks for
+    for (const auto& [key, value] : figures.items()) {
+      absl::StrAppend(&line, line.empty() ? "{" : ", ", "\"", key, "\": ", value.dump());
+    }
+    std::printf("%s}\n", line.c_str());
+  }
+  Json result = {{"name", "step"}, {"seconds", step_ms * 1e-3}};
+  result.update(figures);
+  results->results.push_back(std::move(result));
   return absl::OkStatus();
 }
 
@@ -158,37 +166,29 @@ int Train(int argc, const char* const* argv) {
     std::fputs(arguments.Help().c_str(), stdout);
     return kDone;
   }
-  if (parsed.ok() && arguments.rest().size() != 1) {
-    parsed =
-        absl::InvalidArgumentError("stretto-bench train needs one configuration file; see --help");
-  }
   if (parsed.ok() && (workspace_mib < 0 || workspace_mib > (1 << 20))) {
     parsed = absl::InvalidArgumentError(
         absl::StrCat("--workspace-mib must be 0 to 1048576, not ", workspace_mib));
   }
-  TrainConfig config;
-  if (parsed.ok()) parsed = LoadConfig(arguments.rest()[0], sets, ConfigRef(&config));
+  absl::StatusOr<TrainConfig> config;
+  if (parsed.ok()) {
+    config = LoadOne("train", arguments.rest(), sets);
+    parsed = config.status();
+  }
   if (!parsed.ok()) return Fail(parsed, kUsage);
   Results results;
   if (profile) {
     absl::Status status = World::RunThreads(
-        1, [&](World& world) { return Profile(world, config, workspace_mib << 20, &results); });
+        1, [&](World& world) { return Profile(world, *config, workspace_mib << 20, &results); });
     if (status.ok()) status = results.Write(json);
     return status.ok() ? kDone : Fail(status, kFailed);
   }
-  auto world = World::Create({});
-  if (!world.ok()) return Fail(world.status(), kFailed);
-  absl::Status status = Steps(**world, config, &results);
-  if (status.ok()) {
+  return RunInWorld([&](World& world) -> absl::Status {
+    STRETTO_RETURN_IF_ERROR(Steps(world, *config, &results));
     absl::Status written;
-    if ((*world)->rank() == 0) written = results.Write(json);
-    status = (*world)->Agree("writing the results", written);
-  }
-  if (status.ok()) return kDone;
-  // One rank speaks for all where all know; the world cannot be left in order.
-  if (!IsAgreed(status) || (*world)->rank() == 0) Fail(status, kFailed);
-  std::fflush(stdout);
-  _exit(kFailed);
+    if (world.rank() == 0) written = results.Write(json);
+    return world.Agree("writing the results", written);
+  });
 }
 
 }  // namespace stretto::bench

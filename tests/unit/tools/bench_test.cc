@@ -196,19 +196,101 @@ TEST_F(CompareFiles, WrongFilesAreOneSentence) {
   }
 }
 
+class Costs : public BenchProgram {
+ protected:
+  void SetUp() override {
+    BenchProgram::SetUp();
+    WriteText("small.json", R"({
+      "steps": 4,
+      "model": {"family": "llama", "vocabulary": 300, "layers": 2, "hidden": 32, "heads": 2,
+                "kv_heads": 2, "ffn": 48, "tie_embeddings": false},
+      "data": {"sequence_length": 12}, "batch": {"global": 4, "micro": 2},
+      "runtime": {"device": "cpu", "threads": 1}})");
+  }
+};
+
+TEST_F(Costs, AFitHasAllLayersAndLinks) {
+  const Result r = Bench("fit small.json --repetitions 1 --output one.json");
+  ASSERT_EQ(r.code, 0) << r.output;
+  const nlohmann::json one = Results("one.json");
+  EXPECT_EQ(one["parts"]["ranks"], 1);
+  EXPECT_FALSE(one["parts"]["assumed"]);
+  EXPECT_THAT(one["parts"]["measured"].get<std::string>(), HasSubstr("1 thread each, stretto "));
+  std::set<std::string> layers;
+  for (const auto& [name, halves] : one["parts"]["layers"].items()) {
+    layers.insert(name);
+    double seconds = 0;
+    for (const auto& half : halves) {
+      for (const double part : half) seconds += part;
+    }
+    EXPECT_GT(seconds, 0) << name;
+  }
+  for (const char* name : {"embed", "attn_norm", "attn.qkv", "attn", "attn.out", "mlp_norm",
+                           "mlp.gate_up", "mlp.down", "norm", "head"}) {
+    EXPECT_EQ(layers.count(name), 1u) << name;
+  }
+  EXPECT_GT(one["forward"][0]["per_token"].get<double>() + one["forward"][0]["fixed"].get<double>(),
+            0);
+  EXPECT_GT(one["parts"]["update_per_element"], 0);
+  EXPECT_EQ(one["parts"]["machine"]["all_gather"]["latency"], 0);  // nobody to talk to
+}
+
+#ifdef STRETTO_WITH_MPI
+TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
+  const auto ranks2 = [&](const std::string& arguments) {
+    return Run(absl::StrCat(STRETTO_MPIRUN " 2 " STRETTO_BENCH " ", arguments, " 2>&1"));
+  };
+  Result r = ranks2("fit small.json --repetitions 1 --output two.json");
+  ASSERT_EQ(r.code, 0) << r.output;
+  const nlohmann::json parts = Results("two.json")["parts"];
+  EXPECT_EQ(parts["ranks"], 2);
+  for (const char* operation : {"all_gather", "reduce_scatter", "all_reduce", "point_to_point"}) {
+    const nlohmann::json& cost = parts["machine"][operation];
+    EXPECT_GT(cost["latency"].get<double>() + cost["bytes_per_second"].get<double>(), 0);
+  }
+  r = ranks2("predict small.json --fit two.json --rounds 1 --json p.json");
+  ASSERT_EQ(r.code, 0) << r.output;
+  const nlohmann::json file = Results("p.json");
+  ExpectSound(file);
+  EXPECT_EQ(Names(file),
+            (std::set<std::string>{"dp 2", "tp 2", "1f1b, pp 2", "zb-h1, pp 2", "zero 3, dp 2"}));
+  for (const auto& result : file["results"]) EXPECT_GT(result["ratio"], 0) << result;
+  r = ranks2("predict small.json --fit two.json --set model.hidden=64");
+  EXPECT_EQ(r.code, 1);
+  EXPECT_THAT(r.output, HasSubstr("fit it to this one"));
+}
+#endif
+
 TEST_F(BenchProgram, WrongArgumentsAreOneSentence) {
-  for (const char* arguments :
-       {"", "kernles", "kernels --tokns 3", "kernels --tokens=-1", "kernels --heads 5",
-        "kernels --dtype f16", "kernels extra", "comm --factor 1", "comm --sizes 3", "train",
-        "train absent.json", "train a b", "compare", "compare a.json", "compare --tolerance=-1 a b",
-        "--json"}) {
+  for (const char* arguments : {"",
+                                "kernles",
+                                "kernels --tokns 3",
+                                "kernels --tokens=-1",
+                                "kernels --heads 5",
+                                "kernels --dtype f16",
+                                "kernels extra",
+                                "comm --factor 1",
+                                "comm --sizes 3",
+                                "train",
+                                "train absent.json",
+                                "train a b",
+                                "compare",
+                                "compare a.json",
+                                "compare --tolerance=-1 a b",
+                                "--json",
+                                "fit",
+                                "fit absent.json",
+                                "fit --repetitions 0 a.json",
+                                "predict",
+                                "predict a b",
+                                "predict --rounds 0 a.json"}) {
     const Result r = Bench(arguments);
     EXPECT_EQ(r.code, 2) << arguments;
     EXPECT_TRUE(IsOneSentence(r.output)) << arguments << ": " << r.output;
   }
   EXPECT_THAT(Bench("kernles").output, HasSubstr("did you mean kernels?"));
-  for (const char* arguments :
-       {"--help", "kernels --help", "comm --help", "train --help", "compare --help"}) {
+  for (const char* arguments : {"--help", "kernels --help", "comm --help", "train --help",
+                                "compare --help", "fit --help", "predict --help"}) {
     const Result r = Bench(arguments);
     EXPECT_EQ(r.code, 0) << arguments;
     EXPECT_THAT(r.output, HasSubstr("usage: stretto-bench"));

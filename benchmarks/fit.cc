@@ -1,0 +1,374 @@
+// stretto-bench fit CONFIG: what the layers of a configuration and the links between these ranks
+// cost, as a cost model's file.
+//
+// Layers run through the executor on each rank by itself, all ranks at the same time, since they
+// may share a processor's caches and memory; on a GPU events time them. Several sizes and numbers
+// of documents tell tokens from pairs and from what a call costs.
+#include "stretto/plan/fit.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "benchmarks/bench.h"
+#include "benchmarks/micro_batch.h"
+#include "benchmarks/operations.h"
+#include "stretto/comm/transport.h"
+#include "stretto/core/phase_timer.h"
+#include "stretto/train/prediction.h"
+#include "tools/arguments.h"
+#include "tools/files.h"
+
+namespace stretto::bench {
+namespace {
+
+constexpr int kHalves = 3;  // forward, backward input, backward weight
+int HalfOf(ActionKind kind) {
+  if (kind == ActionKind::kBackwardInput) return 1;
+  return kind == ActionKind::kBackwardWeight ? 2 : 0;
+}
+
+// Times the layers of each kind by half, on the stream's own clock.
+class LayerTimes final : public ActionHooks {
+ public:
+  LayerTimes(const Graph& graph, Stream& stream) {
+    for (const std::string& name : graph.layer_names) {
+      const std::string kind = LayerKind(name);
+      auto at = std::find(kinds_.begin(), kinds_.end(), kind);
+      kind_of_layer_.push_back(static_cast<int>(at - kinds_.begin()));
+      if (at == kinds_.end()) kinds_.push_back(kind);
+    }
+    counts_.assign(kinds_.size(), 0);
+    for (const int kind : kind_of_layer_) ++counts_[static_cast<size_t>(kind)];
+    timer_ = std::make_unique<PhaseTimer>(stream, phases() + 1);
+  }
+  void Start() { timer_->Restart(phases()); }
+  void Before(size_t /*index*/, const Action& action) override {
+    // Recomputation stands between others and is counted by itself, with nothing.
+    timer_->Begin(action.kind == ActionKind::kRecompute
+                      ? phases()
+                      : kHalves * kind_of_layer_[static_cast<size_t>(action.layer)] +
+                            HalfOf(action.kind));
+  }
+  void Stop() { timer_->End(); }
+  // Of one layer, when the stream has been synchronized; negative where a device did not tell.
+  double Seconds(int kind, int half) {
+    return timer_->Seconds()[static_cast<size_t>(kHalves * kind + half)] /
+           counts_[static_cast<size_t>(kind)];
+  }
+  // Of all layers.
+  double Total() {
+    const std::vector<double>& seconds = timer_->Seconds();
+    return std::accumulate(seconds.begin(), seconds.end(), 0.0);
+  }
+  const std::vector<std::string>& kinds() const { return kinds_; }
+
+ private:
+  int phases() const { return kHalves * static_cast<int>(kinds_.size()); }
+  std::vector<std::string> kinds_;
+  std::vector<int> kind_of_layer_, counts_;
+  std::unique_ptr<PhaseTimer> timer_;
+};
+
+// Lets communication advance between layers, as a run does.
+class Progress final : public ActionHooks {
+ public:
+  explicit Progress(Communicator& comm) : comm_(comm) {}
+  void BetweenActions() override { comm_.Progress(); }
+
+ private:
+  Communicator& comm_;
+};
+
+class Fitter {
+ public:
+  Fitter(const TrainConfig& config, Communicator& comm, Stream& stream, MicroBatch& batch,
+         int repetitions)
+      : config_(config),
+        comm_(comm),
+        stream_(stream),
+        gpu_(stream.device().kind != DeviceKind::kCpu),
+        batch_(batch),
+        repetitions_(repetitions) {}
+
+  absl::Status Layers(CostModel* cost) {
+    LayerTimes times(batch_.graph(), stream_);
+    // [kind * kHalves + half]
+    std::vector<std::vector<StageSample>> samples(kHalves * times.kinds().size());
+    const int64_t most = config_.batch.micro, length = config_.data.sequence_length;
+    std::set<std::pair<int64_t, int64_t>> sizes;
+    for (const int64_t documents : {most, (most + 1) / 2, (most + 3) / 4}) {
+      for (const int64_t tokens : {length, (length + 1) / 2}) sizes.emplace(documents, tokens);
+    }
+    for (const auto& [documents, tokens] : sizes) {
+      STRETTO_RETURN_IF_ERROR(batch_.Fill(documents, tokens));
+      // Of one round all layers: the best of each would be better than any round is.
+      std::vector<std::vector<double>> rounds;
+      for (int round = 0; round <= repetitions_; ++round) {
+        STRETTO_RETURN_IF_ERROR(LargestOfAll(comm_, 0).status());
+        times.Start();
+        batch_.Step(&times);
+        times.Stop();
+        STRETTO_RETURN_IF_ERROR(stream_.Synchronize());
+        std::vector<double> seconds;
+        for (size_t i = 0; i < samples.size(); ++i) {
+          seconds.push_back(
+              times.Seconds(static_cast<int>(i) / kHalves, static_cast<int>(i) % kHalves));
+        }
+        // Last what all of it takes, to sort by.
+        seconds.push_back(times.Total());
+        if (round > 0) rounds.push_back(std::move(seconds));  // the first one warms up
+      }
+      std::sort(rounds.begin(), rounds.end(),
+                [](const auto& x, const auto& y) { return x.back() < y.back(); });
+      const std::vector<double>& chosen = rounds[(rounds.size() - 1) / 10];
+      const auto n = static_cast<double>(documents), t = static_cast<double>(tokens);
+      for (size_t i = 0; i < samples.size(); ++i) {
+        STRETTO_ASSIGN_OR_RETURN(const double mean, MeanOfAll(chosen[i]));
+        if (mean < 0) {
+          return absl::UnavailableError(
+              "the device did not tell the times of its layers; run the fit again");
+        }
+        samples[i].push_back({.tokens = n * t, .pairs = n * t * (t + 1) / 2, .seconds = mean});
+      }
+    }
+    for (size_t kind = 0; kind < times.kinds().size(); ++kind) {
+      LayerCost layer = {.name = times.kinds()[kind]};
+      StageCost* const halves[kHalves] = {&layer.forward, &layer.backward_input,
+                                          &layer.backward_weight};
+      for (size_t half = 0; half < kHalves; ++half) {
+        STRETTO_ASSIGN_OR_RETURN(*halves[half], FitStage(samples[kHalves * kind + half]));
+      }
+      cost->parts->layers.push_back(layer);
+    }
+    AddBlockCosts(batch_.graph(), cost);
+    return batch_.Fill(most, length);
+  }
+
+  absl::Status Update(DeviceCost* parts) {
+    STRETTO_ASSIGN_OR_RETURN(const double seconds, Together([&] {
+                               batch_.Update();
+                               return absl::OkStatus();
+                             }));
+    parts->update_per_element = seconds / static_cast<double>(batch_.graph().ParameterElements());
+    return absl::OkStatus();
+  }
+
+  absl::Status Links(LinkCost* link) {
+    const int n = comm_.all().size();
+    constexpr int64_t kLeast = 1 << 12;
+    const int64_t most = std::clamp<int64_t>(config_.parallel.bucket_bytes, kLeast, 64 << 20);
+    const int64_t elements = (most / 4 + n - 1) / n * n;
+    STRETTO_ASSIGN_OR_RETURN(x_, Arena::Create(stream_.device(), "bench", elements * 4));
+    STRETTO_ASSIGN_OR_RETURN(y_, Arena::Create(stream_.device(), "bench", elements * 4));
+    const auto tensor = [&](const Arena& arena) {
+      return Tensor::Of(arena.data(), DType::kF32, {elements}, stream_.device());
+    };
+    operations_ = Operations(comm_, tensor(x_), tensor(y_));
+    const std::map<std::string, OperationCost*> wanted = {{"all_gather", &link->all_gather},
+                                                          {"reduce_scatter", &link->reduce_scatter},
+                                                          {"all_reduce", &link->all_reduce},
+                                                          {"send_receive", &link->point_to_point}};
+    for (const Operation& operation : operations_) {
+      const auto found = wanted.find(operation.name);
+      if (found == wanted.end()) continue;
+      std::vector<OperationSample> samples;
+      for (int64_t e = kLeast / 4 / n * n; e <= elements; e *= 4) {
+        STRETTO_ASSIGN_OR_RETURN(const double seconds, SecondsOf(comm_, gpu_ ? &stream_ : nullptr,
+                                                                 operation, e, repetitions_));
+        // What a rank sends; point to point has one peer. A small all-reduce sends everything to
+        // everybody, and a plan counts it so.
+        const bool all_reduce = operation.name == "all_reduce";
+        samples.push_back(
+            {.ranks = operation.name == "send_receive" ? 2 : n,
+             .bytes_sent = static_cast<double>(4 * e) * (all_reduce ? n - 1 : operation.bus_factor),
+             .seconds = seconds});
+      }
+      STRETTO_ASSIGN_OR_RETURN(*found->second, FitOperation(samples));
+    }
+    return absl::OkStatus();
+  }
+
+  // The hidden share of a reduce-scatter that takes about half as long as the micro-batch beside
+  // it: (T_compute + T_communication - T_both) / min(T_compute, T_communication).
+  absl::Status Hidden(const LinkCost& link, double* hidden) {
+    const int n = comm_.all().size();
+    const auto step = [&]() -> absl::Status {
+      Progress progress(comm_);
+      batch_.Step(&progress);
+      return absl::OkStatus();
+    };
+    STRETTO_ASSIGN_OR_RETURN(const double compute, Together(step));
+    const auto scatter =
+        std::find_if(operations_.begin(), operations_.end(),
+                     [](const Operation& o) { return o.name == "reduce_scatter"; });
+    const int64_t elements = x_.bytes() / 4;
+    const double one =
+        link.reduce_scatter.Seconds(n, static_cast<int64_t>(4 * elements * scatter->bus_factor));
+    const int calls = std::max(1, static_cast<int>(0.5 * compute / std::max(one, 1e-9)));
+    // Enqueued at once beside the layers, as many as make up the time.
+    const auto communicate = [&](bool beside) -> absl::Status {
+      Ticket ticket = 0;
+      for (int i = 0; i < calls; ++i) ticket = scatter->submit(elements);
+      if (beside) STRETTO_RETURN_IF_ERROR(step());
+      return comm_.Wait(stream_, ticket);
+    };
+    STRETTO_ASSIGN_OR_RETURN(const double alone, Together([&] { return communicate(false); }));
+    STRETTO_ASSIGN_OR_RETURN(const double both, Together([&] { return communicate(true); }));
+    *hidden = std::clamp((compute + alone - both) / std::min(compute, alone), 0.0, 1.0);
+    return absl::OkStatus();
+  }
+
+ private:
+  absl::StatusOr<double> MeanOfAll(double value) {
+    STRETTO_RETURN_IF_ERROR(comm_.Wait(comm_.AllReduce(
+        comm_.all(), Tensor::Of(&value, DType::kF64, {1}), ReduceOp::kSum, "mean")));
+    return value / comm_.all().size();
+  }
+  // Lower decile of the seconds of `work` on the slowest rank, when all begin together.
+  template <class Work>
+  absl::StatusOr<double> Together(const Work& work) {
+    std::vector<double> seconds;
+    for (int round = 0; round <= repetitions_; ++round) {
+      STRETTO_RETURN_IF_ERROR(LargestOfAll(comm_, 0).status());
+      const double start = Now();
+      STRETTO_RETURN_IF_ERROR(work());
+      STRETTO_RETURN_IF_ERROR(stream_.Synchronize());
+      STRETTO_ASSIGN_OR_RETURN(const double slowest, LargestOfAll(comm_, Now() - start));
+      if (round > 0) seconds.push_back(slowest);
+    }
+    return LowerDecile(std::move(seconds));
+  }
+
+  const TrainConfig& config_;
+  Communicator& comm_;
+  Stream& stream_;
+  const bool gpu_;
+  MicroBatch& batch_;
+  const int repetitions_;
+  Arena x_, y_;
+  std::vector<Operation> operations_;
+};
+
+}  // namespace
+
+absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions) {
+  // Layers whole, on each rank. Several blocks, so that caches are as in a model; all of a large
+  // one would only take time.
+  constexpr int64_t kBlocks = 4;
+  config.parallel.dp = config.parallel.pp = config.parallel.tp = config.parallel.zero = 1;
+  config.parallel.schedule = "1f1b";
+  config.parallel.chunks = 0;
+  config.runtime.recompute = "none";
+  config.batch.micro = std::min(config.batch.micro, config.batch.global);
+  STRETTO_RETURN_IF_ERROR(world.Agree("reading the configuration", config.Resolve(1)));
+  const absl::StatusOr<Device> chosen =
+      ChooseDevice(config.runtime.device, world.info().local_rank);
+  STRETTO_RETURN_IF_ERROR(world.Agree("choosing the device", chosen.status()));
+  config.runtime.device = chosen->kind == DeviceKind::kCpu ? "cpu" : "cuda";
+  if (config.runtime.threads == 0) {
+    const int cores = static_cast<int>(std::thread::hardware_concurrency());
+    config.runtime.threads = std::max(1, cores / std::max(1, world.info().local_size));
+  }
+  config.model.layers = std::min(config.model.layers, kBlocks);
+  // The stream outlives the communicator, which waits on it.
+  STRETTO_ASSIGN_OR_RETURN(
+      const auto stream,
+      Stream::Create(*chosen, {.threads = static_cast<int>(config.runtime.threads),
+                               .workspace_bytes = DeviceWorkspaceBytes(chosen->kind)}));
+  Communicator comm(world);
+  STRETTO_RETURN_IF_ERROR(comm.UseDevice(*chosen));
+  STRETTO_ASSIGN_OR_RETURN(const Group alone, comm.MakeGroup("alone", {world.rank()}));
+  auto batch = MicroBatch::Create(config, comm, alone, *stream);
+  STRETTO_RETURN_IF_ERROR(world.Agree("building the model", batch.status()));
+  STRETTO_RETURN_IF_ERROR(world.Agree("warming up", (*batch)->WarmUp()));
+
+  CostModel cost = {.device = DeviceName(*chosen)};
+  DeviceCost& parts = cost.parts.emplace();
+  parts.model = ModelKey(config);
+  parts.ranks = world.size();
+  const bool one_machine = world.info().local_size == world.size();
+  parts.measured = absl::StrCat(
+      world.size(), world.size() == 1 ? " rank" : " ranks", one_machine ? "" : " on machines of ",
+      one_machine ? "" : absl::StrCat(world.info().local_size), " over ",
+      chosen->kind == DeviceKind::kCpu ? world.transport().name() : "nccl", ", ",
+      config.runtime.threads, config.runtime.threads == 1 ? " thread" : " threads",
+      " each, stretto " STRETTO_VERSION);
+  Fitter fitter(config, comm, *stream, **batch, repetitions);
+  STRETTO_RETURN_IF_ERROR(fitter.Layers(&cost));
+  STRETTO_RETURN_IF_ERROR(fitter.Update(&parts));
+  if (world.size() > 1) {
+    // Between ranks of several machines the network is what is measured; inside a machine links are
+    // no slower.
+    STRETTO_RETURN_IF_ERROR(fitter.Links(&parts.machine));
+    if (!one_machine) parts.network = parts.machine;
+    STRETTO_RETURN_IF_ERROR(fitter.Hidden(parts.machine, &parts.hidden));
+  }
+  SetBoundary(config, &cost);
+  return cost;
+}
+
+int Fit(int argc, const char* const* argv) {
+  std::vector<std::string> sets;
+  std::string output = "costs.json";
+  int64_t repetitions = 21;
+  Arguments arguments("stretto-bench fit",
+                      "Measures what a configuration's layers and these ranks' links cost and "
+                      "writes a cost model\nfor stretto-plan --suggest and stretto-schedule "
+                      "--costs; also under mpirun.",
+                      "CONFIG.json");
+  arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
+  arguments.Add("output", "FILE", "where the cost model goes", &output);
+  arguments.Add("repetitions", "N", "of each measurement", &repetitions);
+  absl::Status parsed = arguments.Parse(argc, argv);
+  if (arguments.help()) {
+    std::fputs(arguments.Help().c_str(), stdout);
+    return kDone;
+  }
+  if (parsed.ok() && (repetitions < 1 || repetitions > 1000)) {
+    parsed = absl::InvalidArgumentError(
+        absl::StrCat("--repetitions must be 1 to 1000, not ", repetitions));
+  }
+  absl::StatusOr<TrainConfig> config;
+  if (parsed.ok()) {
+    config = LoadOne("fit", arguments.rest(), sets);
+    parsed = config.status();
+  }
+  if (!parsed.ok()) return Fail(parsed, kUsage);
+  return RunInWorld([&](World& world) -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(const CostModel cost,
+                             FitCosts(world, *config, static_cast<int>(repetitions)));
+    absl::Status written;
+    if (world.rank() == 0) {
+      written = WriteTextFile(output, ToJson(cost));
+      if (written.ok()) {
+        const DeviceCost& parts = *cost.parts;
+        absl::PrintF("%s, %s\n%s\n", cost.device, parts.measured, parts.model);
+        const auto show = [](const char* name, const OperationCost& o) {
+          absl::PrintF("%-16s %9.2f us a peer, %9.3f GB/s\n", name, 1e6 * o.latency,
+                       1e-9 * o.bytes_per_second);
+        };
+        if (parts.ranks > 1) {
+          show("all_gather", parts.machine.all_gather);
+          show("reduce_scatter", parts.machine.reduce_scatter);
+          show("all_reduce", parts.machine.all_reduce);
+          show("point_to_point", parts.machine.point_to_point);
+          absl::PrintF("hidden under computation: %.2f of a collective\n", parts.hidden);
+        }
+        absl::PrintF("written to %s\n", output);
+      }
+    }
+    return world.Agree("writing the cost model", written);
+  });
+}
+
+}  // namespace stretto::bench

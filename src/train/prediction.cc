@@ -22,6 +22,7 @@ constexpr size_t Index(int i) { return static_cast<size_t>(i); }
 // What travels between the ranks of a layout, and over which links.
 struct Links {
   int dp = 1, tp = 1, world = 1;
+  int64_t pieces = 1;  // of the tokens, on the tensor axis
   const LinkCost *data = nullptr, *tensor = nullptr, *pipeline = nullptr, *all = nullptr;
   double hidden = 0;
 };
@@ -34,6 +35,8 @@ struct StageSeconds {
   struct Sizes {
     std::vector<double> layer, exchange;
   } full, rest;
+  // By layer: whether its sum of inputs' gradients is waited for in an action of its own.
+  std::vector<uint8_t> finishes_apart;
   // Of one collective, by bucket.
   std::vector<double> reduce, gather;
   // Without rotating buffers (ZeRO-1 gradients, ZeRO-1 and 2 parameters).
@@ -56,6 +59,8 @@ class RankClock {
       Stage& stage = stages_.emplace_back();
       stage.seconds = std::move(seconds);
       const BucketPlan& buckets = stage.seconds.plan->buckets;
+      const size_t layers = stage.seconds.plan->model.graph.layers.size();
+      for (auto* times : {&stage.input, &stage.summed, &stage.weight}) times->assign(layers, 0);
       stage.reduced.assign(buckets.buckets.size(), 0);
       stage.gathered.assign(buckets.buckets.size(), 0);
       stage.stays.resize(buckets.training.stays.size());
@@ -132,7 +137,9 @@ class RankClock {
     size_t next = 0;
     int backwards_left = 0;
     std::vector<double> reduced, gathered;  // by bucket, when: 0: nothing is on its way
-    size_t submitted = 0;                   // buckets whose reduce-scatter has been submitted
+    // By layer: when what other ranks send is there (TrainingActions).
+    std::vector<double> input, summed, weight;
+    size_t submitted = 0;  // buckets whose reduce-scatter has been submitted
     std::vector<Stay> stays;
   };
   static bool EndsBackward(StageWork work) {
@@ -148,12 +155,54 @@ class RankClock {
     channel_ = std::max(channel_, now_) + links_.hidden * seconds;
     return channel_;
   }
-  void WaitFor(double* finish) {
+  void WaitFor(double* finish) { WaitFor(finish, &data_); }
+  void WaitFor(double* finish, double* exposed) {
     if (*finish > now_) {
-      data_ += *finish - now_;
+      *exposed += *finish - now_;
       now_ = *finish;
     }
     *finish = 0;
+  }
+
+  // An action of a layer with what it exchanges over the tensor axis, which takes `exchange`
+  // seconds of its own. What starts and ends apart is held up by computation as little as other
+  // collectives are; the rest is waited for, piece by piece.
+  void Layer(Stage& stage, const Action& action, double seconds, double exchange) {
+    const auto l = Index(action.layer);
+    const auto start = [&] {
+      const double serial = (1 - links_.hidden) * exchange;
+      now_ += serial;
+      tensor_ += serial;
+      tensor_channel_ = std::max(tensor_channel_, now_) + links_.hidden * exchange;
+      return tensor_channel_;
+    };
+    double waited = exchange;
+    switch (action.kind) {
+      case ActionKind::kStartInput:
+        stage.input[l] = start();
+        return;
+      case ActionKind::kStartWeight:
+        stage.weight[l] = start();
+        return;
+      case ActionKind::kFinishInput:
+        return WaitFor(&stage.summed[l], &tensor_);
+      case ActionKind::kBackwardWeight:
+        WaitFor(&stage.weight[l], &tensor_);
+        break;
+      case ActionKind::kBackwardInput:
+        WaitFor(&stage.input[l], &tensor_);
+        if (stage.seconds.finishes_apart[l] != 0) waited = 0;
+        break;
+      case ActionKind::kForward:
+      case ActionKind::kRecompute:
+        break;
+    }
+    // The first piece is waited for, the others travel under products.
+    const double hidden = links_.hidden * std::min(waited, seconds) * (1 - 1.0 / links_.pieces);
+    now_ += seconds + waited - hidden;
+    compute_ += seconds;
+    tensor_ += waited - hidden;
+    if (waited == 0 && exchange > 0) stage.summed[l] = start();
   }
 
   void GatherParameters() {
@@ -253,9 +302,7 @@ class RankClock {
       if (zero_ > 1) {
         for (const BucketEvent& event : timeline.before[i]) Do(stage, event, last);
       }
-      now_ += sizes.layer[i] + sizes.exchange[i];
-      compute_ += sizes.layer[i];
-      tensor_ += sizes.exchange[i];
+      Layer(stage, actions[i], sizes.layer[i], sizes.exchange[i]);
       if (zero_ > 1) {
         for (const BucketEvent& event : timeline.after[i]) Do(stage, event, last);
       } else if (links_.dp > 1 && last && overlap_ &&
@@ -277,6 +324,7 @@ class RankClock {
   double offset_ = 0, now_ = 0;
   double debt_ = 0;     // by which the next action begins later
   double channel_ = 0;  // when the collectives submitted so far are done
+  double tensor_channel_ = 0;
   size_t first_ = 0, count_ = 0;
   bool more_ = false;
   double compute_ = 0, tensor_ = 0, data_ = 0;
@@ -312,26 +360,27 @@ absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const 
           "the cost model has no layer '", kind, "'; fit it to this model (stretto-bench fit)"));
     }
   }
-  const std::vector<ActionExchange> exchanges = ExchangesOf(graph, stage.train_actions, tokens);
+  sizes->exchange.assign(stage.train_actions.actions.size(), 0);
+  for (const PlannedExchange& e : ExchangesOf(graph, stage.train_actions, tokens)) {
+    const OperationCost& operation = e.info->sum ? tensor.reduce_scatter : tensor.all_gather;
+    const int64_t bytes = e.rows * e.info->width * SizeOf(e.info->dtype) * (graph.tokens.ranks - 1);
+    sizes->exchange[e.action] += operation.Seconds(graph.tokens.ranks, bytes);
+  }
   for (size_t i = 0; i < stage.train_actions.actions.size(); ++i) {
     const Action& action = stage.train_actions.actions[i];
     double seconds = 0;
     if (const LayerCost* layer = of_layer[Index(action.layer)]) {
+      if (action.kind == ActionKind::kStartInput || action.kind == ActionKind::kFinishInput ||
+          action.kind == ActionKind::kStartWeight) {
+        sizes->layer.push_back(0);
+        continue;
+      }
       const StageCost& half = action.kind == ActionKind::kBackwardInput    ? layer->backward_input
                               : action.kind == ActionKind::kBackwardWeight ? layer->backward_weight
                                                                            : layer->forward;
       seconds = half.Seconds(static_cast<double>(tokens) / share, pairs / share);
     }
     sizes->layer.push_back(seconds);
-    // Half of them gather, half of them add up.
-    const ActionExchange& e = exchanges[i];
-    double exchange = 0;
-    for (const OperationCost* operation : {&tensor.all_gather, &tensor.reduce_scatter}) {
-      exchange +=
-          0.5 * (operation->Seconds(graph.tokens.ranks, e.bytes) +
-                 static_cast<double>(e.count - 1) * operation->Seconds(graph.tokens.ranks, 0));
-    }
-    sizes->exchange.push_back(e.count > 0 ? exchange : 0);
   }
   return absl::OkStatus();
 }
@@ -348,6 +397,10 @@ absl::StatusOr<StageSeconds> SecondsOf(const TrainConfig& config, const StagePla
       LayerSeconds(stage, cost, *links.tensor, micro * length, length, &s.full));
   const int64_t rest = samples % micro > 0 ? samples % micro : micro;
   STRETTO_RETURN_IF_ERROR(LayerSeconds(stage, cost, *links.tensor, rest * length, length, &s.rest));
+  s.finishes_apart.assign(graph.layers.size(), 0);
+  for (const Action& action : stage.train_actions.actions) {
+    if (action.kind == ActionKind::kFinishInput) s.finishes_apart[Index(action.layer)] = 1;
+  }
   s.layer_buckets.resize(graph.layers.size());
   for (size_t b = 0; b < stage.buckets.buckets.size(); ++b) {
     const std::vector<int>& params = stage.buckets.buckets[b];
@@ -466,6 +519,7 @@ absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config,
   const Links links = {.dp = static_cast<int>(p.dp),
                        .tp = static_cast<int>(p.tp),
                        .world = static_cast<int>(p.dp * p.tp * p.pp),
+                       .pieces = p.tp > 1 ? p.tp_chunks : 1,
                        .data = within(p.dp * p.tp),
                        .tensor = within(p.tp),
                        .pipeline = within(p.dp * p.tp * p.pp),

@@ -60,7 +60,7 @@ struct TrainConfig {
     int64_t dp = 0;
     int64_t pp = 1;
     int64_t tp = 1;
-    int64_t tp_chunks = 2;
+    int64_t tp_chunks = 1;
     bool tp_overlap = true;
     std::string schedule = "1f1b";
     int64_t chunks = 0;

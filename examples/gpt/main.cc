@@ -219,7 +219,8 @@ int main(int argc, char** argv) {
       code = absl::IsInvalidArgument(result.status()) ? kUsage : kFailed;
       if (!agreed) {
         trainer.reset();
-        world->reset();  // rank 0's holds the control plane, where others look for the reason
+        // Rank 0's holds the control plane, where others look for the reason.
+        if ((*world)->failed()) world->reset();
         _exit(code);
       }
     }

@@ -44,6 +44,8 @@ std::chrono::milliseconds SetupTimeout(const WorldOptions& options) {
 
 World::World() : phase_(std::make_unique<Phase>()) {}
 
+bool World::failed() const { return phase_->failed; }
+
 World::~World() {
   bool clean = !phase_->failed;
   if (phase_->finalize && clean && store_ != nullptr && size() > 1) {

@@ -74,6 +74,8 @@ class World {
   int size() const { return info_.size; }
   const RankInfo& info() const { return info_; }
   const WorldOptions& options() const { return options_; }
+  // After a communication error: this rank cannot go on, and the others know why.
+  bool failed() const;
   Transport& transport() { return *transport_; }
   Store& store() { return *store_; }
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Builds everything that this machine can build and runs all tests:
 #   scripts/test.sh [--sanitize] [--jobs N]
-#   --sanitize  instead: AddressSanitizer and UndefinedBehaviorSanitizer on core, operations,
-#               kernels and readers, then ThreadSanitizer on streams and worlds of threads
+#   --sanitize  instead: AddressSanitizer and UndefinedBehaviorSanitizer on core, comm,
+#               operations, kernels and readers, then ThreadSanitizer on streams and worlds of threads
 #   --jobs N    parallel jobs (default: the number of cores)
 # Ends with ctest's summary and its exit status.
 set -euo pipefail
@@ -89,8 +89,10 @@ fi
 
 # Programs under a sanitizer take long to compile: only what reads hostile input or shares memory
 # between threads.
-memory_targets="core_test ops_test data_test plan_test snapshot_test"
+memory_targets="core_test comm_test ops_test data_test plan_test snapshot_test"
 thread_targets="core_test comm_test data_test snapshot_test model_test parallel_test pipeline_trainer_test trainer_test zero_trainer_test tensor_trainer_test"
+# What they report ends the test; by default undefined behaviour is only printed.
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 status=0
 say "AddressSanitizer and UndefinedBehaviorSanitizer"
 build "$root/build/asan-ubsan" "$memory_targets" -DCMAKE_BUILD_TYPE=RelWithDebInfo \

@@ -3,6 +3,7 @@
 #ifndef STRETTO_TESTS_SUPPORT_COLLECTIVE_CASES_H_
 #define STRETTO_TESTS_SUPPORT_COLLECTIVE_CASES_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -119,7 +120,7 @@ inline absl::Status Differs(const std::string& what) {
 
 inline Data Slice(const Data& d, int64_t begin, int64_t count) {
   Data out(d.dtype, count);
-  std::memcpy(out.bytes.data(), d.bytes.data() + begin * SizeOf(d.dtype), out.bytes.size());
+  std::copy_n(d.bytes.begin() + begin * SizeOf(d.dtype), out.bytes.size(), out.bytes.begin());
   return out;
 }
 
@@ -164,16 +165,16 @@ inline absl::Status CheckCollectives(Communicator& c, const Group& g, DType dtyp
   Data gathered(dtype, elements * n);
   Data expected(dtype, elements * n);
   for (int p = 0; p < n; ++p) {
-    std::memcpy(expected.bytes.data() + p * elements * SizeOf(dtype),
-                whole[static_cast<std::size_t>(p)].bytes.data(), whole[0].bytes.size());
+    const auto& part = whole[static_cast<std::size_t>(p)].bytes;
+    std::copy(part.begin(), part.end(), expected.bytes.begin() + p * elements * SizeOf(dtype));
   }
   Data mine = whole[me];
   STRETTO_RETURN_IF_ERROR(c.Wait(c.AllGather(g, gathered.tensor(), mine.tensor(), "case")));
   if (!(gathered == expected)) return Differs("all_gather of " + what);
   Mix(gathered, hash);
   Data in_place(dtype, elements * n);
-  std::memcpy(in_place.bytes.data() + g.index * elements * SizeOf(dtype), mine.bytes.data(),
-              mine.bytes.size());
+  std::copy(mine.bytes.begin(), mine.bytes.end(),
+            in_place.bytes.begin() + g.index * elements * SizeOf(dtype));
   STRETTO_RETURN_IF_ERROR(c.Wait(
       c.AllGather(g, in_place.tensor(), in_place.Part(g.index * elements, elements), "in place")));
   if (!(in_place == expected)) return Differs("all_gather in place of " + what);

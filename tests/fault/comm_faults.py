@@ -14,6 +14,8 @@ import tempfile
 import threading
 import time
 
+from support import running
+
 PROGRAM, LAUNCHER = sys.argv[1], sys.argv[2:]
 RANKS = int(LAUNCHER[1])
 
@@ -56,14 +58,6 @@ class Job:
                 os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.reader.join()
-
-
-def running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def fail(why, job):

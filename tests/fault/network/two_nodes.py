@@ -10,7 +10,6 @@ usage: two_nodes.py NETWORK_NODE TOKENIZE_PROGRAM
   other and the operation.
 Exits with 77, and says why, where there is no root, `ip netns` or `tc`.
 """
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from support import prepare  # noqa: E402
 
 NODE, TOKENIZE = sys.argv[1:3]
 NAMES = [f"stretto-{os.getpid()}-{side}" for side in "ab"]
@@ -205,19 +207,14 @@ def main():
         except OSError as error:
             print(f"SKIP: this machine has no network namespaces with a rate limit: {error}")
             sys.exit(77)
-        with open(f"{scratch}/text.txt", "w") as text:
-            text.writelines(f"{i * i} bottles of milk\n\n" for i in range(400))
-        subprocess.run([TOKENIZE, "--tokenizer", "bytes", "--output", f"{scratch}/text",
-                        f"{scratch}/text.txt"], check=True, stdout=subprocess.DEVNULL)
-        with open(f"{scratch}/config.json", "w") as config:
-            json.dump({
-                "model": {"family": "gpt2", "layers": 2, "hidden": 64, "heads": 4,
-                          "max_positions": 64},
-                "data": {"sequence_length": 64},
-                "batch": {"global": 16, "micro": 1},
-                "runtime": {"threads": 1, "device": "cpu", "timeout_seconds": 60},
-                "checkpoint": {"resume": "never"},
-            }, config)
+        prepare(TOKENIZE, scratch, {
+            "model": {"family": "gpt2", "layers": 2, "hidden": 64, "heads": 4,
+                      "max_positions": 64},
+            "data": {"sequence_length": 64},
+            "batch": {"global": 16, "micro": 1},
+            "runtime": {"threads": 1, "device": "cpu", "timeout_seconds": 60},
+            "checkpoint": {"resume": "never"},
+        })
         compare(scratch, 2, "parallel.dp=2")
         compare(scratch, 2, "parallel.pp=2")
         compare(scratch, 4, "parallel.dp=2 parallel.tp=2")

@@ -9,7 +9,6 @@ itself waited for, with the axis; one of them waits in the operation where the r
 process may stay.
 """
 import concurrent.futures
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from support import prepare, running  # noqa: E402
 
 VICTIM_PROGRAM, TOKENIZE, MPIRUN = sys.argv[1:4]
 RANKS = int(sys.argv[4])
@@ -88,14 +90,6 @@ def cases():
     yield Case("part of a checkpoint", 1, "file", saves, 1, partner="the checkpoint of step")
     yield Case("rank 0's part of a checkpoint", 0, "file", saves, 1,
                partner="the checkpoint of step")
-
-
-def running(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def plain(text):
@@ -177,22 +171,17 @@ def run(case, which, scratch):
 def main():
     scratch = tempfile.mkdtemp(prefix="stretto-faults-")
     try:
-        with open(f"{scratch}/text.txt", "w") as text:
-            text.writelines(f"{i * i} bottles of milk\n\n" for i in range(400))
-        subprocess.run([TOKENIZE, "--tokenizer", "bytes", "--output", f"{scratch}/text",
-                        f"{scratch}/text.txt"], check=True, stdout=subprocess.DEVNULL)
-        with open(f"{scratch}/config.json", "w") as config:
-            json.dump({
-                "model": {"family": "gpt2", "layers": 4, "hidden": 16, "heads": 4,
-                          "max_positions": 16},
-                "data": {"sequence_length": 16},
-                "batch": {"global": 8, "micro": 1},
-                "steps": 4,
-                "parallel": {"bucket_bytes": 4096},
-                "runtime": {"threads": 1, "device": "cpu"},
-                "evaluate": {"samples": 4},
-                "checkpoint": {"resume": "never"},
-            }, config)
+        prepare(TOKENIZE, scratch, {
+            "model": {"family": "gpt2", "layers": 4, "hidden": 16, "heads": 4,
+                      "max_positions": 16},
+            "data": {"sequence_length": 16},
+            "batch": {"global": 8, "micro": 1},
+            "steps": 4,
+            "parallel": {"bucket_bytes": 4096},
+            "runtime": {"threads": 1, "device": "cpu"},
+            "evaluate": {"samples": 4},
+            "checkpoint": {"resume": "never"},
+        })
         jobs = [(case, which) for case in cases() for which in (signal.SIGSTOP, signal.SIGKILL)
                 if not ONLY or case.name in ONLY]
         good = True

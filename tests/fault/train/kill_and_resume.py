@@ -19,6 +19,9 @@ import sys
 import tempfile
 import time
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from support import prepare  # noqa: E402
+
 GPT, TOKENIZE, MPIRUN = sys.argv[1:4]
 NUMBERS = [int(a) for a in sys.argv[4:] if "=" not in a]
 SETTINGS = [a for a in sys.argv[4:] if "=" in a]
@@ -92,22 +95,16 @@ def main():
     random.seed(SEED)
     scratch = tempfile.mkdtemp(prefix="stretto kill ")
     try:
-        with open(f"{scratch}/text.txt", "w") as text:
-            for i in range(400):
-                text.write(f"{i * i} bottles of {random.choice(['beer', 'milk', 'ink'])}\n\n")
-        subprocess.run([TOKENIZE, "--tokenizer", "bytes", "--output", f"{scratch}/text",
-                        f"{scratch}/text.txt"], check=True, stdout=subprocess.DEVNULL)
-        with open(f"{scratch}/config.json", "w") as config:
-            json.dump({
-                "model": {"family": "llama", "layers": 2, "hidden": 48, "heads": 4,
-                          "max_positions": 64},
-                "data": {"sequence_length": 64},
-                "batch": {"global": 6, "micro": 2},
-                "optimizer": {"schedule": "constant", "lr": 1e-3},
-                "runtime": {"threads": 1, "device": "cpu"},
-                "evaluate": {"every": 10, "samples": 8},
-                "checkpoint": {"every": 3, "keep": 2},
-            }, config)
+        prepare(TOKENIZE, scratch, {
+            "model": {"family": "llama", "layers": 2, "hidden": 48, "heads": 4,
+                      "max_positions": 64},
+            "data": {"sequence_length": 64},
+            "batch": {"global": 6, "micro": 2},
+            "optimizer": {"schedule": "constant", "lr": 1e-3},
+            "runtime": {"threads": 1, "device": "cpu"},
+            "evaluate": {"every": 10, "samples": 8},
+            "checkpoint": {"every": 3, "keep": 2},
+        }, words=lambda: random.choice(["beer", "milk", "ink"]))
         alone = Run(scratch, "alone")
         started = time.time()
         alone.finish(2, *SETTINGS)

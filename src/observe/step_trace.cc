@@ -8,6 +8,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <filesystem>
+#include <fstream>
+#include <string>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -27,6 +30,24 @@ constexpr const char* kRows[] = {"steps", "host", "compute", "exposed"};
 int PlaceOf(const TraceSlice& slice) {
   const auto* row = std::find(std::begin(kRows), std::end(kRows), slice.row);
   return static_cast<int>(row - std::begin(kRows));
+}
+
+// Refuses what a trace must not replace: anything but a trace or a name that is free.
+absl::Status CheckReplaceable(const std::string& path) {
+  std::error_code error;
+  const std::filesystem::file_type type = std::filesystem::symlink_status(path, error).type();
+  if (type == std::filesystem::file_type::not_found) return absl::OkStatus();
+  bool trace = false;
+  if (type == std::filesystem::file_type::regular) {
+    std::ifstream file(path, std::ios::binary);
+    std::string begin(std::char_traits<char>::length(kChromeTraceBegin), '\0');
+    file.read(begin.data(), static_cast<std::streamsize>(begin.size()));
+    trace = file.gcount() == 0 || begin == kChromeTraceBegin;
+  }
+  if (trace) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "the trace would replace '", path,
+      "', which is no trace; set metrics.trace_file to a new name or to that of an older trace"));
 }
 
 // A file that appears under its name when it is complete.
@@ -91,7 +112,9 @@ absl::StatusOr<std::unique_ptr<StepTrace>> StepTrace::Create(Communicator& comm,
   if (comm.world().rank() == 0) {
     const std::string parent = std::filesystem::path(options.file).parent_path().string();
     STRETTO_RETURN_IF_ERROR(observe_internal::MakeDirectories(parent));
-    STRETTO_RETURN_IF_ERROR(Writer(options.file).status());  // now rather than after the steps
+    // Now rather than after the steps.
+    STRETTO_RETURN_IF_ERROR(CheckReplaceable(options.file));
+    STRETTO_RETURN_IF_ERROR(Writer(options.file).status());
   }
   auto trace = std::unique_ptr<StepTrace>(new StepTrace(comm, stream, options));
   trace->recorder_ = std::make_unique<TraceRecorder>(stream, options.capacity);
@@ -194,6 +217,7 @@ absl::Status StepTrace::CloseAlone() {
   const std::string file = absl::StrCat(options_.file, ".rank", comm_.world().rank(), ".json");
   STRETTO_RETURN_IF_ERROR(
       observe_internal::MakeDirectories(std::filesystem::path(file).parent_path().string()));
+  STRETTO_RETURN_IF_ERROR(CheckReplaceable(file));
   Writer writer(file);
   writer.Write(kChromeTraceBegin);
   writer.Write(part);

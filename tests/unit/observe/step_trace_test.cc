@@ -93,6 +93,30 @@ TEST_F(StepTraceTest, KeepsWhatThereIsRoomFor) {
   EXPECT_EQ(file["otherData"]["lost_actions"], 3 * (10 - 4));
 }
 
+TEST_F(StepTraceTest, ReplacesNothingButATrace) {
+  std::filesystem::create_directories(directory_);
+  const std::string file = directory_ + "/file";
+  const auto create = [&](const std::string& text) {
+    std::ofstream(file) << text;
+    return World::RunThreads(1, [&](World& world) {
+      Communicator comm(world);
+      const auto stream = Stream::Create(Device::Cpu()).value();
+      return StepTrace::Create(comm, *stream, {.file = file, .steps = 1}).status();
+    });
+  };
+  EXPECT_TRUE(create("{\"traceEvents\":[\n]}").ok());
+  EXPECT_TRUE(create("").ok());
+  const absl::Status refused = create("tokens");
+  EXPECT_TRUE(absl::IsInvalidArgument(refused)) << refused;
+  EXPECT_NE(refused.message().find("metrics.trace_file"), std::string::npos) << refused;
+  std::string text;
+  std::ifstream(file) >> text;
+  EXPECT_EQ(text, "tokens");
+  std::filesystem::remove(file);
+  std::filesystem::create_symlink(directory_ + "/elsewhere", file);
+  EXPECT_TRUE(absl::IsInvalidArgument(create("")));
+}
+
 TEST_F(StepTraceTest, WritesNothingWithoutAStepInTheWindow) {
   EXPECT_TRUE(Run({.first_step = 6, .steps = 2}, 0).is_discarded());
 }

@@ -182,7 +182,7 @@ class Fitter {
       const auto found = wanted.find(operation.name);
       if (found == wanted.end()) continue;
       std::vector<OperationSample> samples;
-      for (int64_t e = kLeast / 4 / n * n; e <= elements; e *= 4) {
+      for (int64_t e = std::max<int64_t>(1, kLeast / 4 / n) * n; e <= elements; e *= 4) {
         STRETTO_ASSIGN_OR_RETURN(const double seconds, SecondsOf(comm_, gpu_ ? &stream_ : nullptr,
                                                                  operation, e, repetitions_));
         // What a rank sends; point to point has one peer. A small all-reduce sends everything to

@@ -268,7 +268,18 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   if (arguments.rest().size() != 1) {
     return absl::InvalidArgumentError("stretto-plan needs one configuration file; see --help");
   }
-  if (suggest) return PrintSuggestions(arguments.rest()[0], sets, suggestions);
+  if (suggest) {
+    const char* const given = ranks != 1               ? "ranks"
+                              : !device_memory.empty() ? "device-memory"
+                              : json                   ? "json"
+                              : buckets                ? "buckets"
+                                                       : nullptr;
+    if (given != nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "--", given, " does not go with --suggest, which takes --gpus and --memory"));
+    }
+    return PrintSuggestions(arguments.rest()[0], sets, suggestions);
+  }
   STRETTO_RETURN_IF_ERROR(suggestions.RequireNone());
   if (ranks < 1 || ranks > (1 << 20)) {
     return absl::InvalidArgumentError(absl::StrCat("--ranks must be 1 to 1048576, not ", ranks));

@@ -9,6 +9,7 @@
 #include "src/parallel/parameter_storage.h"
 #include "stretto/model/layer.h"
 #include "stretto/parallel/data_parallel.h"
+#include "stretto/parallel/stages.h"
 
 namespace stretto {
 namespace {
@@ -82,12 +83,9 @@ class Planner {
     end_ = static_cast<int>(list.actions.size());
     cuts_ = {0, end_};
     if (options.pieces) {
-      int forward = 0;
-      while (forward < end_ && Kind(forward) == ActionKind::kForward) ++forward;
-      cuts_.push_back(forward);
-      int weights = end_;
-      while (weights > forward && OfWeights(Kind(weights - 1))) --weights;
-      if (options.halves) cuts_.push_back(weights);
+      const ListPieces pieces = PiecesOf(list);
+      cuts_.push_back(static_cast<int>(pieces.forward_end));
+      if (options.halves) cuts_.push_back(static_cast<int>(pieces.weights_begin));
       std::sort(cuts_.begin(), cuts_.end());
     }
     units_.resize(buckets.size());

@@ -227,7 +227,7 @@ void FinishGradient(Run& run, const Frame& frame, SlotId slot, SlotId whole) {
   for (int i = 0; i < PiecesOf(frame.cut(), tokens); ++i) {
     const TokenPiece piece = PieceOf(frame.cut(), tokens, i);
     ops::Add(run.ops(), frame.Grad(slot).Rows(piece.part.first, piece.own),
-             frame.Value(whole).Rows(piece.mine.first, piece.own));
+             frame.Padded(whole).Rows(piece.mine.first, piece.own));
   }
 }
 

@@ -366,15 +366,23 @@ absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const 
     const int64_t bytes = e.rows * e.info->width * SizeOf(e.info->dtype) * (graph.tokens.ranks - 1);
     sizes->exchange[e.action] += operation.Seconds(graph.tokens.ranks, bytes);
   }
-  for (size_t i = 0; i < stage.train_actions.actions.size(); ++i) {
-    const Action& action = stage.train_actions.actions[i];
+  // A product that is kept does not run again, only the activation behind it: next to nothing of
+  // what the layer's forward takes.
+  std::vector<uint8_t> keeps_product(graph.layers.size(), 0);
+  for (const SlotInfo& slot : graph.slots) {
+    if (slot.gelu_of < 0 || stage.train_actions.dropped[Index(slot.gelu_of)]) continue;
+    if (graph.slots[Index(slot.gelu_of)].producer == slot.producer) {
+      keeps_product[Index(slot.producer)] = 1;
+    }
+  }
+  for (const Action& action : stage.train_actions.actions) {
+    const auto l = Index(action.layer);
+    const bool exchange = action.kind == ActionKind::kStartInput ||
+                          action.kind == ActionKind::kFinishInput ||
+                          action.kind == ActionKind::kStartWeight;
+    const bool again = action.kind == ActionKind::kRecompute && keeps_product[l] != 0;
     double seconds = 0;
-    if (const LayerCost* layer = of_layer[Index(action.layer)]) {
-      if (action.kind == ActionKind::kStartInput || action.kind == ActionKind::kFinishInput ||
-          action.kind == ActionKind::kStartWeight) {
-        sizes->layer.push_back(0);
-        continue;
-      }
+    if (const LayerCost* layer = exchange || again ? nullptr : of_layer[l]) {
       const StageCost& half = action.kind == ActionKind::kBackwardInput    ? layer->backward_input
                               : action.kind == ActionKind::kBackwardWeight ? layer->backward_weight
                                                                            : layer->forward;
@@ -416,7 +424,11 @@ absl::StatusOr<StageSeconds> SecondsOf(const TrainConfig& config, const StagePla
     }
   }
   const int64_t partial = PartialGradients::CostsOf(graph, links.dp, 0).sent;
-  if (partial > 0) s.partial = links.tensor->all_reduce.Seconds(links.tp, partial);
+  // A scattered sum and a gather, of as many bytes each.
+  if (partial > 0) {
+    s.partial = links.tensor->reduce_scatter.Seconds(links.tp, partial / 2) +
+                links.tensor->all_gather.Seconds(links.tp, partial / 2);
+  }
   int64_t elements = 0;
   for (size_t p = 0; p < graph.parameters.size(); ++p) {
     if (static_cast<int>(p) == stage.copy.value) continue;
@@ -512,9 +524,11 @@ absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config,
   }
   const TrainConfig::Parallel& p = config.parallel;
   const LinkCost* network = device.network ? &*device.network : &device.machine;
-  // Ranks of an axis are so far apart: the tensor axis is innermost, the pipeline's outermost.
+  // Ranks of an axis are so far apart: the tensor axis is innermost, the pipeline's outermost. Runs
+  // of `reach` neighbours stay inside machines when they fill them, or when there is one machine.
   const auto within = [&](int64_t reach) {
-    return machine_ranks <= 0 || reach <= machine_ranks ? &device.machine : network;
+    const bool one = machine_ranks <= 0 || p.dp * p.tp * p.pp <= machine_ranks;
+    return one || machine_ranks % reach == 0 ? &device.machine : network;
   };
   const Links links = {.dp = static_cast<int>(p.dp),
                        .tp = static_cast<int>(p.tp),

@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "src/core/start_thread.h"
 #include "stretto/train/memory.h"
 
 namespace stretto {
@@ -57,7 +58,12 @@ class Search {
     // Plans are pure: layouts are tried on all cores.
     const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
     std::vector<std::thread> threads;
-    for (unsigned t = 1; t < cores; ++t) threads.emplace_back([this] { TryAll(); });
+    for (unsigned t = 1; t < cores; ++t) {
+      absl::StatusOr<std::thread> started =
+          StartThread("a search for layouts", [this] { TryAll(); });
+      if (!started.ok()) break;  // those that there are do its part
+      threads.push_back(*std::move(started));
+    }
     TryAll();
     for (std::thread& thread : threads) thread.join();
     STRETTO_RETURN_IF_ERROR(status_);
@@ -100,6 +106,11 @@ class Search {
     if (tp > options_.machine_ranks) {
       return Refuse(absl::StrCat("parallel.tp ", tp, " is more than the ", options_.machine_ranks,
                                  " ranks of a machine"));
+    }
+    // The ranks of an axis are neighbours: some of its groups would lie on two machines.
+    if (options_.ranks > options_.machine_ranks && options_.machine_ranks % tp != 0) {
+      return Refuse(absl::StrCat("parallel.tp ", tp, " does not divide the ",
+                                 options_.machine_ranks, " ranks of a machine"));
     }
     std::vector<std::string> schedules = {"1f1b"};
     if (pp > 1) schedules = {"1f1b", "interleaved", "zb-h1", "v-shaped"};

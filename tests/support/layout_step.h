@@ -144,6 +144,9 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
   std::vector<std::unique_ptr<Stage>> stages;
   std::vector<StageParts> parts;
   std::vector<StageMemory> memory;
+  // As the trainer has it.
+  const bool halves =
+      layout.kind == ScheduleKind::kZeroBubbleH1 || layout.kind == ScheduleKind::kVShaped;
   ModelPart part;
   for (int s = 0; s < program.stages; ++s) {
     part.end_block = part.first_block + blocks[static_cast<size_t>(s)];
@@ -156,8 +159,8 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
                               .strategies = TensorStrategies(layout.tp, tp.index, layout.pieces),
                               .part = part}));
       const Graph& graph = stage->model.graph;
-      stage->actions = TrainingActions(graph, options.recompute,
-                                       /*defer_weights=*/layout.in_stages(), options.overlap);
+      stage->actions =
+          TrainingActions(graph, options.recompute, /*defer_weights=*/halves, options.overlap);
       options.change(stage->actions);
       STRETTO_ASSIGN_OR_RETURN(stage->frame, PlanFrame(graph, stage->actions, capacity));
       stage->buckets = PlanBuckets(graph, stage->actions, EvaluationActions(graph),
@@ -165,8 +168,7 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
                                     .ranks = layout.dp,
                                     .bucket_bytes = options.bucket_bytes,
                                     .pieces = layout.in_stages(),
-                                    .halves = layout.kind == ScheduleKind::kZeroBubbleH1 ||
-                                              layout.kind == ScheduleKind::kVShaped});
+                                    .halves = halves});
       if (options.sabotage) options.sabotage(stage->buckets);
       STRETTO_ASSIGN_OR_RETURN(stage->parameters,
                                DataParallel::Create(comm, dp, graph, *stream, *kernels, 5, budget,

@@ -89,7 +89,6 @@ class ModelStages : public StageWorker {
   struct Stage;
   explicit ModelStages(Stream& stream);
   absl::StatusOr<Slot*> SlotOf(Stage& stage, int item);
-  // The actions [first, end) of a stage's list that a program's action stands for.
 
   Stream& stream_;
   std::vector<Stage> stages_;

@@ -53,8 +53,10 @@ absl::StatusOr<std::vector<RunPlan>> PlanPlaces(const TrainConfig& config, int r
 // links of a machine where the cost has none.
 //
 // Data-parallel ranks are taken to be alike, all samples to be full, and layers that a tensor axis
-// cuts to take 1/t of their time. Of a tensor axis nothing is hidden. FAILED_PRECONDITION when the
-// cost model has no parts, is for another model, or lacks a layer.
+// cuts to take 1/t of their time. Of the tensor axis, `hidden` of what starts and ends apart
+// travels under other actions, and forward hides all pieces but one; pieces of inputs' halves are
+// not told apart. FAILED_PRECONDITION when the cost model has no parts, is for another model, or
+// lacks a layer.
 absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config,
                                            const std::vector<RunPlan>& plans, const CostModel& cost,
                                            int machine_ranks = 0);

@@ -76,12 +76,14 @@ namespace stretto {
 namespace {
 
 absl::Status Steps(World& world, const std::string& dtype, const std::string& fp8,
-                   const std::string& recompute, int tp, int64_t zero, bool traced = false) {
+                   const std::string& recompute, int tp, int64_t zero, bool traced = false,
+                   int64_t tp_chunks = 1) {
   testing::ScratchDirectory scratch;
   STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, "llama"));
   config.steps = 12;
   config.model.kv_heads = 2;
   config.parallel.tp = tp;
+  config.parallel.tp_chunks = tp_chunks;
   config.runtime.dtype = dtype;
   config.runtime.fp8 = fp8;
   if (fp8 != "none") {  // widths that FP8 layers take
@@ -146,8 +148,10 @@ absl::Status RunAll(World& world) {
   // The ranks as a tensor axis.
   for (const char* recompute : {"none", "block"}) {
     if (world.size() > 2) break;
-    STRETTO_RETURN_IF_ERROR(
-        world.Agree("steps", Steps(world, "f32", "none", recompute, world.size(), 1)));
+    for (const int64_t chunks : {1, 3}) {
+      STRETTO_RETURN_IF_ERROR(world.Agree(
+          "steps", Steps(world, "f32", "none", recompute, world.size(), 1, chunks > 1, chunks)));
+    }
   }
   for (const int64_t zero : {2, 3}) {
     STRETTO_RETURN_IF_ERROR(world.Agree("steps", Steps(world, "bf16", "none", "block", 1, zero)));

@@ -275,6 +275,7 @@ TEST_F(PlanTool, SuggestsByAFitOfTheSameModelOnly) {
       {good + "--fit broken.json", "broken.json is no cost model"},
       {good + "--fit stages.json", "stages only"},
       {good + "--fit other.json", "was fitted to another model"},
+      {good + "--json", "--json does not go with --suggest"},
       {"c.json --gpus 2", "--gpus belongs to --suggest"},
       {"c.json --fit other.json", "--fit belongs to --suggest"}};
   for (const auto& [arguments, text] : cases) {

@@ -93,6 +93,52 @@ TEST_P(TensorParallel, RecomputesAndCutsTheVocabularyIntoChunks) {
   }
 }
 
+// What a second reader of the same tokens adds to a gradient that is there comes out of a sum, too.
+TEST_P(TensorParallel, TwoColumnLayersAddUpTheGradientOfOneInput) {
+  const auto build = [](const Strategies& strategies) {
+    Builder b(DType::kF64, strategies);
+    const SlotId n = b.Norm("norm", b.Embedding("embed", 13, 6, 0, 1.0));
+    const auto branch = [&](const std::string& name) {
+      const SlotId inner = b.Linear(name + ".in", Role::kColumn, n, 6, 10);
+      return b.Linear(name + ".out", Role::kRow, inner, 10, 6);
+    };
+    const SlotId one = branch("one"), two = branch("two");
+    b.LossHead("head", b.AddNorm("sum", one, two).second, 13, 0, {}, 1.0);
+    return b.Finish().value();
+  };
+  for (const int64_t tokens : {1, 2, 7}) {
+    const PackedBatch batch = testing::RandomBatch({tokens}, 13, 3);
+    const Graph whole = build(LocalStrategies());
+    testing::Harness one(whole, 5);
+    one.run().BeginStep();
+    ASSERT_TRUE(one.RunBatch(TrainingActions(whole, Recompute::kNone), batch).ok());
+    for (const int pieces : {1, 2}) {
+      for (const bool overlap : {false, true}) {
+        const absl::Status ran = World::RunThreads(GetParam(), [&](World& world) -> absl::Status {
+          Communicator comm(world);
+          TensorAxis axis(comm, comm.all());
+          const Graph part = build(TensorStrategies(world.size(), world.rank(), pieces));
+          testing::Harness mine(part, 5);
+          mine.run().SetTensorAxis(&axis);
+          mine.run().BeginStep();
+          STRETTO_RETURN_IF_ERROR(
+              mine.RunBatch(TrainingActions(part, Recompute::kNone, false, overlap), batch));
+          const ParameterSpec& table = part.parameters[0].spec;
+          EXPECT_EQ(table.name, "embed.weight");
+          const Range rows = table.part.rows[0];
+          for (int64_t i = 0; i < rows.count * 6; ++i) {
+            EXPECT_NEAR(testing::Get(mine.gradients[0], i),
+                        testing::Get(one.gradients[0], rows.first * 6 + i), 1e-9)
+                << tokens << " tokens, " << pieces << " pieces, element " << i;
+          }
+          return world.Barrier("done");
+        });
+        EXPECT_TRUE(ran.ok()) << ran;
+      }
+    }
+  }
+}
+
 TEST_P(TensorParallel, RunsOnQueuedStreams) {
   for (const int pieces : {1, 3}) {
     ExpectLikeOneRank(Config("qwen3", true), {.tp = GetParam(), .pieces = pieces},

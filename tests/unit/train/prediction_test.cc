@@ -155,6 +155,51 @@ TEST(PredictStep, HiddenCommunicationCostsWhatIsLeftOver) {
   }
 }
 
+// What starts and ends apart travels under weights' halves, and pieces under products.
+TEST(PredictStep, ATensorAxisHidesWhatTravelsUnderProducts) {
+  TrainConfig config = Small();
+  config.parallel.tp = 2;
+  CostModel cost = Planted(config);
+  cost.parts->machine = Link(0, kBytesPerSecond);
+  const StepPrediction serial = Predict(config, 2, cost);
+  cost.parts->hidden = 1;
+  const StepPrediction apart = Predict(config, 2, cost);
+  EXPECT_GT(apart.tensor, 0);  // forward waits
+  EXPECT_LT(apart.tensor, 0.8 * serial.tensor);
+  EXPECT_NEAR(apart.seconds - apart.tensor, serial.seconds - serial.tensor, 1e-9);
+  config.parallel.tp_chunks = 4;
+  EXPECT_LT(Predict(config, 2, cost).tensor, 0.9 * apart.tensor);
+  config.parallel.tp_chunks = 1;
+  config.parallel.tp_overlap = false;
+  EXPECT_NEAR(Predict(config, 2, cost).tensor, serial.tensor, 1e-6 * serial.tensor);
+}
+
+// A product is not made again where only the activation behind it is dropped.
+TEST(PredictStep, AnActivationIsRecomputedWithoutItsProduct) {
+  TrainConfig config = Small();
+  config.model.family = "gpt2";
+  CostModel cost = Planted(config);
+  for (LayerCost& layer : cost.parts->layers) {
+    layer.forward.fixed = layer.name == "mlp.up" ? 1 : 0;
+    layer.backward_input = layer.backward_weight = {};
+  }
+  const auto compute = [&](const char* recompute) {
+    config.runtime.recompute = recompute;
+    return Predict(config, 1, cost).compute;
+  };
+  EXPECT_EQ(compute("norms"), compute("none"));
+  EXPECT_EQ(compute("block"), 2 * compute("none"));
+}
+
+TEST(PredictStep, PartialGradientsAreTwoOperations) {
+  TrainConfig config = Small();
+  config.parallel.tp = 2;
+  CostModel cost = Planted(config);
+  const double free = Predict(config, 2, cost).tensor;
+  cost.parts->machine.all_reduce.latency = 0.5;
+  EXPECT_NEAR(Predict(config, 2, cost).tensor, free, 1e-9);  // only the step's scalars
+}
+
 TEST(PredictStep, PartsAddUp) {
   for (const char* schedule : {"1f1b", "interleaved", "zb-h1", "v-shaped"}) {
     for (const int zero : {1, 2, 3}) {
@@ -188,6 +233,11 @@ TEST(PredictStep, LinksBetweenMachinesCountWhereAnAxisLeavesOne) {
   const TrainConfig resolved = Resolved(config, 4);
   const double inside = PredictStep(resolved, 4, cost, 4)->data;
   EXPECT_NEAR(PredictStep(resolved, 4, cost, 2)->data, 10 * inside, 1e-6 * inside);
+  // Two ranks of an axis of three on one machine, one on the next.
+  config.parallel.dp = 3;
+  config.parallel.pp = 2;
+  const TrainConfig across = Resolved(config, 6);
+  EXPECT_GT(PredictStep(across, 6, cost, 4)->data, 5 * PredictStep(across, 6, cost, 3)->data);
 }
 
 TEST(PredictStep, RefusesCostsThatAreNotForIt) {
@@ -302,6 +352,18 @@ TEST_F(Suggestion8, EveryAxisIsTriedAndRefusalsAreCounted) {
   EXPECT_EQ(zeros, (std::set<int64_t>{1, 2, 3}));
   EXPECT_EQ(Refused(found, "ranks of a machine"), 1);
   EXPECT_EQ(Refused(found, "more than model.layers"), 2);  // pp 8 with two chunks, and the V shape
+}
+
+// A run refuses a tensor axis on two machines.
+TEST_F(Suggestion8, TensorAxesStayInsideMachines) {
+  SuggestOptions options = Options(int64_t{1} << 40);
+  options.ranks = 12;
+  const auto found = Suggest(Small(), cost_, options);
+  ASSERT_TRUE(found.ok()) << found.status();
+  std::set<int64_t> seen;
+  for (const Suggestion& s : found->feasible) seen.insert(s.config.parallel.tp);
+  EXPECT_EQ(seen, (std::set<int64_t>{1, 2, 4}));
+  EXPECT_GT(Refused(*found, "parallel.tp 3 does not divide the 4 ranks of a machine"), 0);
 }
 
 TEST_F(Suggestion8, LittleMemoryIsMetByRecomputation) {

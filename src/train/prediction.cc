@@ -1,6 +1,7 @@
 #include "stretto/train/prediction.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -117,6 +118,29 @@ class RankClock {
     return now_;
   }
 
+  // What the rank's time has gone into so far.
+  struct Totals {
+    double compute = 0, tensor = 0, data = 0;
+  };
+  Totals totals() const { return {compute_, tensor_, data_}; }
+  // Lets `count` micro-batches pass that are like the last one, which took `seconds` and before
+  // which the totals were `before`.
+  void Repeat(const Totals& before, double seconds, double count) {
+    compute_ += count * (compute_ - before.compute);
+    tensor_ += count * (tensor_ - before.tensor);
+    data_ += count * (data_ - before.data);
+    ForTimes([&](double& t) {
+      if (t > 0) t += count * seconds;
+    });
+  }
+  // How far what is on its way reaches beyond `end`. With the same a micro-batch later the clock is
+  // in a steady state: from there on all are alike.
+  std::vector<double> Ahead(double end) {
+    std::vector<double> ahead;
+    ForTimes([&](const double& t) { ahead.push_back(std::max(0.0, t - end)); });
+    return ahead;
+  }
+
   double compute() const { return compute_; }
   double tensor() const { return tensor_; }
   double data() const { return data_; }
@@ -144,6 +168,20 @@ class RankClock {
   };
   static bool EndsBackward(StageWork work) {
     return work == StageWork::kBackward || work == StageWork::kBackwardWeight;
+  }
+
+  // All points in time that are kept from one action to the next.
+  template <class F>
+  void ForTimes(const F& f) {
+    f(channel_);
+    f(tensor_channel_);
+    for (Stage& stage : stages_) {
+      for (auto* times :
+           {&stage.reduced, &stage.gathered, &stage.input, &stage.summed, &stage.weight}) {
+        for (double& t : *times) f(t);
+      }
+      for (Stay& stay : stage.stays) f(stay.finish);
+    }
   }
 
   // The collectives of a rank follow each other beside its computation, which they hold up by the
@@ -446,6 +484,13 @@ struct StepRun {
   std::vector<RankClock> ranks;
 };
 
+// Equal but for rounding.
+bool Near(const std::vector<double>& a, const std::vector<double>& b, double error) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [&](double x, double y) {
+           return std::abs(x - y) <= error;
+         });
+}
+
 absl::StatusOr<StepRun> RunStep(const TrainConfig& config, const std::vector<RunPlan>& plans,
                                 const std::vector<RankClock>& fresh, const Links& links,
                                 double boundary) {
@@ -455,8 +500,13 @@ absl::StatusOr<StepRun> RunStep(const TrainConfig& config, const std::vector<Run
   const auto count = static_cast<size_t>(plan.micro_batches);
   std::vector<double> ends(run.ranks.size(), 0);
   Clocks clocks(run.ranks, boundary);
-  // Without a pipeline micro-batches run one after the other.
+  // Without a pipeline micro-batches run one after the other, and are soon all alike but for the
+  // last one: those between are counted, not run. So many at most come before them.
+  constexpr size_t kMostBefore = 32;
+  std::vector<double> ahead;
   for (size_t first = 0; first < count; first += plan.step.items.size()) {
+    const RankClock::Totals before = run.ranks[0].totals();
+    const double begin = ends[0];
     for (size_t r = 0; r < run.ranks.size(); ++r) {
       run.ranks[r].Begin(plan.step, static_cast<int>(r), first, count, ends[r]);
     }
@@ -465,6 +515,16 @@ absl::StatusOr<StepRun> RunStep(const TrainConfig& config, const std::vector<Run
       if (!timeline.of_rank[r].empty()) ends[r] += timeline.of_rank[r].back().end;
     }
     if (pipeline) break;  // its program has all of them
+    const double seconds = ends[0] - begin;
+    const std::vector<double> now_ahead = run.ranks[0].Ahead(ends[0]);
+    const bool steady = Near(now_ahead, ahead, 1e-9 * seconds) || first + 1 == kMostBefore;
+    if (steady && first + 2 < count) {
+      const size_t alike = count - first - 2;
+      run.ranks[0].Repeat(before, seconds, static_cast<double>(alike));
+      ends[0] += static_cast<double>(alike) * seconds;
+      first += alike;
+    }
+    ahead = now_ahead;
   }
   for (size_t r = 0; r < run.ranks.size(); ++r) {
     run.seconds = std::max(run.seconds, run.ranks[r].FinishGradients(ends[r]));
@@ -539,7 +599,7 @@ absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config,
                        .pipeline = within(p.dp * p.tp * p.pp),
                        .all = within(p.dp * p.tp * p.pp),
                        .hidden = device.hidden};
-  const int64_t samples = (config.batch.global + p.dp - 1) / p.dp;
+  const int64_t samples = (config.batch.global - 1) / p.dp + 1;
   std::vector<RankClock> ranks;
   for (const RunPlan& plan : plans) {
     std::vector<StageSeconds> stages;
@@ -580,6 +640,10 @@ absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config,
   }
   // Sums of many terms are not exact.
   step.bubble = idle > 1e-9 * step.seconds ? idle : 0;
+  if (!std::isfinite(step.seconds) || step.seconds <= 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the cost model predicts a step of ", step.seconds, " s; fit it again"));
+  }
   return step;
 }
 

@@ -35,6 +35,18 @@ std::string KindOf(const std::string& reason) {
   return kind;
 }
 
+// The first, and `times` what it has more than the second.
+StepPrediction Extrapolated(const StepPrediction& a, const StepPrediction& b, double times) {
+  StepPrediction sum;
+  for (double StepPrediction::*const part :
+       {&StepPrediction::seconds, &StepPrediction::compute, &StepPrediction::update,
+        &StepPrediction::bubble, &StepPrediction::data, &StepPrediction::tensor,
+        &StepPrediction::pipeline}) {
+    sum.*part = std::max(0.0, a.*part + times * (a.*part - b.*part));
+  }
+  return sum;
+}
+
 class Search {
  public:
   Search(const TrainConfig& config, const CostModel& cost, const SuggestOptions& options)
@@ -44,7 +56,8 @@ class Search {
     for (const int64_t tp : Values("parallel.tp", config_.parallel.tp, Divisors(options_.ranks))) {
       for (const int64_t pp :
            Values("parallel.pp", config_.parallel.pp, Divisors(options_.ranks))) {
-        if (options_.ranks % (tp * pp) != 0) {
+        // Fixed ones may be of any size: their product need not be a number.
+        if (tp > options_.ranks || pp > options_.ranks || options_.ranks % (tp * pp) != 0) {
           // Unless one of them is fixed this is no layout at all.
           if (Fixed("parallel.tp") || Fixed("parallel.pp")) {
             Refuse(absl::StrCat("parallel.tp ", tp, " times parallel.pp ", pp,
@@ -156,7 +169,7 @@ class Search {
 
   // All micro-batch sizes of a layout.
   absl::Status Try(TrainConfig layout) {
-    const int64_t share = (layout.batch.global + layout.parallel.dp - 1) / layout.parallel.dp;
+    const int64_t share = (layout.batch.global - 1) / layout.parallel.dp + 1;
     std::vector<int64_t> sizes = {config_.batch.micro};
     for (int64_t m = 1; m <= share; m *= 2) sizes.push_back(m);
     sizes = Values("batch.micro", config_.batch.micro, sizes);
@@ -173,6 +186,16 @@ class Search {
         Refuse(std::string(refused.message()));
         continue;
       }
+      // Each place is planned with the program of all of them.
+      constexpr int64_t kMostCount = 4096;
+      const int64_t count = (share - 1) / sizes[i] + 1;
+      if (layout.parallel.pp > 1 && count > kMostCount) {
+        Refuse(absl::StrCat("parallel.pp ", layout.parallel.pp, " with ", count,
+                            " micro-batches of ", sizes[i],
+                            ": pipelines are suggested for at most ", kMostCount,
+                            " in a step; raise batch.micro or lower batch.global"));
+        continue;
+      }
       for (; least < recomputes.size(); ++least) {
         layout.runtime.recompute = recomputes[least];
         STRETTO_ASSIGN_OR_RETURN(const bool fits, TryOne(layout));
@@ -184,6 +207,26 @@ class Search {
       break;
     }
     return absl::OkStatus();
+  }
+
+  absl::StatusOr<StepPrediction> Predict(const TrainConfig& layout,
+                                         const std::vector<RunPlan>& plans) const {
+    // Once a pipeline is full, its rounds are alike: of a long step two shorter ones are simulated,
+    // which say what a round adds.
+    constexpr int64_t kMostMicroBatches = 64;
+    const TrainConfig::Parallel& p = layout.parallel;
+    const int64_t round = 2 * p.pp * p.chunks, micro = layout.batch.micro;
+    const int64_t keep = std::max(kMostMicroBatches, 4 * round);
+    const int64_t skipped = p.pp > 1 ? (plans.front().micro_batches - keep) / round : 0;
+    if (skipped < 1) return PredictStep(layout, plans, cost_, options_.machine_ranks);
+    TrainConfig shorter = layout;
+    const auto without = [&](int64_t rounds) {
+      shorter.batch.global -= rounds * round * micro * p.dp;
+      return PredictStep(shorter, options_.ranks, cost_, options_.machine_ranks);
+    };
+    STRETTO_ASSIGN_OR_RETURN(const StepPrediction longer, without(skipped));
+    STRETTO_ASSIGN_OR_RETURN(const StepPrediction shortest, without(1));
+    return Extrapolated(longer, shortest, static_cast<double>(skipped));
   }
 
   absl::StatusOr<bool> TryOne(const TrainConfig& layout) {
@@ -207,8 +250,7 @@ class Search {
     }
     if (most > options_.memory_bytes) return false;
     Suggestion suggestion = {.config = layout, .memory_bytes = most};
-    STRETTO_ASSIGN_OR_RETURN(suggestion.step,
-                             PredictStep(layout, plans, cost_, options_.machine_ranks));
+    STRETTO_ASSIGN_OR_RETURN(suggestion.step, Predict(layout, plans));
     const std::lock_guard<std::mutex> lock(mutex_);
     found_.feasible.push_back(std::move(suggestion));
     return true;
@@ -237,6 +279,18 @@ absl::StatusOr<Suggestions> Suggest(const TrainConfig& config, const CostModel& 
   if (options.memory_bytes < 1 || options.machine_ranks < 1) {
     return absl::InvalidArgumentError(
         "a device needs memory, and a machine a device, to suggest layouts for");
+  }
+  // What is planned for each layout grows with these.
+  constexpr int64_t kMostLayers = 1024, kMostSamples = int64_t{1} << 40;
+  if (config.model.layers > kMostLayers) {
+    return absl::InvalidArgumentError(absl::StrCat("model.layers is ", config.model.layers,
+                                                   ", and layouts are suggested for at most ",
+                                                   kMostLayers, "; lower it"));
+  }
+  if (config.batch.global > kMostSamples) {
+    return absl::InvalidArgumentError(absl::StrCat("batch.global is ", config.batch.global,
+                                                   ", and layouts are suggested for at most ",
+                                                   kMostSamples, "; lower it"));
   }
   return Search(config, cost, options).Run();
 }

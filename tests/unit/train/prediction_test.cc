@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <string>
 
@@ -272,6 +273,43 @@ TEST(AssumedH100, KnowsEveryLayerAndSaysThatItIsAssumed) {
   }
 }
 
+// Most micro-batches of a long step are not simulated: they are like others.
+TEST(PredictStep, LongStepsAddWhatOneMoreMicroBatchTakes) {
+  for (const int zero : {1, 2, 3}) {
+    for (const double hidden : {0.0, 0.5, 1.0}) {
+      TrainConfig config = Small();
+      config.parallel.dp = config.parallel.tp = 2;
+      config.parallel.zero = zero;
+      CostModel cost = Planted(config);
+      cost.parts->machine = Link(1e-3, kBytesPerSecond);
+      cost.parts->hidden = hidden;
+      const auto seconds = [&](int64_t micro_batches) {
+        config.batch.global = 2 * 2 * micro_batches - 1;
+        return Predict(config, 4, cost);
+      };
+      // The first few run one by one.
+      const StepPrediction a = seconds(19), b = seconds(20), c = seconds(1000019);
+      EXPECT_NEAR(c.seconds, a.seconds + 1e6 * (b.seconds - a.seconds), 1e-9 * c.seconds)
+          << "zero " << zero << " hidden " << hidden;
+      EXPECT_NEAR(c.data, a.data + 1e6 * (b.data - a.data), 1e-9 * c.seconds);
+      EXPECT_NEAR(c.tensor, a.tensor + 1e6 * (b.tensor - a.tensor), 1e-9 * c.seconds);
+      EXPECT_NEAR(c.compute, 1e6 * 8 * 3, 1e-4 * c.compute);
+    }
+  }
+}
+
+TEST(PredictStep, RefusesAStepWithoutTime) {
+  const TrainConfig config = Resolved(Small(), 1);
+  CostModel cost = Planted(config);
+  for (LayerCost& layer : cost.parts->layers) {
+    layer.forward = layer.backward_input = layer.backward_weight = {};
+  }
+  EXPECT_THAT(std::string(PredictStep(config, 1, cost).status().message()),
+              HasSubstr("a step of 0 s; fit it again"));
+  cost.parts->step_fixed = INFINITY;
+  EXPECT_THAT(std::string(PredictStep(config, 1, cost).status().message()), HasSubstr("inf s"));
+}
+
 class Suggestion8 : public ::testing::Test {
  protected:
   Suggestion8() : cost_(Planted(Small())) {
@@ -389,7 +427,46 @@ TEST_F(Suggestion8, WhatIsFixedStays) {
   EXPECT_GT(Refused(*found, "does not divide"), 0);
 }
 
+TEST_F(Suggestion8, LongStepsArePredictedFromShorterOnes) {
+  TrainConfig config = Small();
+  config.batch.global = 2027;
+  config.parallel.pp = 2;
+  const SuggestOptions options = Options(int64_t{1} << 40, {"parallel.pp", "batch.micro"});
+  const Suggestions found = Suggest(config, cost_, options).value();
+  ASSERT_FALSE(found.feasible.empty());
+  for (const Suggestion& s : found.feasible) {
+    EXPECT_EQ(s.config.batch.global, 2027);
+    const StepPrediction all = PredictStep(s.config, 8, cost_, 4).value();
+    EXPECT_NEAR(s.step.seconds, all.seconds, 1e-9 * all.seconds) << s.config.parallel.schedule;
+    EXPECT_NEAR(s.step.bubble, all.bubble, 1e-9 * all.seconds) << s.config.parallel.schedule;
+    EXPECT_NEAR(s.step.exposed(), all.exposed(), 1e-9 * all.seconds);
+    int64_t largest = 0;
+    for (int rank = 0; rank < 8; ++rank) {
+      const RunPlan plan = PlanRun(s.config, 8, rank).value();
+      largest = std::max(largest, plan.arena_bytes + plan.overhead_bytes);
+    }
+    EXPECT_EQ(largest, s.memory_bytes);
+  }
+}
+
+TEST_F(Suggestion8, FixedAxesOfAnySizeAreRefused) {
+  TrainConfig config = Small();
+  config.parallel.tp = int64_t{1} << 62;  // times pp: 0 in 64 bits
+  config.parallel.pp = 4;
+  const auto found =
+      Suggest(config, cost_, Options(int64_t{1} << 40, {"parallel.tp", "parallel.pp"}));
+  EXPECT_EQ(Refused(*found, "does not divide"), 1);
+}
+
 TEST_F(Suggestion8, WrongOptionsAreOneSentence) {
+  TrainConfig large = Small();
+  large.batch.global = INT64_MAX;
+  EXPECT_THAT(std::string(Suggest(large, cost_, Options(int64_t{1} << 40)).status().message()),
+              HasSubstr("batch.global is 9223372036854775807"));
+  large = Small();
+  large.model.layers = 10000;
+  EXPECT_THAT(std::string(Suggest(large, cost_, Options(int64_t{1} << 40)).status().message()),
+              HasSubstr("model.layers is 10000"));
   EXPECT_THAT(std::string(Suggest(Small(), cost_, {.ranks = 0}).status().message()),
               HasSubstr("1 to 4096 devices, not 0"));
   EXPECT_FALSE(Suggest(Small(), cost_, {.ranks = 2}).ok());

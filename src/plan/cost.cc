@@ -75,11 +75,14 @@ class Reader {
     const auto found = object.find(name);
     if (found == object.end()) {
       Fail(absl::StrCat("\"", name, "\" is missing"));
-    } else if (!found->is_number() || !(found->get<double>() >= 0)) {
-      Fail(absl::StrCat("\"", name, "\" must be a number of at least 0"));
-    } else {
-      return found->get<double>();
+      return 0;
     }
+    // Within these bounds sums and products of many stay finite.
+    const bool rate = name.ends_with("bytes_per_second");
+    const double number = found->is_number() ? found->get<double>() : -1;
+    if (number == 0 || (number >= (rate ? 1 : 0) && (rate || number <= 1e9))) return number;
+    Fail(absl::StrCat("\"", name, "\" must be ",
+                      rate ? "0 (no limit) or a number of at least 1" : "a number from 0 to 1e9"));
     return 0;
   }
   std::string Text(const Json& object, const std::string& name) {

@@ -88,6 +88,10 @@ TEST(CostModel, NamesWhatIsWrongWithAFile) {
   EXPECT_THAT(error("\"hidden\": 0.75", "\"hidden\": 1.5"), HasSubstr("\"hidden\""));
   EXPECT_THAT(error("\"assumed\": false", "\"assumed\": 0"), HasSubstr("\"assumed\""));
   EXPECT_THAT(error("\"latency\": 1e-06", "\"latency\": -1"), HasSubstr("\"latency\""));
+  EXPECT_THAT(error("\"latency\": 1e-06", "\"latency\": 1e308"),
+              HasSubstr("\"latency\" must be a number from 0 to 1e9"));
+  EXPECT_THAT(error("\"bytes_per_second\": 2000000000.0", "\"bytes_per_second\": 1e-308"),
+              HasSubstr("\"bytes_per_second\" must be 0 (no limit) or a number of at least 1"));
   EXPECT_THAT(error("\"machine\"", "\"machines\""), HasSubstr("machine"));
   EXPECT_THAT(error("\"attn.qkv\": {", "\"attn.qkv\": {\"x\": 1, "), HasSubstr("\"x\""));
   EXPECT_THAT(error("\"ranks\"", "\"rank\""), HasSubstr("rank"));

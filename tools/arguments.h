@@ -2,6 +2,7 @@
 #ifndef STRETTO_TOOLS_ARGUMENTS_H_
 #define STRETTO_TOOLS_ARGUMENTS_H_
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <cstdint>
@@ -28,13 +29,15 @@ class Arguments {
   Arguments(std::string program, std::string summary, std::string rest)
       : program_(std::move(program)), summary_(std::move(summary)), rest_help_(std::move(rest)) {}
 
-  // `name` without dashes; `value` is how the help writes the option's value.
+  // `name` without dashes; `value` is how the help writes the option's value. A "FILE" has a name.
   void Add(const std::string& name, const std::string& value, const std::string& help,
            std::string* out) {
-    AddOption(name, value, help, *out, "a text", [out](const std::string& text) {
-      *out = text;
-      return true;
-    });
+    const bool file = value == "FILE";
+    AddOption(name, value, help, *out, file ? "the name of a file" : "a text",
+              [out, file](const std::string& text) {
+                *out = text;
+                return !file || !text.empty();
+              });
   }
   void Add(const std::string& name, const std::string& value, const std::string& help,
            int64_t* out) {
@@ -110,11 +113,19 @@ class Arguments {
       if (!option->set(value)) {
         return Error(absl::StrCat(name, " must be ", option->kind, ", not '", value, "'"));
       }
+      given_.push_back(option->name);
     }
     return absl::OkStatus();
   }
 
   bool help() const { return help_; }
+  // The first of these options (without dashes) that the command line has; "": none.
+  std::string FirstGiven(const std::vector<std::string>& names) const {
+    for (const std::string& name : names) {
+      if (std::find(given_.begin(), given_.end(), name) != given_.end()) return name;
+    }
+    return "";
+  }
   const std::vector<std::string>& rest() const { return rest_; }
 
   std::string Help() const {
@@ -168,7 +179,7 @@ class Arguments {
 
   std::string program_, summary_, rest_help_;
   std::vector<Option> options_;
-  std::vector<std::string> rest_;
+  std::vector<std::string> rest_, given_;
   bool help_ = false;
 };
 

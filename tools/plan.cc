@@ -17,6 +17,7 @@
 #include "stretto/train/flops.h"
 #include "stretto/train/memory.h"
 #include "tools/arguments.h"
+#include "tools/files.h"
 #include "tools/suggest.h"
 
 namespace stretto {
@@ -268,19 +269,8 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   if (arguments.rest().size() != 1) {
     return absl::InvalidArgumentError("stretto-plan needs one configuration file; see --help");
   }
-  if (suggest) {
-    const char* const given = ranks != 1               ? "ranks"
-                              : !device_memory.empty() ? "device-memory"
-                              : json                   ? "json"
-                              : buckets                ? "buckets"
-                                                       : nullptr;
-    if (given != nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "--", given, " does not go with --suggest, which takes --gpus and --memory"));
-    }
-    return PrintSuggestions(arguments.rest()[0], sets, suggestions);
-  }
-  STRETTO_RETURN_IF_ERROR(suggestions.RequireNone());
+  STRETTO_RETURN_IF_ERROR(suggestions.Check(arguments, suggest));
+  if (suggest) return PrintSuggestions(arguments.rest()[0], sets, suggestions);
   if (ranks < 1 || ranks > (1 << 20)) {
     return absl::InvalidArgumentError(absl::StrCat("--ranks must be 1 to 1048576, not ", ranks));
   }
@@ -298,7 +288,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   s.flops = TrainingFlops(s.config.model, {samples * length, samples * length * length});
   s.parameters = ParameterCount(s.config.model);
   if (!s.fits()) s.advice = Advice(s.config, s.ranks, s.device_memory);
-  std::fputs((buckets ? Buckets(s.plan) : json ? Json(s) : Text(s)).c_str(), stdout);
+  STRETTO_RETURN_IF_ERROR(PrintText(buckets ? Buckets(s.plan) : json ? Json(s) : Text(s)));
   return s.fits() ? kFits : kFailed;
 }
 

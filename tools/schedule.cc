@@ -1,9 +1,7 @@
 // Draws pipeline schedules: who works on what and when, the bubble, and the activations held. The
 // times are simulated.
 #include <algorithm>
-#include <cerrno>
 #include <cstdio>
-#include <cstring>
 #include <string>
 #include <vector>
 
@@ -63,6 +61,12 @@ absl::Status Run(const Options& o) {
       MakeProgram(kind, 1, static_cast<int>(o.ranks), static_cast<int>(chunks),
                   std::vector<PlanItem>(static_cast<size_t>(o.micro_batches), item)));
   STRETTO_ASSIGN_OR_RETURN(const Timeline timeline, Simulate(program, cost));
+  // Times of a trace are nanoseconds of 64 bits.
+  constexpr double kMostSeconds = 9e9;
+  if (!o.trace.empty() && timeline.seconds > kMostSeconds) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "--trace shows at most %g s, not %g; give smaller times", kMostSeconds, timeline.seconds));
+  }
   STRETTO_ASSIGN_OR_RETURN(const Schedule schedule,
                            MakeSchedule(kind, static_cast<int>(o.ranks), static_cast<int>(chunks),
                                         static_cast<int>(o.micro_batches)));
@@ -85,10 +89,7 @@ absl::Status Run(const Options& o) {
                         "each rank: %s\n",
                         timeline.seconds, 100 * timeline.IdleFraction(),
                         chunks > 1 ? "micro-batches of one chunk" : "micro-batches", held);
-  if (std::fputs(out.c_str(), stdout) < 0 || std::fflush(stdout) != 0) {
-    return absl::UnavailableError(
-        absl::StrCat("the output could not be written: ", std::strerror(errno)));
-  }
+  STRETTO_RETURN_IF_ERROR(PrintText(out));
   if (!o.svg.empty()) STRETTO_RETURN_IF_ERROR(WriteTextFile(o.svg, DrawSvg(program, timeline)));
   if (!o.trace.empty()) {
     STRETTO_RETURN_IF_ERROR(WriteTextFile(o.trace, ChromeTrace(program, timeline)));
@@ -124,6 +125,14 @@ int main(int argc, char** argv) {
   if (arguments.help()) {
     std::printf("%s", arguments.Help().c_str());
     return stretto::kDone;
+  }
+  if (status.ok() && !o.costs.empty()) {
+    const std::string given =
+        arguments.FirstGiven({"forward", "backward-input", "backward-weight", "link"});
+    if (!given.empty()) {
+      status = absl::InvalidArgumentError(
+          absl::StrCat("--", given, " does not go with --costs, which has all times; give one"));
+    }
   }
   if (status.ok()) status = stretto::Run(o);
   if (status.ok()) return stretto::kDone;

@@ -46,32 +46,44 @@ void SuggestArguments::AddTo(Arguments& arguments) {
   arguments.Add("top", "N", "... how many layouts are listed", &top);
 }
 
-absl::Status SuggestArguments::RequireNone() const {
-  const SuggestArguments none;
-  for (const auto& [name, given] :
-       {std::pair("gpus", gpus != none.gpus), std::pair("memory", memory != none.memory),
-        std::pair("fit", fit != none.fit), std::pair("machine", machine != none.machine),
-        std::pair("top", top != none.top)}) {
-    if (given) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--", name, " belongs to --suggest; give both or neither"));
-    }
-  }
-  return absl::OkStatus();
+absl::Status SuggestArguments::Check(const Arguments& arguments, bool suggest) {
+  const std::string wrong =
+      suggest ? arguments.FirstGiven({"json", "buckets", "ranks", "device-memory"})
+              : arguments.FirstGiven({"gpus", "memory", "fit", "machine", "top"});
+  if (wrong.empty()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "--", wrong,
+      suggest ? " does not go with --suggest, which prints a text for --gpus and --memory"
+              : " belongs to --suggest; give both or neither"));
 }
 
 namespace {
 
-absl::StatusOr<CostModel> Costs(const std::string& fit, TrainConfig* config) {
+absl::StatusOr<CostModel> Costs(const std::string& fit, int64_t gpus, TrainConfig* config) {
   // Without a word about the device it is the one whose costs are known.
   const bool automatic = config->runtime.device == "auto";
   if (automatic) config->runtime.device = "cuda";
-  if (fit.empty()) return AssumedH100(*config);
+  if (fit.empty()) {
+    const bool f64 = config->runtime.dtype == "f64";
+    if (f64 || config->runtime.device != "cuda") {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "without --fit an H100 is assumed, and runtime.",
+          f64 ? "dtype is f64, which exists on the CPU only; give --fit, or another type"
+              : "device is cpu; give --fit, or set runtime.device=auto"));
+    }
+    return AssumedH100(*config);
+  }
   STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(fit));
   STRETTO_ASSIGN_OR_RETURN(CostModel cost, ParseCostModel(text, fit));
   if (!cost.parts) {
     return absl::FailedPreconditionError(
         absl::StrCat(fit, " has the costs of stages only; make one with stretto-bench fit"));
+  }
+  if (gpus > 1 && !cost.parts->assumed && cost.parts->ranks < 2) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(fit,
+                     " was fitted on one rank, so links cost nothing in it; fit it under "
+                     "mpirun with 2 or more"));
   }
   if (automatic && ModelKey(*config) != cost.parts->model) config->runtime.device = "cpu";
   if (ModelKey(*config) != cost.parts->model) {
@@ -99,8 +111,8 @@ std::string Text(const Suggestions& found, const CostModel& cost, const SuggestA
                  const SuggestOptions& options) {
   const DeviceCost& parts = *cost.parts;
   std::string out = absl::StrFormat(
-      "%d devices of %s, %d a machine; costs: %s, %s\n", a.gpus, HumanBytes(options.memory_bytes),
-      a.machine, cost.device,
+      "%d device%s of %s, %d a machine; costs: %s, %s\n", a.gpus, a.gpus == 1 ? "" : "s",
+      HumanBytes(options.memory_bytes), a.machine, cost.device,
       parts.assumed ? "ASSUMED (" + parts.measured + ")" : "measured on " + parts.measured);
   if (!parts.network && a.gpus > a.machine) {
     absl::StrAppend(&out,
@@ -174,10 +186,14 @@ absl::StatusOr<int> PrintSuggestions(const std::string& config,
   STRETTO_RETURN_IF_ERROR(alone.Resolve(1));
   SetLogLevel(LogLevel::kError);
   c.model = alone.model;
-  STRETTO_ASSIGN_OR_RETURN(const CostModel cost, Costs(a.fit, &c));
+  STRETTO_ASSIGN_OR_RETURN(const CostModel cost, Costs(a.fit, a.gpus, &c));
+  // What a run of this configuration may have.
+  const int64_t budget =
+      c.runtime.device == "cpu" ? c.runtime.host_memory_bytes : c.runtime.device_memory_bytes;
+  if (budget > 0) options.memory_bytes = std::min(options.memory_bytes, budget);
   for (const std::string& set : sets) options.fixed.push_back(set.substr(0, set.find('=')));
   STRETTO_ASSIGN_OR_RETURN(const Suggestions found, Suggest(c, cost, options));
-  std::fputs(Text(found, cost, a, options).c_str(), stdout);
+  STRETTO_RETURN_IF_ERROR(PrintText(Text(found, cost, a, options)));
   return found.feasible.empty() ? 1 : 0;
 }
 

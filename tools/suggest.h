@@ -20,8 +20,8 @@ struct SuggestArguments {
   std::string memory, fit;
 
   void AddTo(Arguments& arguments);
-  // INVALID_ARGUMENT when one was given without --suggest.
-  absl::Status RequireNone() const;
+  // INVALID_ARGUMENT when one was given without --suggest, or with it one of the others.
+  static absl::Status Check(const Arguments& arguments, bool suggest);
 };
 
 // Prints the table; returns the exit code, 1 when nothing fits. `sets` are overrides of the

@@ -88,8 +88,8 @@ struct CostModel {
 CostModel UniformCost(double forward, double backward_input, double backward_weight);
 
 // JSON with the fields above and "version": 1; "parts" may be missing. ParseCostModel names the
-// field and `source` when one is missing, of another type, out of its bounds (times
-// are 0 to 1e9 seconds, rates 0 or at least 1), or unknown.
+// field and `source` when one is missing, of another type, unknown, or out of bounds:
+// numbers are 0 to 1e9, bytes per second 0 or at least 1.
 std::string ToJson(const CostModel& cost);
 absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::string& source);
 

@@ -249,6 +249,9 @@ TEST_F(PlanTool, SuggestsLayoutsThatFit) {
   EXPECT_EQ(fixed.code, 0) << fixed.output;
   EXPECT_THAT(fixed.output, HasSubstr("--set parallel.tp=2 "));
   EXPECT_THAT(fixed.output, HasSubstr("--set parallel.zero=3 "));
+  const Result one =
+      Plan("c.json --suggest --gpus 1 --memory 40GiB --set runtime.device_memory_bytes=1073741824");
+  EXPECT_THAT(one.output, HasSubstr("1 device of 1.00 GiB"));
   const Result none = Plan("c.json --suggest --gpus 2 --memory 1GiB");
   EXPECT_EQ(none.code, 1) << none.output;
   EXPECT_THAT(none.output, HasSubstr("\n0 fit, "));
@@ -260,7 +263,11 @@ TEST_F(PlanTool, SuggestsByAFitOfTheSameModelOnly) {
   CostModel other = UniformCost(1, 1, 1);
   other.parts.emplace().layers = {{.name = "x"}};
   other.parts->model = "another model";
+  other.parts->ranks = 2;
   WriteText("other.json", ToJson(other));
+  other.parts->ranks = 1;
+  WriteText("one.json", ToJson(other));
+  WriteText("empty.json", "");
   const std::string good = "c.json --suggest --gpus 2 --memory 80GiB ";
   const std::vector<std::pair<std::string, std::string>> cases = {
       {"c.json --suggest", "--suggest needs --gpus"},
@@ -272,10 +279,18 @@ TEST_F(PlanTool, SuggestsByAFitOfTheSameModelOnly) {
       {good + "--machine 0", "--machine must be"},
       {good + "--top 0", "--top 1 or more"},
       {good + "--fit none.json", "none.json could not be read"},
+      {good + "--fit empty.json", "empty.json is no cost model"},
+      {good + "--fit .", ". could not be read: Is a directory"},
+      {good + "--fit ''", "--fit must be the name of a file"},
+      {good + "--fit one.json", "one.json was fitted on one rank"},
+      {good + "--set runtime.device=cpu", "runtime.device is cpu; give --fit"},
+      {good + "--set runtime.dtype=f64", "runtime.dtype is f64"},
+      {good + "--json", "--json does not go with --suggest"},
+      {good + "--ranks 1", "--ranks does not go with --suggest"},
       {good + "--fit broken.json", "broken.json is no cost model"},
       {good + "--fit stages.json", "stages only"},
       {good + "--fit other.json", "was fitted to another model"},
-      {good + "--json", "--json does not go with --suggest"},
+      {"c.json --machine 8", "--machine belongs to --suggest"},
       {"c.json --gpus 2", "--gpus belongs to --suggest"},
       {"c.json --fit other.json", "--fit belongs to --suggest"}};
   for (const auto& [arguments, text] : cases) {
@@ -294,6 +309,11 @@ TEST_F(PlanTool, SaysWhatIsWrong) {
   EXPECT_THAT(Plan("c.json --ranks 0").output, HasSubstr("--ranks must be"));
   EXPECT_THAT(Plan("c.json --ranks 65").output, HasSubstr("batch.global is 64"));
   EXPECT_THAT(Plan("c.json --set model.layer=3").output, HasSubstr("model.layers"));
+  for (const char* mode : {"", " --suggest --gpus 1 --memory 80GiB"}) {
+    const Result full = Run(STRETTO_PLAN " c.json" + std::string(mode) + " 2>&1 >/dev/full");
+    EXPECT_EQ(full.code, 1);
+    EXPECT_THAT(full.output, HasSubstr("the output could not be written: No space left"));
+  }
 }
 
 }  // namespace

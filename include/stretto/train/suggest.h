@@ -42,7 +42,9 @@ struct Suggestions {
 // number). Of runtime.recompute the first of none, norms and block that fits is taken: each costs
 // time and saves memory. GPipe is tried only when it is fixed: 1F1B has its bubble and needs no
 // more memory (Narayanan et al. 2021, 2104.04473 section 2.2). Memory is that of PlanRun.
-// INVALID_ARGUMENT when the configuration itself is wrong, or an option.
+// Of pipelines those of more than 4096 micro-batches are refused; long ones are predicted from
+// shorter ones, within rounding where their rounds are alike. INVALID_ARGUMENT when the
+// configuration itself is wrong or too large to try (1024 blocks, 2^40 samples), or an option.
 absl::StatusOr<Suggestions> Suggest(const TrainConfig& config, const CostModel& cost,
                                     const SuggestOptions& options);
 

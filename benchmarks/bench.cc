@@ -3,7 +3,9 @@
 
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <fstream>
 #include <string>
 #include <vector>
@@ -11,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "stretto/core/config.h"
 #include "stretto/core/log.h"
+#include "stretto/core/rng.h"
 
 namespace stretto::bench {
 namespace {
@@ -78,11 +81,32 @@ absl::StatusOr<TrainConfig> LoadOne(const std::string& subcommand,
   return config;
 }
 
+int Printed() {
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return kDone;
+  return Fail(absl::UnavailableError(
+                  absl::StrCat("standard output could not be written: ", std::strerror(errno))),
+              kFailed);
+}
+
+absl::Status SameEverywhere(World& world, TrainConfig config, const std::string& options) {
+  const std::string mine = absl::StrCat(PrintConfig(ConfigRef(&config)), options);
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                           world.AllGather("options", absl::StrCat(StableHash(mine))));
+  absl::Status same;
+  for (int r = 1; r < world.size() && same.ok(); ++r) {
+    if (all[static_cast<size_t>(r)] == all[0]) continue;
+    same = absl::FailedPreconditionError(
+        absl::StrCat("rank ", r, " was started with another configuration or other options than ",
+                     "rank 0; give all ranks the same file and options"));
+  }
+  return world.Agree("comparing options", same);
+}
+
 int RunInWorld(const std::function<absl::Status(World&)>& work) {
   auto world = World::Create({});
   if (!world.ok()) return Fail(world.status(), kFailed);
   const absl::Status status = work(**world);
-  if (status.ok()) return kDone;
+  if (status.ok()) return Printed();
   // One rank speaks for all where all know; the world cannot be left in order.
   if (!IsAgreed(status) || (*world)->rank() == 0) Fail(status, kFailed);
   std::fflush(stdout);

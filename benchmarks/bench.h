@@ -47,6 +47,9 @@ struct Results {
 // Prints the sentence and returns `code`.
 int Fail(const absl::Status& status, int code);
 
+// kDone when all that was printed has reached standard output, else kFailed with a sentence.
+int Printed();
+
 // The one configuration file that a subcommand takes, with overrides.
 absl::StatusOr<TrainConfig> LoadOne(const std::string& subcommand,
                                     const std::vector<std::string>& files,
@@ -62,12 +65,20 @@ absl::StatusOr<Device> ChooseDevice(const std::string& device, int local_rank);
 // "NVIDIA H100 80GB HBM3", or the processor's model.
 std::string DeviceName(Device device);
 
+// Agrees that all ranks were started with the same configuration and the same other `options`.
+absl::Status SameEverywhere(World& world, TrainConfig config, const std::string& options = "");
+
+// Resolves the configuration of TimedSteps; INVALID_ARGUMENT also for what only it refuses: a batch
+// of too many tokens to make up, a trace without a file.
+absl::Status ResolveSteps(int ranks, TrainConfig* config);
+
 // The steps behind the warm-up of a run of config.steps steps on random tokens, on all ranks. Calls
 // `inspect` with the trainer when they are done.
 absl::StatusOr<std::vector<StepStats>> TimedSteps(
     World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect);
 
-// Costs of this configuration's layers, and of communication between these ranks (fit.cc).
+// Costs of this configuration's layers, and of communication between these ranks (fit.cc). Agreed
+// errors for ranks that were started differently and for samples that are too few.
 absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions);
 
 // Milliseconds by layer of a micro-batch on one rank, each waited for (profile.cc).

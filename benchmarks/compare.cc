@@ -107,7 +107,8 @@ int Compare(int argc, const char* const* argv) {
   }
   std::printf("%d slower, %d faster by more than %g %%; %d in one file only\n", slower, faster,
               tolerance, alone);
-  return slower > 0 ? kFailed : kDone;
+  const int printed = Printed();
+  return slower > 0 ? kFailed : printed;
 }
 
 }  // namespace stretto::bench

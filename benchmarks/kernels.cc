@@ -679,7 +679,7 @@ int Kernels(int argc, const char* const* argv) {
   if (o.threads == 0) o.threads = std::max(1u, std::thread::hardware_concurrency());
   if (const absl::Status checked = Check(o); !checked.ok()) return Fail(checked, kUsage);
   const absl::Status status = Run(o, *device);
-  return status.ok() ? kDone : Fail(status, kFailed);
+  return status.ok() ? Printed() : Fail(status, kFailed);
 }
 
 }  // namespace stretto::bench

@@ -4,9 +4,14 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <filesystem>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -14,6 +19,7 @@
 #include "stretto/core/rng.h"
 #include "stretto/data/dataset.h"
 #include "stretto/observe/memory.h"
+#include "stretto/observe/signals.h"
 #include "stretto/train/memory.h"
 #include "stretto/train/trainer.h"
 #include "tools/arguments.h"
@@ -40,44 +46,119 @@ int64_t DriverBytes(Device device) {
   return 0;
 }
 
-}  // namespace
+// Ids that are made up at most, and batches of them; the loader goes through them again and again.
+constexpr double kMostIds = 1 << 28;
+constexpr int64_t kMostBatches = 64;
 
-absl::StatusOr<std::vector<StepStats>> TimedSteps(
-    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect) {
-  const std::string directory =
-      (std::filesystem::temp_directory_path() / absl::StrCat("stretto-bench-", getpid())).string();
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> directories,
-                           world.AllGather("directory", directory));
-  config.output = directories[0];
-  config.data.train = directories[0] + "/train.bin";
-  config.checkpoint.resume = "never";
-  config.steps = std::max(config.steps, kWarmUp + 1);
-  absl::Status written;
-  if (world.rank() == 0) {
-    std::filesystem::create_directories(directory);
+double IdsOfABatch(const TrainConfig& config) {
+  return static_cast<double>(config.batch.global) *
+         (static_cast<double>(config.data.sequence_length) + 1);
+}
+
+// A new folder with a token file, which goes with the object.
+class Tokens {
+ public:
+  ~Tokens() { Remove(); }
+
+  absl::Status Make(const TrainConfig& config) {
+    std::error_code error;
+    const std::filesystem::path parent = std::filesystem::temp_directory_path(error);
+    std::string folder = (parent / "stretto-bench-XXXXXX").string();
+    if (error || mkdtemp(folder.data()) == nullptr) {
+      return absl::UnavailableError(absl::StrCat(
+          "no folder for made-up tokens can be made",
+          error ? "" : absl::StrCat(" in ", parent.string()), ": ",
+          error ? error.message() : std::strerror(errno), "; set TMPDIR to a writable folder"));
+    }
+    folder_ = folder;
     const Rng rng(1, "bench/tokens");
-    const int64_t count = 64 * config.batch.global * (config.data.sequence_length + 1);
+    const double batch = IdsOfABatch(config);
+    const auto count = static_cast<int64_t>(batch) *
+                       std::clamp<int64_t>(static_cast<int64_t>(kMostIds / batch), 1, kMostBatches);
     std::vector<int32_t> ids;
+    ids.reserve(static_cast<size_t>(count));
     const auto below = static_cast<uint64_t>(config.model.vocabulary);
     for (int64_t i = 0; i < count; ++i) {
       ids.push_back(static_cast<int32_t>(rng.Below(static_cast<uint64_t>(i), below)));
     }
-    written = WriteTokenFile(config.data.train, ids, config.model.vocabulary);
+    return WriteTokenFile(File(folder_), ids, config.model.vocabulary);
   }
-  STRETTO_RETURN_IF_ERROR(world.Agree("writing tokens", written));
+
+  void Remove() {
+    std::error_code ignored;
+    if (!folder_.empty()) std::filesystem::remove_all(folder_, ignored);
+    folder_.clear();
+  }
+
+  const std::string& folder() const { return folder_; }
+  static std::string File(const std::string& folder) { return folder + "/train.bin"; }
+
+ private:
+  std::string folder_;
+};
+
+}  // namespace
+
+absl::Status ResolveSteps(int ranks, TrainConfig* config) {
+  // Before anything is computed from the sizes.
+  if (IdsOfABatch(*config) > kMostIds) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "batch.global (", config->batch.global, ") times data.sequence_length (",
+        config->data.sequence_length, ") is more than the ", static_cast<int64_t>(kMostIds),
+        " tokens that are made up for a measurement; lower one of them"));
+  }
+  if (config->metrics.trace_steps > 0 && config->metrics.trace_file.empty()) {
+    return absl::InvalidArgumentError(
+        "metrics.trace_steps is set, but the output of a measurement is not kept; name a file in "
+        "metrics.trace_file");
+  }
+  config->steps = std::max(config->steps, kWarmUp + 1);
+  if (config->output.empty()) config->output = std::string(".");  // TimedSteps sets it
+  return config->Resolve(ranks);
+}
+
+absl::StatusOr<std::vector<StepStats>> TimedSteps(
+    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect) {
+  STRETTO_RETURN_IF_ERROR(SameEverywhere(world, config));
+  TrainConfig resolved = config;
+  STRETTO_RETURN_IF_ERROR(
+      world.Agree("reading the configuration", ResolveSteps(world.size(), &resolved)));
+  // Alone, a rank ends in order between steps. Several would have to agree on when, which takes
+  // time that a measurement does not have: there a signal ends the program at once.
+  std::optional<StopSignals> signals;
+  if (world.size() == 1) {
+    STRETTO_ASSIGN_OR_RETURN(StopSignals installed, StopSignals::Install());
+    signals.emplace(std::move(installed));
+  }
+  Tokens tokens;
+  absl::Status made;
+  if (world.rank() == 0) made = tokens.Make(resolved);
+  STRETTO_RETURN_IF_ERROR(world.Agree("making tokens up", made));
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> folders,
+                           world.AllGather("folder", tokens.folder()));
+  config.output = folders[0];
+  config.data.train = Tokens::File(folders[0]);
+  config.checkpoint.resume = "never";
+  config.steps = resolved.steps;
   std::vector<StepStats> steps;
   {
     STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
-    while (trainer->step() < config.steps) {
+    // All ranks have the tokens open, and steps alone write nothing there: from here on nothing is
+    // left behind however the program ends.
+    tokens.Remove();
+    while (trainer->step() < config.steps && StopSignals::Received() == 0) {
       STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer->Step());
       if (stats.step > kWarmUp) steps.push_back(stats);
     }
     STRETTO_RETURN_IF_ERROR(trainer->Finish());
+    if (trainer->step() < config.steps) {
+      return world.Agree("measuring", absl::CancelledError(absl::StrCat(
+                                          "a signal asked to stop after ", trainer->step(), " of ",
+                                          config.steps, " steps")));
+    }
     STRETTO_RETURN_IF_ERROR(inspect(*trainer));
   }
   STRETTO_RETURN_IF_ERROR(world.Barrier("done"));
-  std::error_code ignored;
-  if (world.rank() == 0) std::filesystem::remove_all(directory, ignored);
   return steps;
 }
 
@@ -181,7 +262,7 @@ int Train(int argc, const char* const* argv) {
     absl::Status status = World::RunThreads(
         1, [&](World& world) { return Profile(world, *config, workspace_mib << 20, &results); });
     if (status.ok()) status = results.Write(json);
-    return status.ok() ? kDone : Fail(status, kFailed);
+    return status.ok() ? Printed() : Fail(status, kFailed);
   }
   return RunInWorld([&](World& world) -> absl::Status {
     STRETTO_RETURN_IF_ERROR(Steps(world, *config, &results));

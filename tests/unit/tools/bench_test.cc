@@ -140,6 +140,56 @@ TEST_F(BenchProgram, ProfileListsLayers) {
   EXPECT_GT(file["results"].size(), 8u);
 }
 
+// Refused before tokens are made up, and nothing is left in the folder for temporary files.
+TEST_F(BenchProgram, StepsThatCannotBeMeasuredAreOneSentence) {
+  WriteText("m.json", kModel);
+  const auto refused = [&](const std::string& arguments, const std::string& sentence) {
+    const Result r =
+        Run(absl::StrCat("mkdir -p T && TMPDIR=T " STRETTO_BENCH " ", arguments, " 2>&1"));
+    EXPECT_EQ(r.code, 1) << arguments;
+    EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
+    EXPECT_THAT(r.output, HasSubstr(sentence)) << arguments;
+    EXPECT_EQ(Run("ls T").output, "") << arguments;
+  };
+  for (const char* command : {"train", "predict"}) {
+    for (const char* global : {"1000000000", "9223372036854775807"}) {
+      refused(absl::StrCat(command, " m.json --set batch.global=", global),
+              absl::StrCat("batch.global (", global, ") times data.sequence_length (16)"));
+    }
+    refused(absl::StrCat(command, " m.json --set metrics.trace_steps=1"), "metrics.trace_file");
+  }
+  refused("train m.json --set parallel.dp=3", "parallel.dp is 3 but 1 rank runs");
+  // When tokens have been made up.
+  refused("train m.json --set data.tokenizer=absent", "absent");
+  const Result r = Run("TMPDIR=/nosuch " STRETTO_BENCH " train m.json 2>&1");
+  EXPECT_EQ(r.code, 1);
+  EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("TMPDIR"));
+}
+
+TEST_F(BenchProgram, AskedToStopItWritesTheTrace) {
+  WriteText("m.json", kModel);
+  // Only the signal ends the run and the trace's window.
+  const Result r = Run(
+      "mkdir T && { TMPDIR=T " STRETTO_BENCH
+      " train m.json --set model.hidden=256 --set steps=1000000 --set metrics.trace_steps=900000 "
+      "--set metrics.trace_from=2 --set metrics.trace_file=trace.json 2>&1 & } && "
+      "pid=$! && sleep 2 && kill -TERM $pid; wait $pid; echo code $?; ls T");
+  EXPECT_THAT(r.output, HasSubstr("a signal asked to stop after "));
+  EXPECT_THAT(r.output, ::testing::EndsWith("code 1\n"));
+  EXPECT_TRUE(Results("trace.json").contains("traceEvents"));
+}
+
+TEST_F(BenchProgram, FullStandardOutputIsAnError) {
+  WriteText("m.json", kModel);
+  for (const std::string arguments :
+       {"train m.json", "train m.json --profile", "fit m.json --repetitions 1"}) {
+    const Result r = Run(absl::StrCat(STRETTO_BENCH " ", arguments, " 2>&1 >/dev/full"));
+    EXPECT_EQ(r.code, 1) << arguments;
+    EXPECT_THAT(r.output, HasSubstr("standard output could not be written")) << arguments;
+  }
+}
+
 class CompareFiles : public BenchProgram {
  protected:
   void Write(const std::string& name, double copy, double adamw, const std::string& more = "",

@@ -107,8 +107,12 @@ int RunInWorld(const std::function<absl::Status(World&)>& work) {
   if (!world.ok()) return Fail(world.status(), kFailed);
   const absl::Status status = work(**world);
   if (status.ok()) return Printed();
-  // One rank speaks for all where all know; the world cannot be left in order.
-  if (!IsAgreed(status) || (*world)->rank() == 0) Fail(status, kFailed);
+  // One rank speaks for all where all know, and all leave together.
+  const bool agreed = IsAgreed(status);
+  if (!agreed || (*world)->rank() == 0) Fail(status, kFailed);
+  if (agreed) return kFailed;
+  // Rank 0's holds the control plane, where others look for the reason.
+  if ((*world)->failed()) world->reset();
   std::fflush(stdout);
   _exit(kFailed);
 }

@@ -6,8 +6,13 @@
 // of documents tell tokens from pairs and from what a call costs.
 #include "stretto/plan/fit.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <filesystem>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -89,6 +94,26 @@ class Progress final : public ActionHooks {
   Communicator& comm_;
 };
 
+// Documents of a micro-batch and tokens of each on which layers are timed.
+std::set<std::pair<int64_t, int64_t>> LayerSizes(const TrainConfig& config) {
+  const int64_t most = config.batch.micro, length = config.data.sequence_length;
+  std::set<std::pair<int64_t, int64_t>> sizes;
+  for (const int64_t documents : {most, (most + 1) / 2, (most + 3) / 4}) {
+    for (const int64_t tokens : {length, (length + 1) / 2}) sizes.emplace(documents, tokens);
+  }
+  return sizes;
+}
+
+// INVALID_ARGUMENT when one size is all there is: nothing would tell what a token costs from what a
+// call does.
+absl::Status SeveralSizes(const TrainConfig& config) {
+  if (LayerSizes(config).size() > 1) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "micro-batches of ", config.batch.micro, " x ", config.data.sequence_length,
+      " tokens have one size only, which does not tell what a token costs from what a call does; "
+      "raise batch.micro or data.sequence_length"));
+}
+
 class Fitter {
  public:
   Fitter(const TrainConfig& config, Communicator& comm, Stream& stream, MicroBatch& batch,
@@ -104,12 +129,7 @@ class Fitter {
     LayerTimes times(batch_.graph(), stream_);
     // [kind * kHalves + half]
     std::vector<std::vector<StageSample>> samples(kHalves * times.kinds().size());
-    const int64_t most = config_.batch.micro, length = config_.data.sequence_length;
-    std::set<std::pair<int64_t, int64_t>> sizes;
-    for (const int64_t documents : {most, (most + 1) / 2, (most + 3) / 4}) {
-      for (const int64_t tokens : {length, (length + 1) / 2}) sizes.emplace(documents, tokens);
-    }
-    for (const auto& [documents, tokens] : sizes) {
+    for (const auto& [documents, tokens] : LayerSizes(config_)) {
       STRETTO_RETURN_IF_ERROR(batch_.Fill(documents, tokens));
       // Of one round all layers: the best of each would be better than any round is.
       std::vector<std::vector<double>> rounds;
@@ -151,7 +171,7 @@ class Fitter {
       cost->parts->layers.push_back(layer);
     }
     AddBlockCosts(batch_.graph(), cost);
-    return batch_.Fill(most, length);
+    return batch_.Fill(config_.batch.micro, config_.data.sequence_length);
   }
 
   absl::Status Update(DeviceCost* parts) {
@@ -165,8 +185,9 @@ class Fitter {
 
   absl::Status Links(LinkCost* link) {
     const int n = comm_.all().size();
-    constexpr int64_t kLeast = 1 << 12;
-    const int64_t most = std::clamp<int64_t>(config_.parallel.bucket_bytes, kLeast, 64 << 20);
+    // Up to a size that shows the bandwidth, also for small buckets.
+    constexpr int64_t kLeast = 1 << 12, kEnough = 1 << 20;
+    const int64_t most = std::clamp<int64_t>(config_.parallel.bucket_bytes, kEnough, 64 << 20);
     const int64_t elements = (most / 4 + n - 1) / n * n;
     STRETTO_ASSIGN_OR_RETURN(x_, Arena::Create(stream_.device(), "bench", elements * 4));
     STRETTO_ASSIGN_OR_RETURN(y_, Arena::Create(stream_.device(), "bench", elements * 4));
@@ -182,7 +203,7 @@ class Fitter {
       const auto found = wanted.find(operation.name);
       if (found == wanted.end()) continue;
       std::vector<OperationSample> samples;
-      for (int64_t e = std::max<int64_t>(1, kLeast / 4 / n) * n; e <= elements; e *= 4) {
+      for (int64_t e = std::max<int64_t>(n, kLeast / 4 / n * n); e <= elements; e *= 4) {
         STRETTO_ASSIGN_OR_RETURN(const double seconds, SecondsOf(comm_, gpu_ ? &stream_ : nullptr,
                                                                  operation, e, repetitions_));
         // What a rank sends; point to point has one peer. A small all-reduce sends everything to
@@ -262,6 +283,7 @@ class Fitter {
 }  // namespace
 
 absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions) {
+  STRETTO_RETURN_IF_ERROR(SameEverywhere(world, config, absl::StrCat("repetitions ", repetitions)));
   // Layers whole, on each rank. Several blocks, so that caches are as in a model; all of a large
   // one would only take time.
   constexpr int64_t kBlocks = 4;
@@ -270,7 +292,9 @@ absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetit
   config.parallel.chunks = 0;
   config.runtime.recompute = "none";
   config.batch.micro = std::min(config.batch.micro, config.batch.global);
-  STRETTO_RETURN_IF_ERROR(world.Agree("reading the configuration", config.Resolve(1)));
+  absl::Status resolved = config.Resolve(1);
+  if (resolved.ok()) resolved = SeveralSizes(config);
+  STRETTO_RETURN_IF_ERROR(world.Agree("reading the configuration", resolved));
   const absl::StatusOr<Device> chosen =
       ChooseDevice(config.runtime.device, world.info().local_rank);
   STRETTO_RETURN_IF_ERROR(world.Agree("choosing the device", chosen.status()));
@@ -317,6 +341,49 @@ absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetit
   return cost;
 }
 
+namespace {
+
+// The file that is written while the one of this name stays as it is; a device or a link has none.
+std::string Draft(const std::string& path) {
+  std::error_code ignored;
+  const auto status = std::filesystem::symlink_status(path, ignored);
+  const bool replaceable = std::filesystem::is_regular_file(status) ||
+                           status.type() == std::filesystem::file_type::not_found;
+  return replaceable ? path + ".tmp" : path;
+}
+
+// What Replace would say, before there is anything to write.
+absl::Status CheckWritable(const std::string& path) {
+  const std::string draft = Draft(path);
+  if (draft != path) {
+    const absl::Status written = WriteTextFile(draft, "");
+    std::remove(draft.c_str());
+    return written;
+  }
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored))
+    errno = EISDIR;
+  else if (access(path.c_str(), W_OK) == 0)
+    return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat(path, " could not be written: ", std::strerror(errno)));
+}
+
+// The old file stays when the new one cannot be written whole.
+absl::Status Replace(const std::string& path, const std::string& text) {
+  const std::string draft = Draft(path);
+  absl::Status written = WriteTextFile(draft, text);
+  if (draft == path) return written;
+  if (written.ok() && std::rename(draft.c_str(), path.c_str()) != 0) {
+    written =
+        absl::UnavailableError(absl::StrCat(path, " could not be written: ", std::strerror(errno)));
+  }
+  if (!written.ok()) std::remove(draft.c_str());
+  return written;
+}
+
+}  // namespace
+
 int Fit(int argc, const char* const* argv) {
   std::vector<std::string> sets;
   std::string output = "costs.json";
@@ -338,6 +405,9 @@ int Fit(int argc, const char* const* argv) {
     parsed = absl::InvalidArgumentError(
         absl::StrCat("--repetitions must be 1 to 1000, not ", repetitions));
   }
+  if (parsed.ok() && output.empty()) {
+    parsed = absl::InvalidArgumentError("--output is empty; name the file for the cost model");
+  }
   absl::StatusOr<TrainConfig> config;
   if (parsed.ok()) {
     config = LoadOne("fit", arguments.rest(), sets);
@@ -345,11 +415,13 @@ int Fit(int argc, const char* const* argv) {
   }
   if (!parsed.ok()) return Fail(parsed, kUsage);
   return RunInWorld([&](World& world) -> absl::Status {
+    STRETTO_RETURN_IF_ERROR(world.Agree(
+        "opening the output", world.rank() == 0 ? CheckWritable(output) : absl::OkStatus()));
     STRETTO_ASSIGN_OR_RETURN(const CostModel cost,
                              FitCosts(world, *config, static_cast<int>(repetitions)));
     absl::Status written;
     if (world.rank() == 0) {
-      written = WriteTextFile(output, ToJson(cost));
+      written = Replace(output, ToJson(cost));
       if (written.ok()) {
         const DeviceCost& parts = *cost.parts;
         absl::PrintF("%s, %s\n%s\n", cost.device, parts.measured, parts.model);

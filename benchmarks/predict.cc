@@ -44,8 +44,43 @@ std::vector<Layout> Layouts(const TrainConfig& config, int ranks) {
   return layouts;
 }
 
+// Of all layouts; an agreed error.
+absl::StatusOr<std::vector<StepPrediction>> Predictions(World& world,
+                                                        const std::vector<Layout>& layouts,
+                                                        const CostModel& cost) {
+  std::vector<StepPrediction> predictions;
+  absl::Status status;
+  for (size_t i = 0; i < layouts.size() && status.ok(); ++i) {
+    absl::StatusOr<StepPrediction> p = PredictStep(layouts[i].config, world.size(), cost);
+    status = p.status();
+    if (p.ok()) predictions.push_back(*std::move(p));
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("reading the cost model", status));
+  return predictions;
+}
+
+// As the trainer resolves them, so that what is wrong is known before anything is measured.
+absl::StatusOr<std::vector<Layout>> Resolved(World& world, std::vector<Layout> layouts) {
+  const auto resolve = [&]() -> absl::Status {
+    for (Layout& layout : layouts) {
+      TrainConfig& config = layout.config;
+      STRETTO_ASSIGN_OR_RETURN(const Device device,
+                               ChooseDevice(config.runtime.device, world.info().local_rank));
+      config.runtime.device = device.kind == DeviceKind::kCpu ? "cpu" : "cuda";
+      STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &config));
+    }
+    return absl::OkStatus();
+  };
+  STRETTO_RETURN_IF_ERROR(world.Agree("reading the configuration", resolve()));
+  return layouts;
+}
+
 absl::Status Run(World& world, TrainConfig config, const std::string& fit, int64_t rounds,
                  Results* results) {
+  STRETTO_RETURN_IF_ERROR(SameEverywhere(
+      world, config, absl::StrCat("rounds ", rounds, fit.empty() ? "" : " fit ", fit)));
+  std::vector<Layout> layouts = Layouts(config, world.size());
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<Layout> resolved, Resolved(world, layouts));
   CostModel cost;
   if (fit.empty()) {
     STRETTO_ASSIGN_OR_RETURN(cost, FitCosts(world, config, 21));
@@ -56,9 +91,14 @@ absl::Status Run(World& world, TrainConfig config, const std::string& fit, int64
       text = read.ok() ? std::move(text) : read.status();
       if (read.ok()) cost = *std::move(read);
     }
+    if (text.ok() && world.size() > 1 && cost.parts && !cost.parts->assumed &&
+        cost.parts->ranks < 2) {
+      text = absl::FailedPreconditionError(absl::StrCat(
+          fit, " was fitted on one rank, so links cost nothing in it; fit it under mpirun"));
+    }
     STRETTO_RETURN_IF_ERROR(world.Agree("reading the cost model", text.status()));
   }
-  std::vector<Layout> layouts = Layouts(config, world.size());
+  STRETTO_RETURN_IF_ERROR(Predictions(world, resolved, cost).status());
   // In turn, so that a machine that is slower for a while is so for all of them.
   for (int64_t round = 0; round < rounds; ++round) {
     for (Layout& layout : layouts) {
@@ -71,6 +111,8 @@ absl::Status Run(World& world, TrainConfig config, const std::string& fit, int64
       for (const StepStats& stats : steps) layout.seconds.push_back(1e-3 * stats.step_ms);
     }
   }
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<StepPrediction> predictions,
+                           Predictions(world, layouts, cost));
   results->command = "predict";
   results->device = cost.device;
   results->ranks = world.size();
@@ -82,9 +124,9 @@ absl::Status Run(World& world, TrainConfig config, const std::string& fit, int64
         cost.device, cost.parts ? cost.parts->measured : "", "layout", "measured", "simulated",
         "ratio", "compute", "update", "bubble", "exposed", "idle share");
   }
-  for (Layout& layout : layouts) {
-    STRETTO_ASSIGN_OR_RETURN(const StepPrediction p,
-                             PredictStep(layout.config, world.size(), cost));
+  for (size_t i = 0; i < layouts.size(); ++i) {
+    const Layout& layout = layouts[i];
+    const StepPrediction& p = predictions[i];
     const double measured = LowerDecile(layout.seconds);
     results->results.push_back({{"name", layout.name},
                                 {"seconds", measured},

@@ -83,9 +83,9 @@ class Planner {
     end_ = static_cast<int>(list.actions.size());
     cuts_ = {0, end_};
     if (options.pieces) {
-      const ListPieces pieces = PiecesOf(list);
-      cuts_.push_back(static_cast<int>(pieces.forward_end));
-      if (options.halves) cuts_.push_back(static_cast<int>(pieces.weights_begin));
+      const ListParts parts = PartsOf(list);
+      cuts_.push_back(static_cast<int>(parts.forward_end));
+      if (options.halves) cuts_.push_back(static_cast<int>(parts.weights_begin));
       std::sort(cuts_.begin(), cuts_.end());
     }
     units_.resize(buckets.size());

@@ -32,23 +32,22 @@ absl::StatusOr<std::vector<int64_t>> CutBlocks(int64_t blocks, int stages, doubl
   return counts;
 }
 
-ListPieces PiecesOf(const ActionList& list) {
+ListParts PartsOf(const ActionList& list) {
   const std::vector<Action>& actions = list.actions;
-  ListPieces pieces = {.end = actions.size()};
-  while (pieces.forward_end < pieces.end &&
-         actions[pieces.forward_end].kind == ActionKind::kForward) {
-    ++pieces.forward_end;
+  ListParts parts = {.end = actions.size()};
+  while (parts.forward_end < parts.end && actions[parts.forward_end].kind == ActionKind::kForward) {
+    ++parts.forward_end;
   }
   // Behind the last action that is not a weight half.
-  pieces.weights_begin = pieces.end;
-  while (pieces.weights_begin > pieces.forward_end &&
-         OfWeights(actions[pieces.weights_begin - 1].kind)) {
-    --pieces.weights_begin;
+  parts.weights_begin = parts.end;
+  while (parts.weights_begin > parts.forward_end &&
+         OfWeights(actions[parts.weights_begin - 1].kind)) {
+    --parts.weights_begin;
   }
-  return pieces;
+  return parts;
 }
 
-std::pair<size_t, size_t> ListPieces::Of(StageWork work) const {
+std::pair<size_t, size_t> ListParts::Of(StageWork work) const {
   switch (work) {
     case StageWork::kForward:
       return {0, forward_end};
@@ -74,7 +73,7 @@ struct ModelStages::Stage {
   StageMemory memory;
   StageParts parts;
   std::vector<Slot> slots;
-  ListPieces pieces;
+  ListParts list;
   int backwards_left = 0;        // in this program
   std::vector<StageWork> works;  // of this stage in the program, in its order
   size_t next = 0;               // among them
@@ -108,7 +107,7 @@ absl::Status ModelStages::Use(const std::vector<StageParts>& parts) {
           "a frame of stage ", stage.memory.stage, " needs ", stage.parts.layout->bytes(),
           " bytes, there are ", stage.memory.frame_bytes));
     }
-    stage.pieces = PiecesOf(*stage.parts.actions);
+    stage.list = PartsOf(*stage.parts.actions);
   }
   return absl::OkStatus();
 }
@@ -160,7 +159,7 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   Stage& stage = *found;
   const StageParts& p = stage.parts;
   const bool forward = action.work == StageWork::kForward;
-  const auto [first, end] = stage.pieces.Of(action.work);
+  const auto [first, end] = stage.list.Of(action.work);
   const bool done = action.work == StageWork::kBackward ||
                     action.work == StageWork::kBackwardWeight ||
                     (forward && end == p.actions->actions.size());
@@ -180,7 +179,7 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   const auto gather_for_next = [&] {
     if (p.parameters == nullptr || p.local || !p.actions->training) return;
     if (stage.next >= stage.works.size()) return;
-    p.parameters->GatherFor(stage.pieces.Of(stage.works[stage.next]).first);
+    p.parameters->GatherFor(stage.list.Of(stage.works[stage.next]).first);
   };
   if (Empty(action.item)) {
     if (hooks != nullptr) FollowHooks(*p.actions, first, end, *hooks);

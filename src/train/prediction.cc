@@ -31,7 +31,7 @@ struct Links {
 // Seconds of what a stage does, on a full micro-batch and on the step's last one.
 struct StageSeconds {
   const StagePlan* plan = nullptr;
-  ListPieces pieces;
+  ListParts list;
   // By action.
   struct Sizes {
     std::vector<double> layer, exchange;
@@ -329,7 +329,7 @@ class RankClock {
     const StageSeconds::Sizes& sizes = first_ + Index(action.item) + 1 == count_ ? s.rest : s.full;
     const BucketTimeline& timeline = s.plan->buckets.training;
     const std::vector<Action>& actions = s.plan->train_actions.actions;
-    const auto [first, end] = s.pieces.Of(action.work);
+    const auto [first, end] = s.list.Of(action.work);
     const bool last = EndsBackward(action.work) && stage.backwards_left == 1 && !more_;
     if (EndsBackward(action.work)) --stage.backwards_left;
     ++stage.next;
@@ -351,7 +351,7 @@ class RankClock {
       }
     }
     if (zero_ == 3 && stage.next < stage.works.size()) {
-      GatherFor(stage, s.pieces.Of(stage.works[stage.next]).first, &now_);
+      GatherFor(stage, s.list.Of(stage.works[stage.next]).first, &now_);
     }
   }
 
@@ -438,7 +438,7 @@ absl::StatusOr<StageSeconds> SecondsOf(const TrainConfig& config, const StagePla
   const Graph& graph = stage.model.graph;
   const int64_t length = config.data.sequence_length, micro = config.batch.micro;
   s.plan = &stage;
-  s.pieces = PiecesOf(stage.train_actions);
+  s.list = PartsOf(stage.train_actions);
   STRETTO_RETURN_IF_ERROR(
       LayerSeconds(stage, cost, *links.tensor, micro * length, length, &s.full));
   const int64_t rest = samples % micro > 0 ? samples % micro : micro;

@@ -25,14 +25,14 @@ namespace stretto {
 absl::StatusOr<std::vector<int64_t>> CutBlocks(int64_t blocks, int stages, double block,
                                                double first, double last);
 
-// Where the pieces of an action list begin that a program runs apart: forward, then backward, whose
+// Where the parts of an action list begin that a program runs apart: forward, then backward, whose
 // weight halves may come last.
-struct ListPieces {
+struct ListParts {
   size_t forward_end = 0, weights_begin = 0, end = 0;
   // [first, end) of what a stage does.
   std::pair<size_t, size_t> Of(StageWork work) const;
 };
-ListPieces PiecesOf(const ActionList& list);
+ListParts PartsOf(const ActionList& list);
 
 // Room for the micro-batches in flight on one stage: `frames` frames (FramesInFlight) of
 // `frame_bytes` bytes each, one behind the other, on the stream's device.

@@ -39,8 +39,8 @@ __device__ inline void FenceInit() {
 __device__ inline void Arrive(Barrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
-// Arrives once for a warp, when all its lanes are here. Products end for a warpgroup as a whole, but
-// its warps read shared memory each at its own pace.
+// Arrives once for a warp, when all its lanes are here. Products end for a warpgroup as a whole,
+// but its warps read shared memory each at its own pace.
 __device__ inline void ArriveWarp(Barrier* barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) Arrive(barrier);

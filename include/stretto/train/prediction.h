@@ -55,8 +55,8 @@ absl::StatusOr<std::vector<RunPlan>> PlanPlaces(const TrainConfig& config, int r
 // Data-parallel ranks are taken to be alike, all samples to be full, and layers that a tensor axis
 // cuts to take 1/t of their time. Of the tensor axis, `hidden` of what starts and ends apart
 // travels under other actions, and forward hides all pieces but one; pieces of inputs' halves are
-// not told apart. FAILED_PRECONDITION when the cost model has no parts, is for another model, lacks a
-// layer, or makes the step's seconds no positive number.
+// not told apart. FAILED_PRECONDITION when the cost model has no parts, is for another model, lacks
+// a layer, or makes the step's seconds no positive number.
 absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config,
                                            const std::vector<RunPlan>& plans, const CostModel& cost,
                                            int machine_ranks = 0);

@@ -7,8 +7,8 @@
 namespace stretto {
 namespace {
 
-// Marks that a step needs at most before memory is taken for more.
-constexpr size_t kUsualMarks = 1024;
+// Room for marks of those who reserve none, and the most that is made in advance.
+constexpr size_t kUsualMarks = 1024, kMostMarks = size_t{1} << 16;
 constexpr int kNoPhase = -1;
 
 }  // namespace
@@ -20,6 +20,13 @@ PhaseTimer::PhaseTimer(Stream& stream, int phases)
   phases_.reserve(kUsualMarks);
 }
 PhaseTimer::~PhaseTimer() = default;
+
+void PhaseTimer::Reserve(int64_t marks) {
+  const size_t room = std::min(kMostMarks, static_cast<size_t>(std::max<int64_t>(marks, 0)));
+  if (room <= kUsualMarks) return;
+  phases_.reserve(room);
+  marks_ = std::make_unique<TimeMarks>(stream_, room);
+}
 
 void PhaseTimer::Restart(int phase) {
   phases_.clear();

@@ -211,6 +211,29 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   return absl::OkStatus();
 }
 
+namespace {
+
+// How often a step waits for other ranks, at most.
+int64_t WaitsOfStep(const RunPlan& plan) {
+  int64_t waits = 16;  // for scalars, tied values, magnitudes of FP8
+  for (const StagePlan& stage : plan.stages) {
+    auto each = static_cast<int64_t>(  // in a micro-batch
+        ExchangesOf(stage.model.graph, stage.train_actions, plan.micro_batch_tokens).size());
+    for (const auto* events : {&stage.buckets.training.before, &stage.buckets.training.after}) {
+      for (const std::vector<BucketEvent>& e : *events) each += static_cast<int64_t>(e.size());
+    }
+    waits +=
+        plan.micro_batches * (each + 1) + 2 * static_cast<int64_t>(stage.buckets.buckets.size());
+  }
+  size_t actions = 0;  // each may wait for a message and for a buffer
+  for (const std::vector<ProgramAction>& of_rank : plan.step.of_rank) {
+    actions = std::max(actions, of_rank.size());
+  }
+  return waits + 2 * static_cast<int64_t>(actions);
+}
+
+}  // namespace
+
 absl::Status Trainer::Impl::SetUpModel() {
   absl::StatusOr<RunPlan> planned = PlanRun(config, world.size(), world.rank());
   // Agreed on here, since a rank that goes on takes memory that another one counts as free.
@@ -218,6 +241,7 @@ absl::Status Trainer::Impl::SetUpModel() {
       "planning the memory",
       planned.ok() ? CheckMemory(*planned, config, world, stream->device()) : planned.status()));
   plan = *std::move(planned);
+  timer->Reserve(2 * WaitsOfStep(plan));  // a phase begins with each wait, and another behind it
   const Graph& graph = first_graph();
   const DType dtype = graph.dtype;
   std::vector<StageMemory> memory;

@@ -132,7 +132,6 @@ TEST_F(CudaCore, CapturedWorkRunsAgainOnWhatLiesThereThen) {
 
 TEST_F(CudaCore, PhasesAreAsLongAsTheDeviceTakes) {
   const auto stream = Stream::Create(gpu_).value();
-  const KernelTable* kernels = KernelsFor(gpu_).value();
   constexpr int64_t kCount = int64_t{1} << 28;
   const Arena memory = Arena::Create(gpu_, "phases", 2 * kCount).value();
   const Tensor x = Tensor::Of(memory.data(), DType::kU8, {kCount}, gpu_);

@@ -407,9 +407,9 @@ absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch
     STRETTO_RETURN_IF_ERROR(world.Agree("one GPU", ran));
     struct Layout {
       const char* name;
-      int64_t zero = 1, pp = 1, tp = 1;
+      int zero = 1, pp = 1, tp = 1;
       const char* schedule = "1f1b";
-      int64_t tp_chunks = 1;
+      int tp_chunks = 1;
       bool tp_overlap = true;
       bool again = false;   // also a second run, which has to give the same bits
       bool graphs = false;  // ... and one that replays captured work
@@ -428,12 +428,13 @@ absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch
     };
     for (const Layout& layout : layouts) {
       if (world.size() % (layout.pp * layout.tp) != 0) continue;
-      config.parallel.zero = layout.zero;
-      config.parallel.pp = layout.pp;
-      config.parallel.tp = layout.tp;
-      config.parallel.tp_chunks = layout.tp_chunks;
+      config = testing::With(config, {.dp = world.size() / (layout.pp * layout.tp),
+                                      .pp = layout.pp,
+                                      .tp = layout.tp,
+                                      .zero = layout.zero,
+                                      .schedule = layout.schedule,
+                                      .pieces = layout.tp_chunks});
       config.parallel.tp_overlap = layout.tp_overlap;
-      config.parallel.schedule = layout.schedule;
       const std::string name = absl::StrCat(family, ", ", layout.name);
       if (world.rank() == 0) {
         std::printf("%s\n", name.c_str());
@@ -465,14 +466,8 @@ absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch
 
 absl::Status RunAll(World& world) {
   const Device device = Device::Cuda(world.info().local_rank);
-  const absl::Status usable = DescribeDevice(device).status();
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> missing,
-                           world.AllGather("GPUs", std::string(usable.message())));
-  for (const std::string& why : missing) {
-    if (why.empty()) continue;
-    if (world.rank() == 0) std::printf("SKIP: %s\n", why.c_str());
-    return absl::OkStatus();
-  }
+  STRETTO_ASSIGN_OR_RETURN(const bool gpus, testing::EveryRankHasAGpu(world));
+  if (!gpus) return absl::OkStatus();
   const testing::ScratchDirectory scratch;
   STRETTO_ASSIGN_OR_RETURN(const uint64_t first, RunCases(world, device));
   STRETTO_ASSIGN_OR_RETURN(const uint64_t second, RunCases(world, device));

@@ -4,8 +4,10 @@
 
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "stretto/comm/world.h"
+#include "stretto/core/device.h"
 #include "stretto/core/log.h"
 #include "tests/support/training.h"
 
@@ -25,6 +27,19 @@ inline int RankMain(absl::Status (*body)(World&), WorldOptions options = {}) {
     return 1;
   }
   return 0;
+}
+
+// Whether every rank has a GPU of its own. Where one has none, rank 0 says why, for ctest to skip.
+inline absl::StatusOr<bool> EveryRankHasAGpu(World& world) {
+  const absl::Status usable = DescribeDevice(Device::Cuda(world.info().local_rank)).status();
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> missing,
+                           world.AllGather("GPUs", std::string(usable.message())));
+  for (const std::string& why : missing) {
+    if (why.empty()) continue;
+    if (world.rank() == 0) std::printf("SKIP: %s\n", why.c_str());
+    return false;
+  }
+  return true;
 }
 
 // TinyRun with files in `scratch` of rank 0, which writes them; all ranks return the same.

@@ -2,6 +2,7 @@
 #ifndef STRETTO_CORE_PHASE_TIMER_H_
 #define STRETTO_CORE_PHASE_TIMER_H_
 
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -19,6 +20,9 @@ class PhaseTimer {
   // Numbers of phases are below `phases`. The stream outlives the timer.
   PhaseTimer(Stream& stream, int phases);
   ~PhaseTimer();
+  // Room for the marks of a step: one for each Restart and End, and for each Begin of another
+  // phase. With fewer than a step sets, the first one takes memory. Before the first mark.
+  void Reserve(int64_t marks);
 
   // Forgets everything and begins `phase` here.
   void Restart(int phase);

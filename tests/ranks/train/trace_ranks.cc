@@ -40,14 +40,8 @@ absl::Status RunAll(World& world) {
   STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, "gpt2"));
   std::vector<testing::TrainLayout> layouts = {{.dp = 2, .pp = 2, .tp = 2}};
   if (on_gpus) {
-    const absl::Status usable = DescribeDevice(Device::Cuda(world.info().local_rank)).status();
-    STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> missing,
-                             world.AllGather("GPUs", std::string(usable.message())));
-    for (const std::string& why : missing) {
-      if (why.empty()) continue;
-      if (world.rank() == 0) std::printf("SKIP: %s\n", why.c_str());
-      return absl::OkStatus();
-    }
+    STRETTO_ASSIGN_OR_RETURN(const bool gpus, testing::EveryRankHasAGpu(world));
+    if (!gpus) return absl::OkStatus();
     config.runtime.device = "cuda";
     layouts = {{.dp = 2}, {.dp = 2, .zero = 3}, {.pp = 2, .schedule = "zb-h1"}, {.tp = 2}};
   }

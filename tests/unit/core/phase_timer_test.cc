@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <thread>
@@ -65,6 +66,26 @@ TEST_P(PhaseTimerTest, TakesMorePhasesThanUsual) {
   for (int i = 1; i <= 5000; ++i) timer.Begin(i % 2);
   timer.End();
   ASSERT_TRUE(stream_->Synchronize().ok());
+  for (double s : timer.Seconds()) EXPECT_GE(s, 0);
+}
+
+// Without room for them the host would have to wait for the stream.
+TEST(PhaseTimerRoomTest, ReservedPhasesDoNotWaitForTheStream) {
+  const auto stream =
+      Stream::Create(Device::Cpu(), {.mode = StreamMode::kFifo, .queue_capacity = 4096}).value();
+  PhaseTimer timer(*stream, 2);
+  timer.Reserve(3002);
+  std::atomic<bool> go = false, gave_up = false;
+  stream->Enqueue([&] {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    while (!go && !gave_up) gave_up = std::chrono::steady_clock::now() > end;
+  });
+  timer.Restart(0);
+  for (int i = 1; i <= 3000; ++i) timer.Begin(i % 2);
+  timer.End();
+  go = true;
+  ASSERT_TRUE(stream->Synchronize().ok());
+  EXPECT_FALSE(gave_up);
   for (double s : timer.Seconds()) EXPECT_GE(s, 0);
 }
 

@@ -3,6 +3,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
 #include <map>
 #include <set>
@@ -188,6 +189,8 @@ uint64_t Program::Hash() const {
     words.push_back(item.level);
     list(item.lengths);
     list(item.pipelines);
+    list(item.documents);
+    words.push_back(std::bit_cast<int64_t>(item.offload));
   }
   for (const std::vector<ProgramAction>& actions : of_rank) {
     words.push_back(static_cast<int64_t>(actions.size()));

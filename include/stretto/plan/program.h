@@ -19,6 +19,10 @@ struct PlanItem {
   int64_t tokens = 0;
   std::vector<int64_t> lengths;  // of its documents; they add up to `tokens`
   std::vector<int> pipelines;    // in ring order, each once, at least one
+  // Which of the step's documents they are, as many as `lengths`; empty where nobody asks.
+  std::vector<int64_t> documents;
+  // The part of the activations, 0 to 1, that waits for backward in host memory.
+  double offload = 0;
   // 0, or 1 + the highest level of an earlier item that shares a pipeline with it: AssignLevels.
   int level = 0;
 };

@@ -103,6 +103,12 @@ TEST(Program, TheHashSeesEveryPart) {
   other = items;
   other[1].lengths = {1, 2};
   EXPECT_NE(make(other).Hash(), program.Hash());
+  other = items;
+  other[1].documents = {7, 8};
+  EXPECT_NE(make(other).Hash(), program.Hash());
+  other = items;
+  other[0].offload = 0.5;
+  EXPECT_NE(make(other).Hash(), program.Hash());
   EXPECT_NE(make(items, ScheduleKind::kGPipe).Hash(), program.Hash());
   Program changed = program;
   std::swap(changed.of_rank[0][0].order, changed.of_rank[0][1].order);

@@ -5,40 +5,19 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "src/data/shards.h"
 
 namespace stretto {
 namespace {
 
 constexpr int64_t kMaxBatchTokens = std::numeric_limits<int32_t>::max();  // cu_seqlens are int32
-// Shards beyond these are opened for each read, so that no set exhausts the process's descriptors.
-constexpr size_t kMaxOpenShards = 256;
 
 }  // namespace
 
 struct TokenDataset::Impl {
   DatasetOptions options;
-  std::vector<TokenFile> shards;
-  std::vector<int64_t>
-      starts;  // [shards + 1] place of each shard's first token; ends with the total
+  internal::Shards shards;
   int64_t samples = 0;
-
-  // The shard that holds token `place`, which is below the total.
-  size_t ShardOf(int64_t place) const {
-    return static_cast<size_t>(std::upper_bound(starts.begin(), starts.end(), place) -
-                               starts.begin()) -
-           1;
-  }
-
-  absl::Status Read(int64_t place, int64_t count, int32_t* ids) const {
-    for (size_t s = ShardOf(place); count > 0; ++s) {
-      const int64_t n = std::min(count, starts[s + 1] - place);
-      STRETTO_RETURN_IF_ERROR(shards[s].Read(place - starts[s], n, options.vocabulary, ids));
-      place += n;
-      ids += n;
-      count -= n;
-    }
-    return absl::OkStatus();
-  }
 };
 
 TokenDataset::TokenDataset() : impl_(std::make_unique<Impl>()) {}
@@ -51,32 +30,12 @@ absl::StatusOr<std::unique_ptr<TokenDataset>> TokenDataset::Open(const std::stri
                                                    options.sequence_length,
                                                    "; it must be in [1, 2^31 - 1]"));
   }
-  if (options.vocabulary < 0 || options.end_of_text < -1 ||
-      (options.vocabulary > 0 && options.end_of_text >= options.vocabulary)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the end-of-text id ", options.end_of_text, " of dataset '", pattern,
-                     "' does not lie in its vocabulary of ", options.vocabulary,
-                     "; give the tokenizer's own, or -1 for none"));
-  }
   std::unique_ptr<TokenDataset> dataset(new TokenDataset);
   Impl& impl = *dataset->impl_;
   impl.options = options;
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> paths, ExpandFiles(pattern));
-  impl.shards.reserve(paths.size());
-  impl.starts.assign(1, 0);
-  for (const std::string& path : paths) {
-    STRETTO_ASSIGN_OR_RETURN(TokenFile shard,
-                             TokenFile::Open(path, impl.shards.size() < kMaxOpenShards));
-    if (!impl.shards.empty() && shard.token_bytes() != impl.shards[0].token_bytes()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("token files '", impl.shards[0].path(), "' and '", path, "' hold ids of ",
-                       impl.shards[0].token_bytes(), " and ", shard.token_bytes(),
-                       " bytes, so they come from different tokenizers; name only files of one"));
-    }
-    impl.starts.push_back(impl.starts.back() + shard.tokens());
-    impl.shards.push_back(std::move(shard));
-  }
-  const int64_t total = impl.starts.back();
+  STRETTO_ASSIGN_OR_RETURN(
+      impl.shards, internal::Shards::Open(pattern, options.vocabulary, options.end_of_text));
+  const int64_t total = impl.shards.tokens();
   impl.samples = (total - 1) / options.sequence_length;
   if (impl.samples == 0) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -87,7 +46,7 @@ absl::StatusOr<std::unique_ptr<TokenDataset>> TokenDataset::Open(const std::stri
 }
 
 int64_t TokenDataset::samples() const { return impl_->samples; }
-int64_t TokenDataset::tokens() const { return impl_->starts.back(); }
+int64_t TokenDataset::tokens() const { return impl_->shards.tokens(); }
 const DatasetOptions& TokenDataset::options() const { return impl_->options; }
 
 absl::Status TokenDataset::Append(int64_t index, PackedBatch* batch) const {
@@ -95,8 +54,8 @@ absl::Status TokenDataset::Append(int64_t index, PackedBatch* batch) const {
   const int64_t length = impl.options.sequence_length;
   if (index < 0 || index >= impl.samples) {
     return absl::OutOfRangeError(absl::StrCat("sample ", index, " was asked of '",
-                                              impl.shards[0].path(), "' and the like, which hold ",
-                                              impl.samples));
+                                              impl.shards.first_path(),
+                                              "' and the like, which hold ", impl.samples));
   }
   const int64_t base = batch->tokens();
   if (base > kMaxBatchTokens - length) {
@@ -109,8 +68,8 @@ absl::Status TokenDataset::Append(int64_t index, PackedBatch* batch) const {
   batch->targets.resize(base + length);
   int32_t* ids = batch->ids.data() + base;
   int32_t* targets = batch->targets.data() + base;
-  absl::Status status = impl.Read(place, length, ids);
-  if (status.ok()) status = impl.Read(place + length, 1, targets + length - 1);
+  absl::Status status = impl.shards.Read(place, length, ids);
+  if (status.ok()) status = impl.shards.Read(place + length, 1, targets + length - 1);
   if (!status.ok()) {
     batch->ids.resize(base);
     batch->targets.resize(base);
@@ -122,10 +81,11 @@ absl::Status TokenDataset::Append(int64_t index, PackedBatch* batch) const {
   const int64_t separator = split ? impl.options.end_of_text : -1;
   // Place in the sample where the next file starts; only a boundary where there is no separator.
   const bool split_files = split && impl.options.end_of_text < 0;
-  size_t shard = impl.ShardOf(place) + 1;
+  const std::vector<int64_t>& starts = impl.shards.starts();
+  size_t shard = impl.shards.FileOf(place) + 1;
   const auto next_file = [&] {
-    return split_files && shard < impl.shards.size() ? impl.starts[shard] - place
-                                                     : std::numeric_limits<int64_t>::max();
+    return split_files && shard + 1 < starts.size() ? starts[shard] - place
+                                                    : std::numeric_limits<int64_t>::max();
   };
   int64_t boundary = next_file();
 

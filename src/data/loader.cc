@@ -1,35 +1,21 @@
 #include "stretto/data/loader.h"
 
 #include <algorithm>
-#include <condition_variable>
 #include <limits>
-#include <mutex>
 #include <optional>
-#include <system_error>
-#include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "src/data/prefetcher.h"
 
 namespace stretto {
 
 struct Loader::Impl {
-  // One step's data. Two of them: the caller holds one while the thread fills the other.
-  struct Slot {
-    int64_t step = -1;  // -1: holds nothing
-    absl::Status status;
-    std::vector<PackedBatch> batches;
-  };
+  using Batches = std::vector<PackedBatch>;
 
   const TokenDataset* dataset = nullptr;
   LoaderOptions options;
-  Slot slots[2];
-  int front = 0;  // the slot handed out; touched by the caller only
-
-  std::mutex mutex;
-  std::condition_variable changed;
-  int64_t wanted = -1;  // step that the thread is to read into the back slot; -1: idle
-  bool stop = false;
-  std::thread thread;
+  internal::Prefetcher<Batches> steps{
+      [this](int64_t step, Batches* batches) { return Read(step, batches); }};
 
   std::pair<int64_t, int64_t> Range(int64_t step) const {
     const int64_t base = step * options.global_batch;
@@ -39,7 +25,7 @@ struct Loader::Impl {
     return {first, first + share + (options.rank < extra ? 1 : 0)};
   }
 
-  absl::Status Read(int64_t step, std::vector<PackedBatch>* batches) const {
+  absl::Status Read(int64_t step, Batches* batches) const {
     const auto [first, last] = Range(step);
     const int64_t samples = dataset->samples();
     std::optional<Permutation> permutation;
@@ -60,39 +46,11 @@ struct Loader::Impl {
     }
     return absl::OkStatus();
   }
-
-  void Fill(int64_t step, Slot* slot) const {
-    slot->step = step;
-    slot->status = Read(step, &slot->batches);
-  }
-
-  void Work() {
-    std::unique_lock<std::mutex> lock(mutex);
-    for (;;) {
-      changed.wait(lock, [this] { return stop || wanted >= 0; });
-      if (stop) return;
-      const int64_t step = wanted;
-      Slot* back = &slots[1 - front];  // `front` does not move while `wanted` is set
-      lock.unlock();
-      Fill(step, back);
-      lock.lock();
-      wanted = -1;
-      changed.notify_all();
-    }
-  }
 };
 
 Loader::Loader() : impl_(std::make_unique<Impl>()) {}
 
-Loader::~Loader() {
-  if (!impl_->thread.joinable()) return;
-  {
-    std::lock_guard<std::mutex> lock(impl_->mutex);
-    impl_->stop = true;
-  }
-  impl_->changed.notify_all();
-  impl_->thread.join();
-}
+Loader::~Loader() = default;
 
 absl::StatusOr<std::unique_ptr<Loader>> Loader::Create(const TokenDataset& dataset,
                                                        const LoaderOptions& options) {
@@ -128,29 +86,15 @@ absl::StatusOr<std::unique_ptr<Loader>> Loader::Create(const TokenDataset& datas
                      " tokens a step; use a smaller global batch or more ranks"));
   }
   const int64_t batches = (last - first - 1) / options.micro_batch + 1;
-  for (Impl::Slot& slot : impl.slots) {
-    slot.batches.resize(batches);
+  if (options.prefetch) STRETTO_RETURN_IF_ERROR(impl.steps.Start());
+  impl.steps.ForEach([&](Impl::Batches* step) {
+    step->resize(static_cast<size_t>(batches));
     for (int64_t b = 0; b < batches; ++b) {
       // Everything that a step may need, now, so that no step allocates.
       const int64_t samples = std::min(options.micro_batch, last - first - b * options.micro_batch);
-      PackedBatch& batch = slot.batches[b];
-      batch.ids.reserve(samples * length);
-      batch.targets.reserve(samples * length);
-      batch.weights.reserve(samples * length);
-      batch.positions.reserve(samples * length);
-      batch.cu_seqlens.reserve(samples * length + 1);
+      (*step)[static_cast<size_t>(b)].Reserve(samples * length);
     }
-    if (!options.prefetch) break;
-  }
-  if (options.prefetch) {
-    try {
-      impl.thread = std::thread([&impl] { impl.Work(); });
-    } catch (const std::system_error& error) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the loader cannot start its thread: ", error.what(),
-                       "; raise the limit (ulimit -u) or set prefetch to false"));
-    }
-  }
+  });
   return loader;
 }
 
@@ -161,29 +105,7 @@ absl::StatusOr<const std::vector<PackedBatch>*> Loader::Step(int64_t step) {
         absl::StrCat("step ", step, " was asked of the loader; it must be in [0, 2^63 / ",
                      impl.options.global_batch, ")"));
   }
-  if (!impl.options.prefetch) {
-    impl.Fill(step, &impl.slots[0]);
-    if (!impl.slots[0].status.ok()) return impl.slots[0].status;
-    return &impl.slots[0].batches;
-  }
-  {
-    std::unique_lock<std::mutex> lock(impl.mutex);
-    impl.changed.wait(lock, [&impl] { return impl.wanted < 0; });
-    impl.front = 1 - impl.front;
-  }
-  Impl::Slot& slot = impl.slots[impl.front];
-  if (slot.step != step) impl.Fill(step, &slot);
-  if (!slot.status.ok()) {
-    const absl::Status status = slot.status;
-    slot.step = -1;
-    return status;
-  }
-  {
-    std::lock_guard<std::mutex> lock(impl.mutex);
-    impl.wanted = step + 1;
-  }
-  impl.changed.notify_all();
-  return &slot.batches;
+  return impl.steps.Step(step);
 }
 
 std::pair<int64_t, int64_t> Loader::Range(int64_t step) const { return impl_->Range(step); }

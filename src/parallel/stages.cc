@@ -112,9 +112,9 @@ absl::Status ModelStages::Use(const std::vector<StageParts>& parts) {
   return absl::OkStatus();
 }
 
-void ModelStages::SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches,
+void ModelStages::SetBatches(const RankProgram& program, std::span<const PackedBatch> batches,
                              size_t first, bool more) {
-  batches_ = &batches;
+  batches_ = batches;
   first_ = first;
   more_ = more;
   for (Stage& stage : stages_) {

@@ -2,6 +2,7 @@
 #ifndef STRETTO_DATA_BATCH_H_
 #define STRETTO_DATA_BATCH_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -30,6 +31,15 @@ struct PackedBatch {
   int64_t tokens() const { return static_cast<int64_t>(ids.size()); }
   int64_t sequences() const {
     return cu_seqlens.empty() ? 0 : static_cast<int64_t>(cu_seqlens.size()) - 1;
+  }
+  // Makes room for so many tokens.
+  void Reserve(int64_t tokens) {
+    const auto count = static_cast<std::size_t>(tokens);
+    ids.reserve(count);
+    targets.reserve(count);
+    weights.reserve(count);
+    positions.reserve(count);
+    cu_seqlens.reserve(count + 1);
   }
   void Clear() {
     ids.clear();

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -70,7 +71,7 @@ class ModelStages : public StageWorker {
   // stay as they are until the work is done. Items behind the last batch are empty: other ranks
   // have something there, and the stages follow their hooks. With `more` the step goes on with
   // another program, so gradients do not leave yet.
-  void SetBatches(const RankProgram& program, const std::vector<PackedBatch>& batches,
+  void SetBatches(const RankProgram& program, std::span<const PackedBatch> batches,
                   size_t first = 0, bool more = false);
   // One of the feeders, for whoever runs a frame of the first stage by hand between programs.
   TokenFeeder& feeder();
@@ -79,7 +80,7 @@ class ModelStages : public StageWorker {
 
   int64_t Tokens(int item) const override;
   bool Empty(int item) const override {
-    return first_ + static_cast<size_t>(item) >= batches_->size();
+    return first_ + static_cast<size_t>(item) >= batches_.size();
   }
   int64_t MicroBatch(int item) const override { return static_cast<int64_t>(first_) + item; }
   absl::Status Run(const ProgramAction& action, Tensor in, Tensor out) override;
@@ -93,9 +94,9 @@ class ModelStages : public StageWorker {
   Stream& stream_;
   std::vector<Stage> stages_;
   const PackedBatch& BatchOf(int item) const {
-    return (*batches_)[first_ + static_cast<size_t>(item)];
+    return batches_[first_ + static_cast<size_t>(item)];
   }
-  const std::vector<PackedBatch>* batches_ = nullptr;
+  std::span<const PackedBatch> batches_;
   size_t first_ = 0;
   bool more_ = false;
   ReplayCache* replays_ = nullptr;

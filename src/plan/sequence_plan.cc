@@ -1,0 +1,373 @@
+#include "stretto/plan/sequence_plan.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "src/plan/sequence_balance.h"
+#include "stretto/plan/context_cut.h"
+
+namespace stretto {
+namespace {
+
+constexpr double kNano = 1e-9;
+constexpr size_t Index(int64_t i) { return static_cast<size_t>(i); }
+
+absl::Status CheckOptions(const SequencePlanOptions& o) {
+  const auto error = [](const auto&... parts) {
+    return absl::InvalidArgumentError(absl::StrCat(parts...));
+  };
+  constexpr int kMostPipelines = 1 << 16, kMostStages = 1 << 10;
+  if (o.pipelines < 1 || o.pipelines > kMostPipelines) {
+    return error("a plan of sequences is for 1 to ", kMostPipelines, " pipelines, not ",
+                 o.pipelines);
+  }
+  if (o.stages < 1 || o.stages > kMostStages) {
+    return error("a plan of sequences is for pipelines of 1 to ", kMostStages, " stages, not ",
+                 o.stages);
+  }
+  if (o.pipelines_per_machine < 1) {
+    return error("a machine has at least 1 pipeline, not ", o.pipelines_per_machine);
+  }
+  constexpr int64_t kMostTokens = int64_t{1} << 31;
+  if (o.capacity < 1 || o.capacity > kMostTokens) {
+    return error("the capacity of a rank is 1 to ", kMostTokens, " tokens, not ", o.capacity);
+  }
+  if (o.method == SequenceMethod::kStatic && (o.context < 1 || o.pipelines % o.context != 0)) {
+    return error("rings of ", o.context, " do not divide ", o.pipelines,
+                 " pipelines; choose a divisor");
+  }
+  const SequenceMemory& m = o.memory;
+  constexpr double kMostBytes = 1e12;
+  if (!(m.bytes_per_token > 0 && m.bytes_per_token <= kMostBytes && m.bytes_fixed >= 0 &&
+        m.bytes_fixed <= kMostBytes && m.device_bytes >= 0)) {
+    return error("activations of a layer take ", m.bytes_per_token, " bytes a token and ",
+                 m.bytes_fixed, " besides, a rank has ", m.device_bytes,
+                 "; give a positive number first, none below 0 or above 1e12");
+  }
+  if (m.offload && !(m.host_bytes_per_second > 0 && std::isfinite(m.host_bytes_per_second))) {
+    return error("activations in host memory need the bytes per second to it, not ",
+                 m.host_bytes_per_second);
+  }
+  STRETTO_RETURN_IF_ERROR(SequenceClock::Check(o.cost));
+  const double layers = static_cast<double>(o.cost.layers);
+  const double needed =
+      layers * (m.bytes_per_token * static_cast<double>(o.capacity) + m.bytes_fixed);
+  if (m.device_bytes > 0 && needed > static_cast<double>(m.device_bytes)) {
+    const double tokens =
+        (static_cast<double>(m.device_bytes) / layers - m.bytes_fixed) / m.bytes_per_token;
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "activations of %d tokens take %.0f bytes, a rank has %d for them; lower the capacity to "
+        "%.0f",
+        o.capacity, needed, m.device_bytes, std::max(0.0, std::floor(tokens))));
+  }
+  return absl::OkStatus();
+}
+
+// Documents in ring order with their exact parts: whether `capacity` tokens of each rank hold them.
+class Pack {
+ public:
+  explicit Pack(int ranks) : own_(Index(ranks), 0) {}
+  // Adds the document if all ranks have room.
+  bool Add(int64_t document, int64_t length, int64_t capacity) {
+    const auto ranks = static_cast<int>(own_.size());
+    if (total_ + length > capacity * ranks) return false;
+    std::vector<int64_t> next = own_;
+    for (int i = 0; i < ranks; ++i) {
+      next[Index(i)] += ContextPartOf(length, ranks, i).tokens();
+      if (next[Index(i)] > capacity) return false;
+    }
+    own_ = std::move(next);
+    total_ += length;
+    documents_.push_back(document);
+    return true;
+  }
+  std::vector<int64_t>& documents() { return documents_; }
+  int64_t total() const { return total_; }
+
+ private:
+  std::vector<int64_t> own_;
+  int64_t total_ = 0;
+  std::vector<int64_t> documents_;
+};
+
+SequenceClock::Load LoadOf(const std::vector<int64_t>& lengths,
+                           const std::vector<int64_t>& documents) {
+  SequenceClock::Load load;
+  for (const int64_t d : documents) {
+    load.tokens += lengths[Index(d)];
+    load.pairs += SequenceClock::PairsOf(lengths[Index(d)]);
+  }
+  return load;
+}
+
+std::vector<PlacedItem> PlaceStatic(const std::vector<int64_t>& lengths,
+                                    const SequencePlanOptions& o) {
+  std::vector<int64_t> order(lengths.size());
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return lengths[Index(a)] > lengths[Index(b)]; });
+  // Best fit by what is left, and the next emptier one where rounding leaves a rank no room.
+  std::vector<Pack> packs;
+  std::multimap<int64_t, size_t> left;
+  const int64_t all = o.capacity * o.context;
+  for (const int64_t d : order) {
+    const int64_t length = lengths[Index(d)];
+    auto at = left.lower_bound(length);
+    while (at != left.end() && !packs[at->second].Add(d, length, o.capacity)) ++at;
+    size_t pack;
+    if (at != left.end()) {
+      pack = at->second;
+      left.erase(at);
+    } else {
+      pack = packs.size();
+      packs.emplace_back(o.context).Add(d, length, o.capacity);
+    }
+    left.emplace(all - packs[pack].total(), pack);
+  }
+  std::vector<PlacedItem> items;
+  const int groups = o.pipelines / o.context;
+  for (Pack& pack : packs) {
+    const auto number = static_cast<int>(items.size());
+    items.push_back({.documents = std::move(pack.documents()),
+                     .first = number % groups * o.context,
+                     .ranks = o.context});
+  }
+  return items;
+}
+
+std::vector<PlacedItem> PlaceDynamic(const std::vector<int64_t>& lengths,
+                                     const SequencePlanOptions& o, const SequenceRoom& room) {
+  std::vector<PlacedItem> items;
+  std::vector<int64_t> short_ones;
+  for (size_t d = 0; d < lengths.size(); ++d) {
+    const auto document = static_cast<int64_t>(d);
+    const int64_t ranks = room.FewestRanks(lengths[d]);
+    if (ranks == 1 && lengths[d] <= o.capacity) {
+      short_ones.push_back(document);
+    } else {
+      items.push_back({.documents = {document},
+                       .ranks = static_cast<int>(ranks),
+                       .offload = room.Offload(lengths[d], ranks)});
+    }
+  }
+  for (std::vector<int64_t>& pack : PackBestFit(lengths, std::move(short_ones), o.capacity)) {
+    items.push_back({.documents = std::move(pack)});
+  }
+  // In the order in which the batch has their first documents.
+  std::sort(items.begin(), items.end(), [](const PlacedItem& a, const PlacedItem& b) {
+    return a.documents.front() < b.documents.front();
+  });
+  int next = 0;
+  for (PlacedItem& item : items) {
+    item.first = next;
+    next = (next + item.ranks) % o.pipelines;
+  }
+  return items;
+}
+
+// Of the whole batch, in nanoseconds.
+int64_t LowerBound(const std::vector<int64_t>& lengths, const SequencePlanOptions& o,
+                   const SequenceClock& clock, const SequenceRoom& room) {
+  SequenceClock::Load all;
+  int64_t longest = 0;
+  for (const int64_t length : lengths) {
+    const auto load = SequenceClock::LoadOf(length);
+    all.tokens += load.tokens;
+    all.pairs += load.pairs;
+    longest = std::max(longest, length);
+  }
+  if (longest == 0) return 0;
+  // With as few micro-batches as there can be, and nothing sent.
+  const int64_t parts = (all.tokens + room.most_tokens() - 1) / room.most_tokens();
+  const int64_t sum = clock.Both(all, 1, false) + (parts - 1) * clock.fixed();
+  const auto load = SequenceClock::LoadOf(longest);
+  int64_t alone = std::numeric_limits<int64_t>::max();
+  for (int64_t ranks = room.FewestRanks(longest); ranks <= o.pipelines; ++ranks) {
+    alone = std::min(alone, clock.Both(load, ranks, ranks > o.pipelines_per_machine));
+  }
+  return std::max((sum + o.pipelines - 1) / o.pipelines, alone * o.stages);
+}
+
+// Runs the items in their order, each when all its pipelines are free.
+void Estimate(const std::vector<PlacedItem>& placed, SequencePlan* plan) {
+  const auto pipelines = Index(plan->options.pipelines);
+  std::vector<int64_t> busy(pipelines, 0), end(pipelines, 0), longest(pipelines, 0);
+  for (size_t i = 0; i < placed.size(); ++i) {
+    const int64_t time = placed[i].nanoseconds;
+    int64_t start = 0;
+    for (const int p : plan->items[i].pipelines) start = std::max(start, end[Index(p)]);
+    for (const int p : plan->items[i].pipelines) {
+      end[Index(p)] = start + time;
+      busy[Index(p)] += time;
+      longest[Index(p)] = std::max(longest[Index(p)], time);
+    }
+  }
+  int64_t makespan = 0, sum = 0;
+  for (size_t p = 0; p < pipelines; ++p) {
+    makespan = std::max(makespan, end[p] + (plan->options.stages - 1) * longest[p]);
+    sum += busy[p];
+    plan->pipeline_seconds.push_back(kNano * static_cast<double>(busy[p]));
+  }
+  plan->makespan = kNano * static_cast<double>(makespan);
+  plan->mean = kNano * static_cast<double>(sum) / static_cast<double>(pipelines);
+}
+
+int MostPeers(const SequencePlan& plan) {
+  std::vector<std::vector<int>> peers(Index(plan.options.pipelines));
+  for (const PlanItem& item : plan.items) {
+    const size_t ranks = item.pipelines.size();
+    for (size_t i = 0; ranks > 1 && i < ranks; ++i) {
+      peers[Index(item.pipelines[i])].push_back(item.pipelines[(i + 1) % ranks]);
+    }
+  }
+  size_t most = 0;
+  for (std::vector<int>& p : peers) {
+    std::sort(p.begin(), p.end());
+    most = std::max(most, static_cast<size_t>(std::unique(p.begin(), p.end()) - p.begin()));
+  }
+  return static_cast<int>(most);
+}
+
+}  // namespace
+
+const char* Name(SequenceMethod method) {
+  switch (method) {
+    case SequenceMethod::kStatic:
+      return "static";
+    case SequenceMethod::kDynamic:
+      return "dynamic";
+    case SequenceMethod::kBalanced:
+      return "balanced";
+    case SequenceMethod::kBalancedPipelines:
+      return "balanced-pipelines";
+  }
+  return "?";
+}
+
+absl::StatusOr<SequenceMethod> ParseSequenceMethod(const std::string& name) {
+  for (const auto method : {SequenceMethod::kStatic, SequenceMethod::kDynamic,
+                            SequenceMethod::kBalanced, SequenceMethod::kBalancedPipelines}) {
+    if (name == Name(method)) return method;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("there is no method '", name,
+                   "' for sequences; choose static, dynamic, balanced or "
+                   "balanced-pipelines"));
+}
+
+int64_t SequencePlan::TokensOf(const PlanItem& item, int place) {
+  return ContextTokens(item.lengths, static_cast<int>(item.pipelines.size()), place);
+}
+
+uint64_t SequencePlan::Hash() const {
+  std::vector<int64_t> words;
+  const auto list = [&](const auto& values) {
+    words.push_back(static_cast<int64_t>(values.size()));
+    words.insert(words.end(), values.begin(), values.end());
+  };
+  for (const PlanItem& item : items) {
+    list(item.lengths);
+    list(item.pipelines);
+    list(item.documents);
+    words.push_back(item.level);
+    words.push_back(std::bit_cast<int64_t>(item.offload));
+  }
+  return XXH64(words.data(), words.size() * sizeof(words[0]), 0);
+}
+
+std::string SequencePlan::Describe() const {
+  int64_t documents = 0, tokens = 0, rings = 0, most_ranks = 0;
+  for (const PlanItem& item : items) {
+    documents += static_cast<int64_t>(item.documents.size());
+    tokens += item.tokens;
+    rings += item.pipelines.size() > 1 ? 1 : 0;
+    most_ranks = std::max(most_ranks, static_cast<int64_t>(item.pipelines.size()));
+  }
+  std::string out = absl::StrFormat(
+      "%s: %d documents of %d tokens in %d items on %d pipelines, %d of them rings of up to %d, "
+      "%d levels, plan %016x\n",
+      Name(options.method), documents, tokens, items.size(), options.pipelines, rings, most_ranks,
+      levels, Hash());
+  absl::StrAppendFormat(
+      &out,
+      "%.4g s, %.4g s of it work on average; at least %.4g s (%.3f times)\n"
+      "a rank has at most %d tokens, sends to at most %d others; rings send %.4g bytes\n",
+      makespan, mean, lower_bound, lower_bound > 0 ? makespan / lower_bound : 1.0, max_tokens,
+      max_peers, static_cast<double>(ring_bytes));
+  return out;
+}
+
+absl::StatusOr<SequencePlan> PlanSequences(const std::vector<int64_t>& lengths,
+                                           const SequencePlanOptions& options) {
+  STRETTO_RETURN_IF_ERROR(CheckOptions(options));
+  const SequenceClock clock(options.cost, options.stages);
+  const SequenceRoom room(options, clock);
+  constexpr int64_t kMostLength = int64_t{1} << 31;
+  for (size_t d = 0; d < lengths.size(); ++d) {
+    if (lengths[d] < 1 || lengths[d] > kMostLength) {
+      return absl::InvalidArgumentError(absl::StrCat("document ", d, " has ", lengths[d],
+                                                     " tokens; lengths are 1 to ", kMostLength));
+    }
+    const bool fixed = options.method == SequenceMethod::kStatic;
+    const int64_t ranks = fixed ? options.context : options.pipelines;
+    const bool fits = fixed ? SequenceRoom::LargestPart(lengths[d], ranks) <= options.capacity
+                            : room.FewestRanks(lengths[d]) <= ranks;
+    if (!fits) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "document ", d, " has ", lengths[d], " tokens, ", ranks, " ranks",
+          fixed ? " of a ring" : "", " with room for ", options.capacity,
+          " each cannot hold it; raise the capacity, take more ranks, or cut the document"));
+    }
+  }
+  SequencePlan plan = {.options = options};
+  const int64_t bound = LowerBound(lengths, options, clock, room);
+  plan.lower_bound = kNano * static_cast<double>(bound);
+  std::vector<PlacedItem> placed;
+  switch (options.method) {
+    case SequenceMethod::kStatic:
+      placed = PlaceStatic(lengths, options);
+      break;
+    case SequenceMethod::kDynamic:
+      placed = PlaceDynamic(lengths, options, room);
+      break;
+    case SequenceMethod::kBalanced:
+    case SequenceMethod::kBalancedPipelines:
+      placed = PlaceBalanced(lengths, options, clock, room, bound);
+      break;
+  }
+  for (PlacedItem& p : placed) {
+    std::sort(p.documents.begin(), p.documents.end());
+    p.load = LoadOf(lengths, p.documents);
+    p.nanoseconds = clock.Both(p.load, p.ranks, OverNetwork(options, p.first, p.ranks));
+    PlanItem& item = plan.items.emplace_back();
+    item.tokens = p.load.tokens;
+    for (const int64_t d : p.documents) item.lengths.push_back(lengths[Index(d)]);
+    for (int i = 0; i < p.ranks; ++i) {
+      item.pipelines.push_back((p.first + i) % options.pipelines);
+    }
+    std::sort(item.pipelines.begin(), item.pipelines.end());
+    item.documents = std::move(p.documents);
+    item.offload = static_cast<double>(p.offload) / SequenceRoom::kParts;
+    plan.item_seconds.push_back(kNano * static_cast<double>(p.nanoseconds));
+    plan.ring_bytes += clock.RingBytes(p.load, p.ranks);
+    for (int i = 0; i < p.ranks; ++i) {
+      plan.max_tokens = std::max(plan.max_tokens, SequencePlan::TokensOf(item, i));
+    }
+  }
+  STRETTO_RETURN_IF_ERROR(AssignLevels(options.pipelines, &plan.items));
+  for (const PlanItem& item : plan.items) plan.levels = std::max(plan.levels, item.level + 1);
+  Estimate(placed, &plan);
+  plan.max_peers = MostPeers(plan);
+  return plan;
+}
+
+}  // namespace stretto

@@ -31,10 +31,11 @@ absl::Status PlanLoader::Impl::Make(int64_t step, PlannedStep* planned) {
   for (const int64_t document : planned->documents) {
     planned->lengths.push_back(dataset.length(document));
   }
-  STRETTO_ASSIGN_OR_RETURN(planned->items, planner(planned->lengths));
+  STRETTO_ASSIGN_OR_RETURN(planned->program, planner(planned->lengths));
   planned->own.clear();
-  for (size_t i = 0; i < planned->items.size(); ++i) {
-    const std::vector<int>& places = planned->items[i].pipelines;
+  const std::vector<PlanItem>& items = planned->program.items;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const std::vector<int>& places = items[i].pipelines;
     if (std::find(places.begin(), places.end(), options.place) != places.end()) {
       planned->own.push_back(i);
     }
@@ -42,7 +43,7 @@ absl::Status PlanLoader::Impl::Make(int64_t step, PlannedStep* planned) {
   // Those behind them keep their memory for a later step.
   if (planned->batches.size() < planned->own.size()) planned->batches.resize(planned->own.size());
   for (size_t k = 0; k < planned->own.size(); ++k) {
-    STRETTO_RETURN_IF_ERROR(Read(*planned, planned->items[planned->own[k]], &planned->batches[k]));
+    STRETTO_RETURN_IF_ERROR(Read(*planned, items[planned->own[k]], &planned->batches[k]));
   }
   return absl::OkStatus();
 }

@@ -1,8 +1,12 @@
 #include "stretto/plan/cost.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstring>
+#include <fstream>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -297,6 +301,18 @@ absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::str
   reader.KnowsOnly(json, names);
   if (!reader.status().ok()) return reader.status();
   return cost;
+}
+
+absl::StatusOr<CostModel> ReadCostModel(const std::string& path) {
+  errno = 0;
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  text << file.rdbuf();
+  if (!file || !text) {
+    return absl::NotFoundError(absl::StrCat(
+        "the cost model '", path, "' cannot be read: ", std::strerror(errno != 0 ? errno : EIO)));
+  }
+  return ParseCostModel(text.str(), path);
 }
 
 }  // namespace stretto

@@ -155,6 +155,30 @@ absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeli
   return program;
 }
 
+Program PipelineOf(const Program& program, int pipeline) {
+  Program part = {.kind = program.kind,
+                  .pipelines = 1,
+                  .pipeline_ranks = program.pipeline_ranks,
+                  .stages = program.stages,
+                  .place_of_stage = program.place_of_stage};
+  std::vector<int> number(program.items.size(), -1);
+  for (size_t i = 0; i < program.items.size(); ++i) {
+    const std::vector<int>& on = program.items[i].pipelines;
+    if (std::find(on.begin(), on.end(), pipeline) == on.end()) continue;
+    number[i] = static_cast<int>(part.items.size());
+    part.items.push_back(program.items[i]);
+    part.items.back().pipelines = {0};
+  }
+  const auto first = program.of_rank.begin() +
+                     static_cast<std::ptrdiff_t>(program.RankOf(pipeline, 0)) -
+                     program.place_of_stage[0];
+  part.of_rank.assign(first, first + program.pipeline_ranks);
+  for (std::vector<ProgramAction>& actions : part.of_rank) {
+    for (ProgramAction& a : actions) a.item = number[static_cast<size_t>(a.item)];
+  }
+  return part;
+}
+
 absl::StatusOr<Program> MakeProgramWithoutLevels(ScheduleKind kind, int pipelines,
                                                  int pipeline_ranks, int chunks,
                                                  std::vector<PlanItem> items) {

@@ -62,6 +62,7 @@ OperationCost Assumed(double latency, double bytes_per_second) {
 absl::StatusOr<CostModel> AssumedH100(const TrainConfig& config) {
   TrainConfig one = config;
   one.parallel.dp = one.parallel.pp = one.parallel.tp = one.parallel.chunks = 1;
+  one.parallel.cp = 1;
   one.batch.global = one.batch.micro = 1;
   one.model.layers = std::min<int64_t>(2, one.model.layers);
   STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(one, 1, 0));

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -26,11 +27,16 @@ void TrainConfig::Data::Visit(ConfigVisitor& v) {
       "tokenizer", &tokenizer,
       "\"bytes\", a .tiktoken file, or a directory with vocab.json and merges.txt; it names the "
       "end-of-text id and turns prompts into tokens");
-  v.Field("sequence_length", &sequence_length, "tokens of a sample", {.min = 1});
+  v.Field("sequence_length", &sequence_length,
+          "tokens of a sample; with `documents` of a document at most, longer ones are cut",
+          {.min = 1});
   v.Field("shuffle", &shuffle,
           "visit the samples of each epoch in a random order given by the seed");
   v.Field("document_attention", &document_attention,
           "documents inside a sample do not see each other, and positions restart with each");
+  v.Field("documents", &documents,
+          "train on documents as they are, of unequal length, instead of samples of equal length; "
+          "batch.tokens says how many a step takes");
   v.Field("prefetch", &prefetch, "read the next batch in a background thread");
 }
 
@@ -38,6 +44,14 @@ void TrainConfig::Batch::Visit(ConfigVisitor& v) {
   v.Field("global", &global, "samples per optimizer step, over all ranks", {.min = 1});
   v.Field("micro", &micro, "samples per micro-batch at most; sets the activation memory",
           {.min = 1});
+  v.Field("tokens", &tokens,
+          "with data.documents in place of `global`: tokens per optimizer step at most, over all "
+          "ranks; 0: `capacity` on every rank",
+          {.min = 0});
+  v.Field("capacity", &capacity,
+          "with data.documents in place of `micro`: tokens of a micro-batch on a rank at most; 0: "
+          "data.sequence_length",
+          {.min = 0});
 }
 
 void TrainConfig::Optimizer::Visit(ConfigVisitor& v) {
@@ -72,7 +86,16 @@ void TrainConfig::Optimizer::Visit(ConfigVisitor& v) {
 }
 
 void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
-  v.Field("dp", &dp, "data-parallel ranks; 0: all ranks, divided by pp and tp", {.min = 0});
+  v.Field("dp", &dp, "data-parallel ranks; 0: all ranks, divided by cp, pp and tp", {.min = 0});
+  v.Field("cp", &cp,
+          "ranks that share each document, with data.documents and mesh static (context "
+          "parallelism); they and dp are one axis of dp x cp ranks",
+          {.min = 1});
+  v.Choice(
+      "mesh", &mesh, {"static", "dynamic", "unbalanced"},
+      "how ranks share the documents of a step: static: always cp of them; dynamic: planned "
+      "for every step, as many ranks for a document as it needs, so that all ranks have as "
+      "much to do; unbalanced: the same in the order in which documents come, to compare with");
   v.Field("pp", &pp, "ranks of a pipeline, each with a part of the model's blocks", {.min = 1});
   v.Field("tp", &tp,
           "ranks of a tensor axis, which share each layer: heads, inner features, the vocabulary, "
@@ -98,6 +121,9 @@ void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
   v.Field("prefetch", &prefetch, "gather parameters ahead of the layers that need them");
   v.Field("bucket_bytes", &bucket_bytes,
           "gradient bytes that are reduced, and with zero 3 gathered, together, about", {.min = 1});
+  v.Field("cost_model", &cost_model,
+          "file of `stretto-bench fit` for this model, from which a dynamic mesh knows what "
+          "documents cost; empty: from the model's FLOPs");
 }
 
 void TrainConfig::Runtime::Visit(ConfigVisitor& v) {
@@ -208,6 +234,48 @@ void TrainConfig::Visit(ConfigVisitor& v) {
   v.Section("metrics", &metrics, "what is written down");
 }
 
+void TrainConfig::ResolveDocuments(std::vector<std::string>* errors) {
+  const auto fail = [&](auto... parts) { errors->push_back(absl::StrCat(parts...)); };
+  const bool fixed = parallel.mesh == "static";
+  if (batch.capacity == 0) batch.capacity = data.sequence_length;
+  // A step's batches are held in memory; this also keeps products far from overflow.
+  constexpr int64_t kMostTokens = int64_t{1} << 40;
+  const int64_t ranks = parallel.data_ranks();
+  if (batch.capacity > kMostTokens || batch.tokens > kMostTokens) {
+    fail("batch.capacity is ", batch.capacity, " and batch.tokens ", batch.tokens,
+         "; at most 2^40 tokens are supported: lower them.");
+    return;
+  }
+  if (batch.tokens == 0) batch.tokens = batch.capacity * ranks;
+  batch.micro = 1;  // of an evaluation
+  if (batch.tokens < data.sequence_length) {
+    fail("batch.tokens is ", batch.tokens, ", less than the longest document's ",
+         data.sequence_length, " (data.sequence_length); raise one or lower the other.");
+  }
+  const int64_t share = fixed ? parallel.cp : ranks;
+  if (data.sequence_length > batch.capacity * share) {
+    fail("data.sequence_length is ", data.sequence_length, ", but ", share,
+         share == 1 ? " rank holds " : " ranks together hold ", batch.capacity * share,
+         " tokens of a document (batch.capacity ", batch.capacity, fixed ? ", parallel.cp " : "",
+         fixed ? absl::StrCat(parallel.cp) : "", "); raise batch.capacity",
+         fixed ? ", parallel.cp" : "", " or shorten the documents.");
+  }
+  if (!fixed && parallel.cp > 1) {
+    fail("parallel.cp is ", parallel.cp, " and parallel.mesh ", parallel.mesh,
+         ", which gives each document as many ranks as it needs; set parallel.cp to 1.");
+  }
+  if (parallel.zero > 1) {
+    fail("parallel.zero is ", parallel.zero,
+         " and data.documents on; ranks that have unequal numbers of micro-batches keep whole "
+         "gradients and parameters: set parallel.zero to 1.");
+  }
+  if (parallel.pp > 1 && parallel.schedule == "gpipe") {
+    fail(
+        "parallel.schedule is gpipe and data.documents on; its memory grows with the documents of "
+        "a step: choose 1f1b, interleaved, zb-h1 or v-shaped.");
+  }
+}
+
 absl::Status TrainConfig::Resolve(int ranks) {
   std::vector<std::string> errors;
   auto fail = [&](auto... parts) { errors.push_back(absl::StrCat(parts...)); };
@@ -224,28 +292,49 @@ absl::Status TrainConfig::Resolve(int ranks) {
 
   if (absl::Status s = model.Resolve(); !s.ok()) errors.emplace_back(s.message());
 
-  const bool fit = parallel.pp <= ranks && parallel.tp <= ranks;
-  const int64_t replica = fit ? parallel.pp * parallel.tp : 0;  // ranks of a copy of the model
-  if (parallel.dp == 0 && fit && ranks % replica == 0) parallel.dp = ranks / replica;
+  // Ranks of a copy of the model, times those that share a document.
+  int64_t replica = 1;
+  std::vector<std::string> names;
+  std::vector<int64_t> sizes;
+  for (const auto& [name, size] :
+       {std::pair("parallel.cp", parallel.cp), std::pair("parallel.pp", parallel.pp),
+        std::pair("parallel.tp", parallel.tp)}) {
+    replica = size <= ranks && replica <= ranks ? replica * size : int64_t{ranks} + 1;
+    if (size == 1) continue;
+    names.emplace_back(name);
+    sizes.push_back(size);
+  }
+  const auto run = absl::StrCat(ranks, ranks == 1 ? " rank runs" : " ranks run");
+  if (parallel.dp == 0 && ranks % replica == 0) parallel.dp = ranks / replica;
   if (parallel.dp == 0) {
-    fail(parallel.tp == 1 ? absl::StrCat("parallel.pp is ", parallel.pp)
-         : parallel.pp == 1
-             ? absl::StrCat("parallel.tp is ", parallel.tp)
-             : absl::StrCat("parallel.pp times parallel.tp is ", parallel.pp, " x ", parallel.tp),
-         " but ", ranks, ranks == 1 ? " rank runs" : " ranks run",
+    fail(absl::StrJoin(names, " times "), " is ", absl::StrJoin(sizes, " x "), " but ", run,
          "; their number must be a multiple of it.");
-  } else if (parallel.dp > ranks || !fit || parallel.dp * replica != ranks) {
+  } else if (parallel.dp > ranks || replica > ranks || parallel.dp * replica != ranks) {
     std::string axes = absl::StrCat("parallel.dp is ", parallel.dp);
-    if (parallel.pp > 1) absl::StrAppend(&axes, " and parallel.pp ", parallel.pp);
-    if (parallel.tp > 1) absl::StrAppend(&axes, " and parallel.tp ", parallel.tp);
-    fail(axes, " but ", ranks, ranks == 1 ? " rank runs" : " ranks run",
-         "; set parallel.dp to 0 to use all ranks.");
+    for (size_t i = 0; i < names.size(); ++i) {
+      absl::StrAppend(&axes, i + 1 < names.size() ? ", " : " and ", names[i], " ", sizes[i]);
+    }
+    fail(axes, " but ", run, "; set parallel.dp to 0 to use all ranks.");
+  } else if (data.documents) {
+    ResolveDocuments(&errors);
   } else if (batch.global < parallel.dp) {
     fail("batch.global is ", batch.global, ", so some of the ", parallel.dp,
          " data-parallel ranks would have nothing to do; raise it or start fewer ranks.");
   } else {
     // Frames are planned for a full micro-batch: larger than a rank's share is memory for nothing.
     batch.micro = std::min(batch.micro, (batch.global + parallel.dp - 1) / parallel.dp);
+  }
+  if (!data.documents) {
+    const auto needs = [&](const char* field, const auto& value) {
+      fail(field, " is ", value,
+           " but data.documents is off, and only documents of unequal length are planned; set "
+           "data.documents=true, or ",
+           field, " back.");
+    };
+    if (parallel.cp > 1) needs("parallel.cp", parallel.cp);
+    if (parallel.mesh != "static") needs("parallel.mesh", parallel.mesh);
+    if (batch.tokens > 0) needs("batch.tokens", batch.tokens);
+    if (batch.capacity > 0) needs("batch.capacity", batch.capacity);
   }
 
   if (data.sequence_length > model.max_positions) {
@@ -255,15 +344,18 @@ absl::Status TrainConfig::Resolve(int ranks) {
   // Products beyond these bounds would overflow in the memory plan. A batch of the data loader
   // counts its tokens in 32 bits.
   const double step_tokens =
-      static_cast<double>(batch.micro) * static_cast<double>(data.sequence_length);
+      data.documents ? static_cast<double>(batch.capacity)
+                     : static_cast<double>(batch.micro) * static_cast<double>(data.sequence_length);
+  const std::string tokens =
+      data.documents ? absl::StrCat("batch.capacity (", batch.capacity, ")")
+                     : absl::StrCat("batch.micro (", batch.micro, ") times data.sequence_length (",
+                                    data.sequence_length, ")");
   if (step_tokens > std::numeric_limits<int32_t>::max()) {
-    fail("batch.micro (", batch.micro, ") times data.sequence_length (", data.sequence_length,
-         ") is more than 2^31 - 1 tokens; lower one of them.");
+    fail(tokens, " is more than 2^31 - 1 tokens; lower ", data.documents ? "it." : "one of them.");
   }
   const int64_t widest = std::max({model.vocabulary, model.ffn, model.hidden});
   if (step_tokens * static_cast<double>(widest) > 0x1p50) {
-    fail("batch.micro (", batch.micro, ") times data.sequence_length (", data.sequence_length,
-         ") times the widest layer (", widest, ") is more than 2^50; lower one of them.");
+    fail(tokens, " times the widest layer (", widest, ") is more than 2^50; lower one of them.");
   }
   if (data.tokenizer.empty()) {
     fail("data.tokenizer is empty; use \"bytes\" or name a .tiktoken file or a directory.");
@@ -310,7 +402,7 @@ absl::Status TrainConfig::Resolve(int ranks) {
     // A program has an entry for each of them on each stage.
     constexpr int64_t kMost = 65536;
     const int64_t share = batch.global / std::max<int64_t>(1, parallel.dp);
-    if (share / batch.micro > kMost) {
+    if (!data.documents && share / batch.micro > kMost) {
       fail("batch.global (", batch.global, ") makes about ", share / batch.micro,
            " micro-batches of batch.micro (", batch.micro, ") for each pipeline; at most ", kMost,
            " are supported: raise batch.micro or parallel.dp, or lower batch.global.");

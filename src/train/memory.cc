@@ -71,7 +71,7 @@ int64_t DeviceWorkspaceBytes(DeviceKind device) {
 absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank) {
   return Mesh::Create(ranks, rank,
                       {{"pp", static_cast<int>(config.parallel.pp)},
-                       {"dp", static_cast<int>(config.parallel.dp)},
+                       {"dp", static_cast<int>(config.parallel.data_ranks())},
                        {"tp", static_cast<int>(config.parallel.tp)}});
 }
 
@@ -92,8 +92,7 @@ absl::StatusOr<Program> StepProgram(const TrainConfig& config, int micro_batches
   const TrainConfig::Parallel& p = config.parallel;
   STRETTO_ASSIGN_OR_RETURN(ScheduleKind kind, ParseScheduleKind(p.schedule));
   if (p.pp == 1) kind = ScheduleKind::kOneF1B;
-  const PlanItem item = {.tokens = config.batch.micro * config.data.sequence_length,
-                         .pipelines = {0}};
+  const PlanItem item = {.tokens = config.micro_batch_tokens(), .pipelines = {0}};
   return MakeProgram(kind, 1, static_cast<int>(p.pp), static_cast<int>(p.chunks),
                      std::vector<PlanItem>(static_cast<size_t>(micro_batches), item));
 }
@@ -124,12 +123,24 @@ PartCosts CostsOf(const TrainConfig& config) {
   return {block, with_one - block};
 }
 
+// Of a rank in a step, about: with documents more than their mean, as packs are not full.
+int64_t MostMicroBatches(const TrainConfig& config) {
+  if (config.data.documents) {
+    const int64_t ranks = config.parallel.data_ranks();
+    const int64_t full = (config.batch.tokens - 1) / (ranks * config.batch.capacity) + 1;
+    return full + full / 2 + 1;
+  }
+  const int64_t samples = (config.batch.global + config.parallel.dp - 1) / config.parallel.dp;
+  return (samples + config.batch.micro - 1) / config.batch.micro;
+}
+
 // The micro-batches of the rank that has the most samples, when those are full: so many of so many
 // tokens.
 struct MicroBatches {
   int64_t count = 0, tokens = 0;
 };
 std::vector<MicroBatches> MicroBatchesOf(const TrainConfig& config) {
+  if (config.data.documents) return {{MostMicroBatches(config), config.batch.capacity}};
   const int64_t samples = (config.batch.global + config.parallel.dp - 1) / config.parallel.dp;
   const int64_t micro = config.batch.micro, length = config.data.sequence_length;
   std::vector<MicroBatches> all = {{samples / micro, micro * length}};
@@ -148,6 +159,10 @@ int64_t Times(int64_t count, int64_t bytes) {
 
 std::vector<int> StepCounts(const TrainConfig& config) {
   if (config.parallel.pp == 1) return {1};
+  // Enough that more of them are not in flight at a time.
+  if (config.data.documents) {
+    return {4 * static_cast<int>(config.parallel.pp * config.parallel.chunks)};
+  }
   const int64_t dp = config.parallel.dp, micro = config.batch.micro;
   std::vector<int> counts;
   for (const int64_t samples : {(config.batch.global + dp - 1) / dp, config.batch.global / dp}) {
@@ -170,9 +185,8 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   STRETTO_ASSIGN_OR_RETURN(const Mesh mesh, MeshOf(config, ranks, rank));
   const int dp = mesh.Size("dp"), dp_index = mesh.Coord("dp"), place = mesh.Coord("pp");
   const int tp = mesh.Size("tp");
-  plan.micro_batch_tokens = config.batch.micro * config.data.sequence_length;
-  const int64_t samples = (config.batch.global + dp - 1) / dp;
-  plan.micro_batches = (samples + config.batch.micro - 1) / config.batch.micro;
+  plan.micro_batch_tokens = config.micro_batch_tokens();
+  plan.micro_batches = MostMicroBatches(config);
   plan.boundary_tokens = CutRows(plan.micro_batch_tokens, tp, 0).part;
   const std::vector<int> counts = StepCounts(config);
   STRETTO_ASSIGN_OR_RETURN(plan.step, StepProgram(config, counts.front()));

@@ -572,6 +572,11 @@ absl::StatusOr<std::vector<RunPlan>> PlanPlaces(const TrainConfig& config, int r
 absl::StatusOr<StepPrediction> PredictStep(const TrainConfig& config,
                                            const std::vector<RunPlan>& plans, const CostModel& cost,
                                            int machine_ranks) {
+  if (config.data.documents) {
+    return absl::UnimplementedError(
+        "data.documents is on, and steps are predicted for samples of equal length only; set "
+        "data.documents=false");
+  }
   if (!cost.parts) {
     return absl::FailedPreconditionError(
         "the cost model has stages only, no layers and links: make one with stretto-bench fit");

@@ -10,6 +10,7 @@
 #include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
+#include "stretto/train/sequence_planner.h"
 
 namespace stretto {
 namespace {
@@ -91,9 +92,24 @@ absl::StatusOr<std::vector<int>> Machines(World& world) {
   return machines;
 }
 
+// Neighbours along the data axis that are on one machine.
+int PlacesPerMachine(const Mesh& mesh, const std::vector<int>& machines) {
+  // The same on all ranks: seen from the first pipeline.
+  const int places = mesh.Size("dp"), tp = mesh.Size("tp");
+  const auto machine = [&](int place) { return machines[static_cast<size_t>(place * tp)]; };
+  int same = 1;
+  while (same < places && machine(same) == machine(0)) ++same;
+  return same;
+}
+
 // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
 // floating point, as nothing bounds batch.global.
 double BatchBytes(const TrainConfig& config) {
+  if (config.data.documents) {
+    // A rank may have more than its share, and batches that are not full keep their room.
+    return 2 * 40.0 * static_cast<double>(config.batch.tokens) /
+           static_cast<double>(config.parallel.data_ranks());
+  }
   return std::min(0x1p61, 40.0 * static_cast<double>(config.batch.global) /
                               static_cast<double>(config.parallel.dp) *
                               static_cast<double>(config.data.sequence_length));
@@ -356,13 +372,31 @@ absl::Status Trainer::Impl::SetUpData() {
         "model.vocabulary is ", config.model.vocabulary, " but tokenizer '", config.data.tokenizer,
         "' has ", tokenizer->vocabulary(), " tokens; raise model.vocabulary to at least that"));
   }
-  const DatasetOptions options = {.sequence_length = config.data.sequence_length,
-                                  .vocabulary = config.model.vocabulary,
-                                  .end_of_text = tokenizer->end_of_text(),
-                                  .mask_across_documents = config.data.document_attention};
-  STRETTO_ASSIGN_OR_RETURN(train_data, TokenDataset::Open(config.data.train, options));
+  DatasetOptions options = {.sequence_length = config.data.sequence_length,
+                            .vocabulary = config.model.vocabulary,
+                            .end_of_text = tokenizer->end_of_text(),
+                            .mask_across_documents = config.data.document_attention};
+  if (config.data.documents) {
+    STRETTO_ASSIGN_OR_RETURN(documents, DocumentDataset::Open(config.data.train, options));
+    // Evaluation goes over samples, each on a rank of its own.
+    options.sequence_length = std::min(config.data.sequence_length, config.batch.capacity);
+  } else {
+    STRETTO_ASSIGN_OR_RETURN(train_data, TokenDataset::Open(config.data.train, options));
+  }
   if (!config.data.validation.empty()) {
     STRETTO_ASSIGN_OR_RETURN(validation_data, TokenDataset::Open(config.data.validation, options));
+  }
+  if (config.data.documents) {
+    STRETTO_ASSIGN_OR_RETURN(DocumentPlanner planner,
+                             DocumentPlannerOf(config, PlacesPerMachine(*mesh, machines)));
+    STRETTO_ASSIGN_OR_RETURN(plan_loader,
+                             PlanLoader::Create(*documents, std::move(planner),
+                                                {.seed = static_cast<uint64_t>(config.seed),
+                                                 .shuffle = config.data.shuffle,
+                                                 .step_tokens = config.batch.tokens,
+                                                 .place = dp_group.index,
+                                                 .prefetch = config.data.prefetch}));
+    return absl::OkStatus();
   }
   STRETTO_ASSIGN_OR_RETURN(loader,
                            Loader::Create(*train_data, {.seed = static_cast<uint64_t>(config.seed),
@@ -526,14 +560,16 @@ absl::Status Trainer::Impl::WarmUp() {
   std::vector<PackedBatch> batches(1);
   PackedBatch batch;
   batch.Clear();
-  const int64_t length = config.data.sequence_length;
+  const int64_t length = std::min(config.data.sequence_length, plan.micro_batch_tokens);
   for (int64_t t = 0; t < plan.micro_batch_tokens; ++t) {
     const auto id = static_cast<int32_t>(t * 7919 % config.model.vocabulary);
     batch.ids.push_back(id);
     batch.targets.push_back(id);
     batch.weights.push_back(1);
     batch.positions.push_back(static_cast<int32_t>(t % length));
-    if ((t + 1) % length == 0) batch.cu_seqlens.push_back(static_cast<int32_t>(t + 1));
+    if ((t + 1) % length == 0 || t + 1 == plan.micro_batch_tokens) {
+      batch.cu_seqlens.push_back(static_cast<int32_t>(t + 1));
+    }
   }
   batch.max_length = length;
   batches[0] = batch;

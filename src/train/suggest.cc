@@ -280,6 +280,11 @@ absl::StatusOr<Suggestions> Suggest(const TrainConfig& config, const CostModel& 
     return absl::InvalidArgumentError(
         "a device needs memory, and a machine a device, to suggest layouts for");
   }
+  if (config.data.documents) {
+    return absl::UnimplementedError(
+        "data.documents is on, and layouts are suggested for samples of equal length only; set "
+        "data.documents=false");
+  }
   // What is planned for each layout grows with these.
   constexpr int64_t kMostLayers = 1024, kMostSamples = int64_t{1} << 40;
   if (config.model.layers > kMostLayers) {

@@ -24,8 +24,8 @@ double Seconds(std::chrono::steady_clock::time_point from,
 
 }  // namespace
 
-absl::Status Trainer::Impl::RunBatches(const std::vector<PackedBatch>& batches, bool training,
-                                       bool hooks) {
+absl::Status Trainer::Impl::RunBatches(std::span<const PackedBatch> batches, bool training,
+                                       bool hooks, const Program* planned_step) {
   for (size_t i = 0; i < stages.size(); ++i) {
     const StagePlan& planned = plan.stages[i];
     Stage& stage = stages[i];
@@ -50,6 +50,13 @@ absl::Status Trainer::Impl::RunBatches(const std::vector<PackedBatch>& batches, 
   if (all_alike && batches.size() > static_cast<size_t>(plan.micro_batches)) {
     return absl::InternalError(absl::StrCat("a step has ", batches.size(), " micro-batches, ",
                                             plan.micro_batches, " were planned"));
+  }
+  if (plan.step.stages > 1 && planned_step != nullptr) {
+    const RankProgram program(*planned_step, pp_group.index);
+    // Of several stages on a rank one is done while others still have documents that this rank
+    // shares with some that have more to do on the first: gradients that left in between would
+    // stand in the way on one of them and not on the other.
+    return run(program, 0, /*more=*/stages.size() > 1);
   }
   if (plan.step.stages > 1) {
     if (all_alike) return run(*step_programs.front(), 0, false);
@@ -190,10 +197,18 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   const auto start = std::chrono::steady_clock::now();
   if (!clock_started) last_step_end = start;
   clock_started = true;
-  const std::vector<PackedBatch>* batches = nullptr;
+  std::span<const PackedBatch> batches;
+  const PlannedStep* planned = nullptr;
   {
     const TraceSpan span(recorder, "host", "data wait");
-    STRETTO_ASSIGN_OR_RETURN(batches, loader->Step(state.step));
+    if (plan_loader != nullptr) {
+      STRETTO_ASSIGN_OR_RETURN(planned, plan_loader->Step(state.step));
+      batches = planned->shares();
+    } else {
+      STRETTO_ASSIGN_OR_RETURN(const std::vector<PackedBatch>* const read,
+                               loader->Step(state.step));
+      batches = *read;
+    }
   }
   const auto data_ready = std::chrono::steady_clock::now();
 
@@ -203,9 +218,22 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   TokenWork work;
   // All ranks of a pipeline and of a tensor axis work on the same tokens.
   if (pp_group.index == 0 && tp_group.index == 0) {
-    for (const PackedBatch& batch : *batches) work += WorkOf(batch.cu_seqlens);
+    for (const PackedBatch& batch : batches) {
+      if (batch.ring.size() == 1) {
+        work += WorkOf(batch.cu_seqlens);
+        continue;
+      }
+      work.tokens += batch.tokens();
+      if (batch.ring.index > 0) continue;  // one of them counts the pairs
+      for (const int64_t length : batch.ring.lengths) work.squared_lengths += length * length;
+    }
   }
-  STRETTO_RETURN_IF_ERROR(RunBatches(*batches, /*training=*/true, /*hooks=*/true));
+  Program pipeline;
+  if (planned != nullptr && plan.step.stages > 1) {
+    pipeline = PipelineOf(planned->program, dp_group.index);
+  }
+  STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/true, /*hooks=*/true,
+                                     planned != nullptr ? &pipeline : nullptr));
   // In the order in which backward completes stages, on all ranks alike.
   for (size_t s = stages.size(); s-- > 0;) {
     const TraceScope scope(recorder, {.stage = plan.stages[s].stage});
@@ -462,9 +490,19 @@ std::string Trainer::Describe() const {
       static_cast<double>(ParameterCount(t.config.model)) / 1e6, Name(t.first_graph().dtype),
       t.world.size(), t.world.size() == 1 ? "rank" : "ranks", t.world.info().source.c_str(),
       Name(t.stream->device()).c_str(), where);
-  absl::StrAppendFormat(&out, "%d samples of %d tokens, %d a step; %d micro-batch tokens planned",
-                        t.train_data->samples(), t.config.data.sequence_length,
-                        t.config.batch.global, t.plan.micro_batch_tokens);
+  if (t.documents != nullptr) {
+    absl::StrAppendFormat(&out,
+                          "%d documents of %d tokens at most and %d together, %d a step; ranks of "
+                          "%d tokens share them by a %s mesh",
+                          t.documents->documents(), t.config.data.sequence_length,
+                          t.documents->tokens(), t.config.batch.tokens, t.plan.micro_batch_tokens,
+                          t.config.parallel.mesh);
+    if (t.config.parallel.cp > 1) absl::StrAppendFormat(&out, " of %d", t.config.parallel.cp);
+  } else {
+    absl::StrAppendFormat(&out, "%d samples of %d tokens, %d a step; %d micro-batch tokens planned",
+                          t.train_data->samples(), t.config.data.sequence_length,
+                          t.config.batch.global, t.plan.micro_batch_tokens);
+  }
   if (t.plan.step.stages > 1) {
     absl::StrAppendFormat(&out, "; %d pipelines of %d ranks, %s, blocks of the stages %s",
                           t.dp_group.size(), t.pp_group.size(), Name(t.plan.step.kind),

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -13,7 +14,9 @@
 #include "stretto/core/budget.h"
 #include "stretto/core/stream.h"
 #include "stretto/data/dataset.h"
+#include "stretto/data/documents.h"
 #include "stretto/data/loader.h"
+#include "stretto/data/plan_loader.h"
 #include "stretto/data/tokenizer.h"
 #include "stretto/model/float8.h"
 #include "stretto/observe/signals.h"
@@ -98,6 +101,9 @@ struct Trainer::Impl {
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<TokenDataset> train_data, validation_data;
   std::unique_ptr<Loader> loader;
+  // With data.documents in place of `train_data` and `loader`.
+  std::unique_ptr<DocumentDataset> documents;
+  std::unique_ptr<PlanLoader> plan_loader;
   std::vector<PackedBatch> evaluation_batch;  // one
   std::vector<PackedBatch> no_batch;          // none
 
@@ -151,7 +157,9 @@ struct Trainer::Impl {
   // Forward and backward, or forward alone, of this rank's micro-batches, and as many empty ones as
   // others have more where they exchange something in each. Without `hooks` gradients stay here and
   // parameters must be complete; those that are not are whatever lies in their buffers.
-  absl::Status RunBatches(const std::vector<PackedBatch>& batches, bool training, bool hooks);
+  // `program`: this pipeline's part of a step that was planned, else null.
+  absl::Status RunBatches(std::span<const PackedBatch> batches, bool training, bool hooks,
+                          const Program* program = nullptr);
   // The table that the first and the last stage share: its gradients are summed where it is
   // updated, and the copy receives the new values.
   absl::Status SumTiedGradients();

@@ -16,10 +16,10 @@
 
 namespace stretto {
 
-// Which places along the data axis work on which documents: items with `documents` and `lengths`,
-// the former as places in `lengths` here. The same everywhere for the same lengths.
-using DocumentPlanner =
-    std::function<absl::StatusOr<std::vector<PlanItem>>(const std::vector<int64_t>& lengths)>;
+// Which places along the data axis (pipelines of the program) work on which documents, and in which
+// order: items have `documents`, places in `lengths`, and `lengths`. The same everywhere for the
+// same lengths.
+using DocumentPlanner = std::function<absl::StatusOr<Program>(const std::vector<int64_t>& lengths)>;
 
 struct PlanLoaderOptions {
   uint64_t seed = 0;
@@ -31,10 +31,10 @@ struct PlanLoaderOptions {
 
 // A step, planned and read.
 struct PlannedStep {
-  std::vector<int64_t> documents;    // of the dataset
-  std::vector<int64_t> lengths;      // theirs
-  std::vector<PlanItem> items;       // in the order in which ranks run them
-  std::vector<size_t> own;           // those that this rank takes part in, ascending
+  std::vector<int64_t> documents;  // of the dataset
+  std::vector<int64_t> lengths;    // theirs
+  Program program;
+  std::vector<size_t> own;           // items that this rank takes part in, ascending
   std::vector<PackedBatch> batches;  // of these, and more behind them that are nobody's
   // This rank's share of each of its items.
   std::span<const PackedBatch> shares() const { return {batches.data(), own.size()}; }

@@ -73,6 +73,10 @@ struct Program {
 absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeline_ranks,
                                     int chunks, std::vector<PlanItem> items);
 
+// The part of one pipeline, as a program of its own: its items, numbered anew in their order, and
+// what its ranks do with them, in the same places of the one order.
+Program PipelineOf(const Program& program, int pipeline);
+
 // The wrong way that the comment on MakeProgram tells of: each pipeline for itself. Tests show with
 // it that a hang is noticed.
 absl::StatusOr<Program> MakeProgramWithoutLevels(ScheduleKind kind, int pipelines,

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "stretto/core/config.h"
 #include "stretto/core/status.h"
@@ -28,6 +29,7 @@ struct TrainConfig {
     int64_t sequence_length = 256;
     bool shuffle = true;
     bool document_attention = true;
+    bool documents = false;
     bool prefetch = true;
     void Visit(ConfigVisitor& v);
   } data;
@@ -35,6 +37,8 @@ struct TrainConfig {
   struct Batch {
     int64_t global = 8;
     int64_t micro = 4;
+    int64_t tokens = 0;
+    int64_t capacity = 0;
     void Visit(ConfigVisitor& v);
   } batch;
 
@@ -58,6 +62,8 @@ struct TrainConfig {
 
   struct Parallel {
     int64_t dp = 0;
+    int64_t cp = 1;
+    std::string mesh = "static";
     int64_t pp = 1;
     int64_t tp = 1;
     int64_t tp_chunks = 1;
@@ -68,7 +74,10 @@ struct TrainConfig {
     bool overlap = true;
     bool prefetch = true;
     int64_t bucket_bytes = int64_t{25} << 20;
+    std::string cost_model;
     void Visit(ConfigVisitor& v);
+    // Ranks that have a copy of the model's stage: one axis, which dp and cp share.
+    int64_t data_ranks() const { return dp * cp; }
   } parallel;
 
   struct Runtime {
@@ -136,9 +145,17 @@ struct TrainConfig {
   // cannot: INVALID_ARGUMENT with all errors, one a line, each naming its field. Calling it again
   // changes nothing.
   absl::Status Resolve(int ranks);
+  // Tokens of a micro-batch on one rank, at most. Resolved.
+  int64_t micro_batch_tokens() const {
+    return data.documents ? batch.capacity : batch.micro * data.sequence_length;
+  }
   // INVALID_ARGUMENT when there is nothing to train on. Apart from Resolve, because a memory plan
   // or a benchmark needs no data.
   absl::Status RequireData() const;
+
+ private:
+  // The part of Resolve for data.documents.
+  void ResolveDocuments(std::vector<std::string>* errors);
 };
 
 }  // namespace stretto

@@ -19,7 +19,7 @@ constexpr int32_t kEnd = 999;
 constexpr int kPlaces = 5;
 
 // Documents in random packs on random rings.
-absl::StatusOr<std::vector<PlanItem>> Deal(const std::vector<int64_t>& lengths) {
+absl::StatusOr<Program> Deal(const std::vector<int64_t>& lengths) {
   const Rng rng(lengths.size(), "test/deal");
   uint64_t n = 0;
   std::vector<PlanItem> items;
@@ -35,7 +35,7 @@ absl::StatusOr<std::vector<PlanItem>> Deal(const std::vector<int64_t>& lengths) 
     places.resize(1 + rng.Below(n++, kPlaces));
     item.pipelines = places;
   }
-  return items;
+  return MakeProgram(ScheduleKind::kOneF1B, kPlaces, 1, 1, std::move(items));
 }
 
 class PlanLoaderTest : public Scratch {
@@ -80,7 +80,7 @@ TEST_F(PlanLoaderTest, SharesOfAllPlacesAreTheDocuments) {
       tokens = 0;
       for (const int64_t length : p.lengths) tokens += length;
       for (size_t k = 0; k < p.own.size(); ++k) {
-        const PlanItem& item = p.items[p.own[k]];
+        const PlanItem& item = p.program.items[p.own[k]];
         const PackedBatch& share = p.shares()[k];
         if (item.pipelines.size() > 1) {
           EXPECT_EQ(share.ring.ranks, item.pipelines);
@@ -122,7 +122,7 @@ TEST_F(PlanLoaderTest, ErrorsBelongToTheirStep) {
     int calls = 0;
     const auto loader = Make(0, prefetch, [&](const std::vector<int64_t>& lengths) {
       if (++calls == 2) {
-        return absl::StatusOr<std::vector<PlanItem>>(absl::InternalError("no plan"));
+        return absl::StatusOr<Program>(absl::InternalError("no plan"));
       }
       return Deal(lengths);
     });

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <string>
 #include <tuple>
@@ -84,6 +85,43 @@ TEST(Program, EveryRankRunsItsPartOfOneOrder) {
           found += a.stage == stage && a.work == StageWork::kForward ? 1 : 0;
         }
         EXPECT_EQ(found, expected);
+      }
+    }
+  }
+}
+
+TEST(Program, APipelineHasItsOwnPart) {
+  for (uint64_t seed = 0; seed < 50; ++seed) {
+    SCOPED_TRACE(seed);
+    const testing::RandomShape shape = testing::DrawShape(seed);
+    const Program program = MakeProgram(shape.kind, shape.pipelines, shape.pipeline_ranks,
+                                        shape.chunks, testing::DrawItems(shape.pipelines, seed))
+                                .value();
+    for (int p = 0; p < program.pipelines; ++p) {
+      const Program part = PipelineOf(program, p);
+      ASSERT_EQ(part.ranks(), program.pipeline_ranks);
+      std::vector<int> items;  // of the pipeline, in order
+      for (size_t i = 0; i < program.items.size(); ++i) {
+        const std::vector<int>& on = program.items[i].pipelines;
+        if (std::count(on.begin(), on.end(), p) > 0) items.push_back(static_cast<int>(i));
+      }
+      ASSERT_EQ(part.items.size(), items.size());
+      for (size_t i = 0; i < items.size(); ++i) {
+        const PlanItem& item = program.items[static_cast<size_t>(items[i])];
+        EXPECT_EQ(part.items[i].lengths, item.lengths);
+        EXPECT_EQ(part.items[i].level, item.level);
+        EXPECT_THAT(part.items[i].pipelines, ElementsAre(0));
+      }
+      for (int place = 0; place < part.pipeline_ranks; ++place) {
+        const auto& actions = part.of_rank[static_cast<size_t>(place)];
+        const auto& all = program.of_rank[static_cast<size_t>(p * part.pipeline_ranks + place)];
+        ASSERT_EQ(actions.size(), all.size());
+        for (size_t i = 0; i < actions.size(); ++i) {
+          ProgramAction expected = all[i];
+          EXPECT_EQ(items[static_cast<size_t>(actions[i].item)], expected.item);
+          expected.item = actions[i].item;
+          EXPECT_EQ(actions[i], expected);
+        }
       }
     }
   }

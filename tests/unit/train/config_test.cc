@@ -64,7 +64,7 @@ TEST(TrainConfig, EveryFieldCanBeSetByName) {
         "model": {"family": "llama", "layers": 2},
         "data": {"train": "t", "validation": "v", "tokenizer": "x.tiktoken", "sequence_length": 33,
                  "shuffle": false, "document_attention": false, "prefetch": false},
-        "batch": {"global": 5, "micro": 3},
+        "batch": {"global": 5, "micro": 3, "tokens": 0, "capacity": 0},
         "optimizer": {"name": "adamw", "lr": 0.5, "beta1": 0.1, "beta2": 0.2, "eps": 0.3,
                       "weight_decay": 0.4, "moments": "bf16", "masters": false,
                       "offload": true, "clip_norm": 0.6, "schedule": "wsd", "warmup": 3,
@@ -155,6 +155,64 @@ TEST(TrainConfig, RanksWithoutWorkAreRefused) {
   EXPECT_THAT(Message(config.Resolve(4)), HasSubstr("batch.global"));
   EXPECT_TRUE(TrainConfig().Resolve(8).ok());
   EXPECT_FALSE(TrainConfig().Resolve(0).ok());
+}
+
+TEST(TrainConfig, DocumentsHaveSizesOfTheirOwn) {
+  TrainConfig config;
+  config.data.documents = true;
+  config.data.sequence_length = 1000;
+  config.batch.global = 1;  // counts nothing
+  config.parallel.pp = 2;
+  ASSERT_TRUE(config.Resolve(6).ok()) << config.Resolve(6);
+  EXPECT_EQ(config.parallel.dp, 3);
+  EXPECT_EQ(config.batch.capacity, 1000);
+  EXPECT_EQ(config.batch.tokens, 3000);
+  EXPECT_EQ(config.micro_batch_tokens(), 1000);
+  config = TrainConfig();
+  config.data.documents = true;
+  config.data.sequence_length = 1000;
+  config.batch.capacity = 300;
+  config.batch.tokens = 5000;
+  config.parallel.cp = 4;
+  ASSERT_TRUE(config.Resolve(8).ok()) << config.Resolve(8);
+  EXPECT_EQ(config.parallel.dp, 2);
+  EXPECT_EQ(config.parallel.data_ranks(), 8);
+  EXPECT_TRUE(config.Resolve(8).ok());  // changes nothing
+  EXPECT_EQ(config.parallel.dp, 2);
+}
+
+TEST(TrainConfig, DocumentsThatCannotBeSharedAreRefused) {
+  const auto resolved = [](auto change) {
+    TrainConfig config;
+    config.data.documents = true;
+    config.data.sequence_length = 1000;
+    config.batch.capacity = 300;
+    config.parallel.mesh = "dynamic";
+    change(config);
+    return std::string(config.Resolve(4).message());
+  };
+  EXPECT_EQ(resolved([](TrainConfig&) {}), "");
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.batch.capacity = 200; }),
+              HasSubstr("4 ranks together hold 800 tokens"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.parallel.mesh = "static"; }),
+              HasSubstr("1 rank holds 300 tokens of a document"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.batch.tokens = 999; }),
+              HasSubstr("batch.tokens is 999"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.parallel.cp = 2; }),
+              HasSubstr("set parallel.cp to 1"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.parallel.zero = 2; }),
+              HasSubstr("set parallel.zero to 1"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.parallel.pp = 2, c.parallel.schedule = "gpipe"; }),
+              HasSubstr("parallel.schedule is gpipe"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.batch.tokens = int64_t{1} << 62; }),
+              HasSubstr("2^40"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.data.documents = false; }),
+              AllOf(HasSubstr("parallel.mesh is dynamic but data.documents is off"),
+                    HasSubstr("batch.capacity is 300 but")));
+  EXPECT_THAT(resolved([](TrainConfig& c) {
+                c.parallel.mesh = "static", c.parallel.cp = 3, c.parallel.tp = 2;
+              }),
+              HasSubstr("parallel.cp times parallel.tp is 3 x 2 but 4 ranks run"));
 }
 
 TEST(TrainConfig, ByteTokenizerNeedsItsIdsOnlyForSampling) {

@@ -1,0 +1,100 @@
+#include "stretto/train/sequence_planner.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "stretto/core/dtype.h"
+#include "stretto/plan/cost.h"
+#include "stretto/train/flops.h"
+#include "stretto/train/prediction.h"
+
+namespace stretto {
+namespace {
+
+// A core of a server with AVX2, and shared memory between processes: for proportions, not for
+// times.
+constexpr double kCoreFlops = 30e9, kCoreAttention = 0.5;
+constexpr double kCopies = 2e9, kMessage = 50e-6;
+
+CostModel AssumedCore(const TrainConfig& config) {
+  ModelConfig one = config.model, two = config.model;
+  one.layers = 1;
+  two.layers = 2;
+  const auto block = [&](const TokenWork& work) {
+    return (TrainingFlops(two, work).causal - TrainingFlops(one, work).causal) / 3;
+  };
+  // FLOPs of a forward pass count pairs of (squares + tokens) / 2.
+  const double per_pair = 2 * block({.tokens = 0, .squared_lengths = 1});
+  const double per_token = block({.tokens = 1, .squared_lengths = 1}) - per_pair;
+  CostModel cost = {.device = "a core (assumed)"};
+  const StageCost forward = {.per_token = per_token / kCoreFlops,
+                             .per_pair = per_pair / (kCoreFlops * kCoreAttention)};
+  cost.forward = {forward};
+  cost.backward_input = {{.per_token = forward.per_token, .per_pair = 2.5 * forward.per_pair}};
+  cost.backward_weight = {{.per_token = forward.per_token}};
+  cost.link_latency = kMessage;
+  cost.link_bytes_per_second = kCopies;
+  return cost;
+}
+
+absl::StatusOr<CostModel> CostOf(const TrainConfig& config) {
+  const std::string& path = config.parallel.cost_model;
+  if (path.empty()) {
+    if (config.runtime.device == "cuda") return AssumedH100(config);
+    return AssumedCore(config);
+  }
+  STRETTO_ASSIGN_OR_RETURN(CostModel cost, ReadCostModel(path));
+  const std::string key = ModelKey(config);
+  if (cost.parts && cost.parts->model != key) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("parallel.cost_model is '", path, "', whose costs are of ", cost.parts->model,
+                     ", but this run trains ", key,
+                     "; run stretto-bench fit with its "
+                     "configuration, or leave parallel.cost_model empty"));
+  }
+  return cost;
+}
+
+}  // namespace
+
+absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
+                                                      int places_per_machine) {
+  SequencePlanOptions options;
+  options.pipelines = static_cast<int>(config.parallel.data_ranks());
+  options.stages = static_cast<int>(config.parallel.pp);
+  options.capacity = config.batch.capacity;
+  options.context = static_cast<int>(config.parallel.cp);
+  options.pipelines_per_machine = std::clamp(places_per_machine, 1, options.pipelines);
+  options.method = config.parallel.mesh == "static"       ? SequenceMethod::kStatic
+                   : config.parallel.mesh == "unbalanced" ? SequenceMethod::kDynamic
+                   : config.parallel.pp > 1               ? SequenceMethod::kBalancedPipelines
+                                                          : SequenceMethod::kBalanced;
+  const DType dtype = ParseDType(config.runtime.dtype).value_or(DType::kF32);
+  const int64_t tp = config.parallel.tp;
+  const int64_t key_heads = (config.model.kv_heads + tp - 1) / tp;
+  const auto key_and_value = static_cast<double>(2 * key_heads * config.model.head_dim);
+  STRETTO_ASSIGN_OR_RETURN(const CostModel cost, CostOf(config));
+  options.cost =
+      SequenceCostOf(cost, config.model.layers, key_and_value * static_cast<double>(SizeOf(dtype)));
+  // Behind keys and values travel the sums of their gradients.
+  options.cost.backward_messages =
+      1 + static_cast<double>(SizeOf(AccumulateType(dtype))) / static_cast<double>(SizeOf(dtype));
+  return options;
+}
+
+absl::StatusOr<DocumentPlanner> DocumentPlannerOf(const TrainConfig& config,
+                                                  int places_per_machine) {
+  STRETTO_ASSIGN_OR_RETURN(const SequencePlanOptions options,
+                           SequenceOptionsOf(config, places_per_machine));
+  STRETTO_ASSIGN_OR_RETURN(ScheduleKind kind, ParseScheduleKind(config.parallel.schedule));
+  if (config.parallel.pp == 1) kind = ScheduleKind::kOneF1B;
+  const int pp = static_cast<int>(config.parallel.pp);
+  const int chunks = static_cast<int>(config.parallel.chunks);
+  return [=](const std::vector<int64_t>& lengths) -> absl::StatusOr<Program> {
+    STRETTO_ASSIGN_OR_RETURN(SequencePlan plan, PlanSequences(lengths, options));
+    return MakeProgram(kind, options.pipelines, pp, chunks, std::move(plan.items));
+  };
+}
+
+}  // namespace stretto

@@ -1,0 +1,98 @@
+// The trainer on documents of unequal length: every mesh, static or cut anew for each step, gives
+// the losses, norms and parameters of one rank.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <ostream>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "tests/support/training.h"
+
+namespace stretto {
+namespace {
+
+using testing::ExpectNear;
+using ::testing::HasSubstr;
+using testing::RunRecord;
+using testing::ScratchDirectory;
+using testing::TinyRun;
+using testing::TrainOnThreads;
+
+struct Sharing {
+  std::string mesh = "static";
+  int dp = 1, cp = 1, pp = 1, tp = 1;
+  int64_t capacity = 30;
+  std::string schedule = "1f1b";
+  std::string recompute = "none";
+
+  int ranks() const { return dp * cp * pp * tp; }
+  std::string Name() const {
+    std::string name = absl::StrCat(mesh, "Dp", dp, "Cp", cp, "Pp", pp, "Tp", tp, "Capacity",
+                                    capacity, schedule, recompute);
+    std::erase_if(name, [](char c) { return c == '-'; });
+    return name;
+  }
+};
+void PrintTo(const Sharing& sharing, std::ostream* out) { *out << sharing.Name(); }
+
+TrainConfig Documents(const ScratchDirectory& directory, const std::string& family) {
+  TrainConfig config = TinyRun(directory, family);
+  config.model.layers = 4;
+  config.data.documents = true;
+  config.data.sequence_length = 29;
+  config.batch.tokens = 230;
+  config.steps = 4;
+  config.runtime.dtype = "f64";
+  config.optimizer.clip_norm = 0.5;
+  return config;
+}
+
+TrainConfig With(TrainConfig config, const Sharing& sharing) {
+  config.parallel.mesh = sharing.mesh;
+  config.parallel.dp = sharing.dp;
+  config.parallel.cp = sharing.cp;
+  config.parallel.pp = sharing.pp;
+  config.parallel.tp = sharing.tp;
+  config.parallel.schedule = sharing.schedule;
+  config.batch.capacity = sharing.capacity;
+  config.runtime.recompute = sharing.recompute;
+  return config;
+}
+
+class DocumentTrainer : public ::testing::TestWithParam<Sharing> {};
+
+TEST_P(DocumentTrainer, FollowsOneRank) {
+  for (const std::string family : {"qwen3", "gpt2"}) {
+    SCOPED_TRACE(family);
+    const ScratchDirectory directory;
+    const TrainConfig config = Documents(directory, family);
+    RunRecord one = TrainOnThreads(1, With(config, Sharing()));
+    RunRecord many = TrainOnThreads(GetParam().ranks(), With(config, GetParam()));
+    // Evaluation goes over samples that a rank holds.
+    if (GetParam().capacity < config.data.sequence_length) many.eval_loss = one.eval_loss;
+    ExpectNear(many, one, 1e-9);
+    RunRecord again = TrainOnThreads(GetParam().ranks(), With(config, GetParam()),
+                                     {.random_delay_us = 200, .delay_seed = 3});
+    if (GetParam().capacity < config.data.sequence_length) again.eval_loss = one.eval_loss;
+    ExpectNear(again, many, 0);
+    EXPECT_EQ(again.parameters, many.parameters);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Alone, DocumentTrainer,
+    ::testing::Values(Sharing{.capacity = 100}, Sharing{.dp = 2}, Sharing{.dp = 3, .capacity = 64},
+                      Sharing{.mesh = "dynamic", .dp = 2}, Sharing{.mesh = "dynamic", .dp = 5},
+                      Sharing{.mesh = "unbalanced", .dp = 3},
+                      Sharing{.mesh = "dynamic", .dp = 9},  // more ranks than some steps have packs
+                      Sharing{.mesh = "dynamic", .dp = 2, .tp = 2},
+                      Sharing{.mesh = "dynamic", .dp = 2, .pp = 2},
+                      Sharing{.mesh = "dynamic", .dp = 3, .pp = 2, .schedule = "zb-h1"},
+                      Sharing{.mesh = "dynamic", .dp = 2, .pp = 2, .schedule = "interleaved"},
+                      Sharing{.mesh = "dynamic", .dp = 2, .pp = 2, .schedule = "v-shaped"},
+                      Sharing{.dp = 2, .pp = 2, .tp = 2}),
+    [](const auto& info) { return info.param.Name(); });
+
+}  // namespace
+}  // namespace stretto

@@ -1,5 +1,7 @@
 #include "stretto/data/documents.h"
 
+#include <xxhash.h>
+
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -86,6 +88,9 @@ int64_t DocumentDataset::documents() const { return static_cast<int64_t>(impl_->
 int64_t DocumentDataset::tokens() const { return impl_->tokens; }
 int64_t DocumentDataset::length(int64_t document) const {
   return impl_->lengths[static_cast<size_t>(document)];
+}
+uint64_t DocumentDataset::Fingerprint() const {
+  return XXH64(impl_->lengths.data(), impl_->lengths.size() * sizeof(impl_->lengths[0]), 0);
 }
 const DatasetOptions& DocumentDataset::options() const { return impl_->options; }
 

@@ -32,6 +32,7 @@ absl::Status PlanLoader::Impl::Make(int64_t step, PlannedStep* planned) {
     planned->lengths.push_back(dataset.length(document));
   }
   STRETTO_ASSIGN_OR_RETURN(planned->program, planner(planned->lengths));
+  planned->hash = planned->program.Hash();
   planned->own.clear();
   const std::vector<PlanItem>& items = planned->program.items;
   for (size_t i = 0; i < items.size(); ++i) {

@@ -92,6 +92,20 @@ absl::StatusOr<std::vector<int>> Machines(World& world) {
   return machines;
 }
 
+// Refuses ranks that read different documents: each would plan something else.
+absl::Status SameDocumentsEverywhere(World& world, const DocumentDataset& documents) {
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                           world.AllGather("documents", absl::StrCat(documents.Fingerprint())));
+  for (int r = 1; r < world.size(); ++r) {
+    if (all[static_cast<size_t>(r)] == all[0]) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat("rank ", r,
+                     " finds documents of other lengths than rank 0 in data.train; "
+                     "give all machines the same token files"));
+  }
+  return absl::OkStatus();
+}
+
 // Neighbours along the data axis that are on one machine.
 int PlacesPerMachine(const Mesh& mesh, const std::vector<int>& machines) {
   // The same on all ranks: seen from the first pipeline.
@@ -387,6 +401,7 @@ absl::Status Trainer::Impl::SetUpData() {
     STRETTO_ASSIGN_OR_RETURN(validation_data, TokenDataset::Open(config.data.validation, options));
   }
   if (config.data.documents) {
+    STRETTO_RETURN_IF_ERROR(SameDocumentsEverywhere(world, *documents));
     STRETTO_ASSIGN_OR_RETURN(DocumentPlanner planner,
                              DocumentPlannerOf(config, PlacesPerMachine(*mesh, machines)));
     STRETTO_ASSIGN_OR_RETURN(plan_loader,

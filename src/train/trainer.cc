@@ -244,10 +244,14 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   STRETTO_RETURN_IF_ERROR(SumTiedGradients());
   timer->Begin(static_cast<int>(StepPhase::kUpdate));
   static_assert(StepScalars::kSeenTokens == StepScalars::kStop + 1 &&
-                StepScalars::kSquaredLengths == StepScalars::kStop + 2);
+                StepScalars::kSquaredLengths == StepScalars::kStop + 2 &&
+                StepScalars::kPlan == StepScalars::kStop + 3);
   host_inputs[0] = StopSignals::Received() != 0 ? 1 : 0;
   host_inputs[1] = static_cast<double>(work.tokens);
   host_inputs[2] = static_cast<double>(work.squared_lengths);
+  // So few bits that the sum is exact.
+  const double plan_hash = planned != nullptr ? static_cast<double>(planned->hash & 0xffffffff) : 0;
+  host_inputs[3] = plan_hash;
   CopyBytes(*stream, scalars.Rows(StepScalars::kStop, 1).data, host_inputs,
             kHostInputs * static_cast<int64_t>(sizeof(double)));
   for (const Stage& stage : stages) stage.optimizer->AddSumSquares(scalars);
@@ -270,6 +274,13 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   }
 
   const double* v = host_scalars;
+  if (v[StepScalars::kPlan] != plan_hash * world.size()) {
+    // Where hashes differ, one of them differs from the mean.
+    return absl::InternalError(absl::StrCat(
+        "step ", state.step + 1, ": ranks have planned the documents in different ways (rank ",
+        world.rank(), " has plan ", absl::Hex(planned->hash, absl::kZeroPad16),
+        "); check that all run the same program on the same token files"));
+  }
   StepStats stats;
   stats.step = ++state.step;
   stats.skipped = v[StepScalars::kSkip] != 0;

@@ -55,7 +55,7 @@ absl::Status SameRun(const std::string& saved, const std::string& current,
 absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const std::string& source);
 
 // What a rank writes to the step's scalars from the host, from StepScalars::kStop on.
-inline constexpr int kHostInputs = 3;
+inline constexpr int kHostInputs = 4;
 
 struct Trainer::Impl {
   Impl(World& w, const TrainConfig& c)
@@ -87,7 +87,7 @@ struct Trainer::Impl {
   Tensor scalars;           // f64 [StepScalars::kCount]
   Tensor evaluation_total;  // f64 [2]
   // On the host, for copies from and to the stream's device: what this rank adds to the scalars
-  // kStop, kSeenTokens and kSquaredLengths, and the scalars as they came back.
+  // kStop, kSeenTokens, kSquaredLengths and kPlan, and the scalars as they came back.
   double* host_inputs = nullptr;
   double* host_scalars = nullptr;
   std::unique_ptr<ModelStages> worker;

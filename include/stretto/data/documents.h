@@ -33,6 +33,8 @@ class DocumentDataset {
   int64_t documents() const;
   int64_t tokens() const;                  // of all documents
   int64_t length(int64_t document) const;  // tokens
+  // Of the lengths of all documents.
+  uint64_t Fingerprint() const;
   const DatasetOptions& options() const;
   // Inputs and targets of tokens `range` of a document, range.count each. INVALID_ARGUMENT names
   // file and position of an id outside the vocabulary. Safe from several threads.

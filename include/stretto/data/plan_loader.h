@@ -34,6 +34,7 @@ struct PlannedStep {
   std::vector<int64_t> documents;  // of the dataset
   std::vector<int64_t> lengths;    // theirs
   Program program;
+  uint64_t hash = 0;                 // of `program`: the same on all ranks
   std::vector<size_t> own;           // items that this rank takes part in, ascending
   std::vector<PackedBatch> batches;  // of these, and more behind them that are nobody's
   // This rank's share of each of its items.

@@ -238,10 +238,11 @@ struct StepScalars {
     kStop = 3,            // ranks that were asked to stop
     kSeenTokens = 4,      // tokens that went through the model, all ranks
     kSquaredLengths = 5,  // sum of squared sequence lengths, all ranks (attention work)
-    kReduced = 6,         // the first kReduced are summed over ranks
-    kGradNorm = 6,        // sqrt(kSumSquares) / kTokens
-    kScale = 7,  // what gradients are multiplied by: 1 / kTokens, times the clip coefficient
-    kSkip = 8,   // 1: the update is skipped (non-finite norm or loss, or a spike)
+    kPlan = 6,            // 32 bits of the plan's hash, all ranks
+    kReduced = 7,         // the first kReduced are summed over ranks
+    kGradNorm = 7,        // sqrt(kSumSquares) / kTokens
+    kScale = 8,  // what gradients are multiplied by: 1 / kTokens, times the clip coefficient
+    kSkip = 9,   // 1: the update is skipped (non-finite norm or loss, or a spike)
     kCount = 16,
   };
 };

@@ -313,7 +313,7 @@ TEST(TensorConfig, NamesWhatDoesNotFit) {
   EXPECT_THAT(error({.dp = 2, .tp = 2}, 6, nothing),
               HasSubstr("parallel.dp is 2 and parallel.tp 2 but 6 ranks run"));
   EXPECT_THAT(error({.dp = 2, .pp = 2, .tp = 2}, 6, nothing),
-              HasSubstr("parallel.dp is 2 and parallel.pp 2 and parallel.tp 2 but 6 ranks run"));
+              HasSubstr("parallel.dp is 2, parallel.pp 2 and parallel.tp 2 but 6 ranks run"));
   EXPECT_THAT(error({.dp = 0, .pp = int{1} << 30, .tp = int{1} << 30}, 8, nothing),
               HasSubstr("but 8 ranks run"));
   EXPECT_THAT(error({.tp = 8}, 8, nothing),

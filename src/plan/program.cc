@@ -142,15 +142,16 @@ absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeli
                            MakeSchedule(kind, pipeline_ranks, chunks, levels));
   const std::map<Key, int64_t> places = PlacesOf(schedule);
   Program program = Empty(schedule, pipelines, std::move(items));
-  for (int p = 0; p < pipelines; ++p) {
-    std::vector<int> item_at(static_cast<size_t>(levels), -1);
-    for (size_t i = 0; i < program.items.size(); ++i) {
-      const PlanItem& item = program.items[i];
-      if (std::find(item.pipelines.begin(), item.pipelines.end(), p) != item.pipelines.end()) {
-        item_at[static_cast<size_t>(item.level)] = static_cast<int>(i);
-      }
+  std::vector<std::vector<int>> item_at(static_cast<size_t>(pipelines),
+                                        std::vector<int>(static_cast<size_t>(levels), -1));
+  for (size_t i = 0; i < program.items.size(); ++i) {
+    const PlanItem& item = program.items[i];
+    for (const int p : item.pipelines) {
+      item_at[static_cast<size_t>(p)][static_cast<size_t>(item.level)] = static_cast<int>(i);
     }
-    Fill(schedule, places, p, item_at, &program);
+  }
+  for (int p = 0; p < pipelines; ++p) {
+    Fill(schedule, places, p, item_at[static_cast<size_t>(p)], &program);
   }
   return program;
 }

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
-#include <set>
-#include <tuple>
+#include <cstdint>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -34,12 +32,16 @@ class ModelTimes final : public ActionTimes {
 };
 
 class Clock {
+  static constexpr double kNever = -1;
+
  public:
   Clock(const Program& program, ActionTimes& times)
       : program_(program),
         times_(times),
         next_(program.of_rank.size(), 0),
-        now_(program.of_rank.size(), 0) {
+        now_(program.of_rank.size(), 0),
+        seen_(program.of_rank.size(), 0),
+        finished_(2 * static_cast<size_t>(program.stages) * program.items.size(), kNever) {
     timeline_.of_rank.resize(program.of_rank.size());
     timeline_.busy.resize(program.of_rank.size());
   }
@@ -64,6 +66,10 @@ class Clock {
     return program_.of_rank[static_cast<size_t>(rank)];
   }
   bool AtEnd(int rank) const { return next_[static_cast<size_t>(rank)] >= ActionsOf(rank).size(); }
+  size_t Place(bool forward, int stage, int item) const {
+    return 2 * (static_cast<size_t>(stage) * program_.items.size() + static_cast<size_t>(item)) +
+           (forward ? 1 : 0);
+  }
   // The next unit of a rank: [first, end) of its actions.
   std::pair<size_t, size_t> UnitOf(int rank) const {
     const size_t first = next_[static_cast<size_t>(rank)];
@@ -85,8 +91,8 @@ class Clock {
   double ReadyAt(const ProgramAction& a, std::string* missing = nullptr) const {
     double ready = 0;
     const auto needs = [&](bool forward, int stage) {
-      const auto found = finished_.find({forward, stage, a.item});
-      if (found == finished_.end()) {
+      const double finished = finished_[Place(forward, stage, a.item)];
+      if (finished == kNever) {
         if (missing != nullptr && ready >= 0) {
           *missing = absl::StrCat("the ", forward ? "forward" : "backward input", " of item ",
                                   a.item, " on stage ", stage);
@@ -96,7 +102,7 @@ class Clock {
         const bool travels = program_.place_of_stage[static_cast<size_t>(stage)] !=
                              program_.place_of_stage[static_cast<size_t>(a.stage)];
         const PlanItem& item = program_.items[static_cast<size_t>(a.item)];
-        ready = std::max(ready, found->second + (travels ? times_.BoundarySeconds(item) : 0));
+        ready = std::max(ready, finished + (travels ? times_.BoundarySeconds(item) : 0));
       }
     };
     switch (a.work) {
@@ -118,8 +124,10 @@ class Clock {
   // Starts the next unit of a rank, with those of all ranks that share an item of it, if it can.
   bool Start(int rank) {
     // Everybody who has to come, and when all of them have what they need.
-    std::vector<int> together = {rank};
-    std::set<int> seen = {rank};
+    std::vector<int>& together = together_;
+    together.assign(1, rank);
+    ++round_;
+    seen_[static_cast<size_t>(rank)] = round_;
     double start = 0;
     for (size_t i = 0; i < together.size(); ++i) {
       const int r = together[i];
@@ -133,7 +141,8 @@ class Clock {
         for (int p : program_.items[static_cast<size_t>(a.item)].pipelines) {
           const int other = program_.RankOf(p, a.stage);
           if (!InUnit(other, a)) return false;
-          if (seen.insert(other).second) together.push_back(other);
+          int64_t& seen = seen_[static_cast<size_t>(other)];
+          if (std::exchange(seen, round_) != round_) together.push_back(other);
         }
       }
     }
@@ -155,7 +164,7 @@ class Clock {
       for (size_t k = first; k < end; ++k) {
         const ProgramAction& a = ActionsOf(together[i])[k];
         if (a.work != StageWork::kBackwardWeight) {
-          finished_[{a.work == StageWork::kForward, a.stage, a.item}] = finish;
+          finished_[Place(a.work == StageWork::kForward, a.stage, a.item)] = finish;
         }
         timeline_.of_rank[r].push_back({static_cast<int>(k), start, finish});
       }
@@ -192,7 +201,10 @@ class Clock {
   ActionTimes& times_;
   std::vector<size_t> next_;
   std::vector<double> now_;
-  std::map<std::tuple<bool, int, int>, double> finished_;  // forward or not, stage, item
+  std::vector<int> together_;
+  std::vector<int64_t> seen_;  // by rank: the last round in which it came to `together_`
+  int64_t round_ = 0;
+  std::vector<double> finished_;  // by Place
   Timeline timeline_;
 };
 

@@ -3,6 +3,7 @@
 // Bandwidths as nccl-tests defines them (its doc/PERFORMANCE.md): the size is that of the larger of
 // a rank's two buffers, the algorithm's bandwidth is size over time, and the bus bandwidth is that
 // times what a ring has to carry for each byte, so that it can be held against the links' speed.
+// The host's share of the time is until it may go on: a GPU works on while the host submits more.
 #include <algorithm>
 #include <cstdio>
 #include <memory>
@@ -53,7 +54,7 @@ class Bench {
         if (elements == before || elements > most) continue;
         before = elements;
         STRETTO_ASSIGN_OR_RETURN(
-            const double seconds,
+            const OperationSeconds seconds,
             SecondsOf(comm_, stream_, operation, elements, static_cast<int>(o.repetitions)));
         Show(operation, elements * 4, seconds, results);
       }
@@ -62,18 +63,19 @@ class Bench {
   }
 
  private:
-  void Show(const Operation& operation, int64_t bytes, double seconds, Results* results) {
-    const double algorithm = static_cast<double>(bytes) / seconds;
+  void Show(const Operation& operation, int64_t bytes, OperationSeconds seconds, Results* results) {
+    const double algorithm = static_cast<double>(bytes) / seconds.all;
     results->results.push_back({{"name", absl::StrCat(operation.name, " ", bytes)},
                                 {"operation", operation.name},
                                 {"bytes", bytes},
-                                {"seconds", seconds},
+                                {"seconds", seconds.all},
+                                {"host_seconds", seconds.host},
                                 {"algorithm_bytes_per_second", algorithm},
                                 {"bus_bytes_per_second", algorithm * operation.bus_factor}});
     if (world_.rank() != 0) return;
-    std::printf("%-16s %12lld %12.1f %12.3f %12.3f\n", operation.name.c_str(),
-                static_cast<long long>(bytes), 1e6 * seconds, algorithm / 1e9,
-                algorithm * operation.bus_factor / 1e9);
+    std::printf("%-16s %12lld %12.1f %12.1f %12.3f %12.3f\n", operation.name.c_str(),
+                static_cast<long long>(bytes), 1e6 * seconds.all, 1e6 * seconds.host,
+                algorithm / 1e9, algorithm * operation.bus_factor / 1e9);
     std::fflush(stdout);
   }
 
@@ -95,9 +97,9 @@ absl::Status Run(World& world, const Options& o) {
   STRETTO_RETURN_IF_ERROR(comm.UseDevice(device));
   Results results = {.command = "comm", .device = DeviceName(device), .ranks = world.size()};
   if (world.rank() == 0) {
-    std::printf("%s, %d ranks, %s\n%-16s %12s %12s %12s %12s\n", results.device.c_str(),
+    std::printf("%s, %d ranks, %s\n%-16s %12s %12s %12s %12s %12s\n", results.device.c_str(),
                 world.size(), stream != nullptr ? "nccl" : world.transport().name(), "operation",
-                "bytes", "us", "algorithm", "bus GB/s");
+                "bytes", "us", "us of host", "algorithm", "bus GB/s");
   }
   STRETTO_RETURN_IF_ERROR(Bench(world, device, &comm, stream.get()).Run(o, &results));
   absl::Status written;

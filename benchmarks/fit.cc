@@ -204,15 +204,16 @@ class Fitter {
       if (found == wanted.end()) continue;
       std::vector<OperationSample> samples;
       for (int64_t e = std::max<int64_t>(n, kLeast / 4 / n * n); e <= elements; e *= 4) {
-        STRETTO_ASSIGN_OR_RETURN(const double seconds, SecondsOf(comm_, gpu_ ? &stream_ : nullptr,
-                                                                 operation, e, repetitions_));
+        STRETTO_ASSIGN_OR_RETURN(
+            const OperationSeconds seconds,
+            SecondsOf(comm_, gpu_ ? &stream_ : nullptr, operation, e, repetitions_));
         // What a rank sends; point to point has one peer. A small all-reduce sends everything to
         // everybody, and a plan counts it so.
         const bool all_reduce = operation.name == "all_reduce";
         samples.push_back(
             {.ranks = operation.name == "send_receive" ? 2 : n,
              .bytes_sent = static_cast<double>(4 * e) * (all_reduce ? n - 1 : operation.bus_factor),
-             .seconds = seconds});
+             .seconds = seconds.all});
       }
       STRETTO_ASSIGN_OR_RETURN(*found->second, FitOperation(samples));
     }

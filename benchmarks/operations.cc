@@ -43,11 +43,12 @@ absl::StatusOr<double> LargestOfAll(Communicator& comm, double value) {
   return value;
 }
 
-absl::StatusOr<double> SecondsOf(Communicator& comm, Stream* stream, const Operation& operation,
-                                 int64_t elements, int repetitions) {
+absl::StatusOr<OperationSeconds> SecondsOf(Communicator& comm, Stream* stream,
+                                           const Operation& operation, int64_t elements,
+                                           int repetitions) {
   constexpr int64_t kMedium = int64_t{1} << 20;
   const int calls = elements * SizeOf(DType::kF32) <= kMedium ? 10 : 2;
-  std::vector<double> seconds;
+  std::vector<double> all, host;
   for (int i = 0; i <= repetitions; ++i) {
     STRETTO_RETURN_IF_ERROR(LargestOfAll(comm, 0).status());
     const double begin = Now();
@@ -56,11 +57,15 @@ absl::StatusOr<double> SecondsOf(Communicator& comm, Stream* stream, const Opera
       // A GPU takes them one after the other by itself; an MPI or TCP rank waits for each.
       STRETTO_RETURN_IF_ERROR(stream != nullptr ? comm.Wait(*stream, ticket) : comm.WaitAll());
     }
+    const double submitted = Now();
     if (stream != nullptr) STRETTO_RETURN_IF_ERROR(stream->Synchronize());
     STRETTO_ASSIGN_OR_RETURN(const double slowest, LargestOfAll(comm, (Now() - begin) / calls));
-    if (i > 0) seconds.push_back(slowest);  // the first one warms up
+    STRETTO_ASSIGN_OR_RETURN(const double busiest, LargestOfAll(comm, (submitted - begin) / calls));
+    if (i == 0) continue;  // the first one warms up
+    all.push_back(slowest);
+    host.push_back(busiest);
   }
-  return Median(std::move(seconds));
+  return OperationSeconds{.all = Median(std::move(all)), .host = Median(std::move(host))};
 }
 
 }  // namespace stretto::bench

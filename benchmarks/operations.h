@@ -28,9 +28,15 @@ std::vector<Operation> Operations(Communicator& comm, Tensor x, Tensor y);
 // All ranks go on from here together; the largest of their numbers.
 absl::StatusOr<double> LargestOfAll(Communicator& comm, double value);
 
-// Median seconds of one operation on the slowest rank. `stream`: that of a GPU, null on the CPU.
-absl::StatusOr<double> SecondsOf(Communicator& comm, Stream* stream, const Operation& operation,
-                                 int64_t elements, int repetitions);
+// Of one operation, on the slowest rank: medians.
+struct OperationSeconds {
+  double all = 0;
+  double host = 0;  // of that, until the host may go on: on a GPU it only hands the operation over
+};
+// `stream`: that of a GPU, null on the CPU.
+absl::StatusOr<OperationSeconds> SecondsOf(Communicator& comm, Stream* stream,
+                                           const Operation& operation, int64_t elements,
+                                           int repetitions);
 
 }  // namespace stretto::bench
 

@@ -93,8 +93,7 @@ struct Operation {
   enum class OnDevice : uint8_t {
     kNo,       // on tensors in host memory
     kWaiting,  // for operations before it
-    kIssued,   // handed over
-    kQueued,   // in the order of the device's communication stream: `done` is valid
+    kQueued,   // handed over, in the order of the communication stream: `done` is valid
   };
   OnDevice device = OnDevice::kNo;
   bool ready = false;  // on a device: `after` has been seen

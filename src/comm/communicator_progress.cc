@@ -69,6 +69,10 @@ std::string Communicator::Impl::What(const Operation& o) const {
 bool Communicator::Impl::Step(Turn turn) {
   bool moved = false;
   bool device_held = false;  // an operation on the device may not yet start, so no later one may
+  // An operation on the device is not done, so no later one is: asking about each of a long queue
+  // would cost more than handing one over.
+  bool device_behind = false;
+  bool device_sound = false;
   std::size_t kept = 0;
   const auto give_up = [&](std::size_t i, const Operation& o, const absl::Status& status) {
     // Nothing has been taken out of its place yet that Fail would miss.
@@ -79,6 +83,10 @@ bool Communicator::Impl::Step(Turn turn) {
   };
   for (std::size_t i = 0; i < in_flight.size(); ++i) {
     Operation* o = in_flight[i];
+    if (device_behind && o->device == Operation::OnDevice::kQueued) {
+      in_flight[kept++] = o;
+      continue;
+    }
     GroupState& state = *Find(*o->group);
     const bool next = o->point_to_point() || o->sequence == state.next_start;
     if (o->device != Operation::OnDevice::kNo) {
@@ -90,17 +98,22 @@ bool Communicator::Impl::Step(Turn turn) {
         moved = true;
       }
       device_held = device_held || !o->started;
-      if (o->started && !o->ready && o->after.Done()) {
+      if (o->started && !o->ready && !device_behind && o->after.Done()) {
         o->ready = true;
         if (!o->point_to_point()) watchdog.board().Started(state.group.id, o->sequence);
       }
       if (o->device == Operation::OnDevice::kQueued && o->done.Done()) {
-        const absl::Status sound = device->collectives().Check();
-        if (!sound.ok()) return give_up(i, *o, sound);
+        if (!device_sound) {
+          const absl::Status sound = device->collectives().Check();
+          if (!sound.ok()) return give_up(i, *o, sound);
+          device_sound = true;
+        }
+        device->Finished(*o);
         Finish(*o);
         moved = true;
         continue;
       }
+      device_behind = true;
       in_flight[kept++] = o;
       continue;
     }

@@ -28,16 +28,15 @@ class DeviceCollectives {
   // Makes a group known. All ranks of the world call this in the same order, each with the group
   // that it is in, while nothing is in flight; ends in an agreement of all ranks.
   virtual absl::Status AddGroup(const Group& group) = 0;
-  // Hands one collective, or any number of sends and receives that proceed together, to the device.
-  // Issued() has returned true for whatever was handed over before.
+  // Hands one collective, or any number of sends and receives that proceed together, to the device:
+  // an event recorded from then on comes after it. Waits for no other rank, except for the first
+  // message between two ranks that AddGroup has not connected, and then no longer than the world's
+  // time-out.
   virtual absl::Status Issue(std::span<Operation* const> batch) = 0;
-  // True when it is in the stream's order: an event recorded from then on comes after it. Never
-  // blocks.
-  virtual absl::StatusOr<bool> Issued() = 0;
   // An error that was noticed since, e.g. that a connection broke. Never blocks.
   virtual absl::Status Check() = 0;
   // Ends what still runs on the device, as far as it waits for other ranks. Nothing but the
-  // destructor follows.
+  // destructor follows. Called by the thread that met the error.
   virtual void Abort() = 0;
 };
 

@@ -3,6 +3,13 @@
 #include <algorithm>
 
 namespace stretto {
+namespace {
+
+int64_t Items(const Operation& o) {
+  return o.op == CommOp::kAllToAll ? 2 * o.group->size() : static_cast<int64_t>(o.items.size());
+}
+
+}  // namespace
 
 void DeviceOperations::Add(Operation* o) {
   o->device = Operation::OnDevice::kWaiting;
@@ -10,56 +17,70 @@ void DeviceOperations::Add(Operation* o) {
 }
 
 absl::StatusOr<bool> DeviceOperations::Advance(bool all) {
-  bool moved = false;
-  if (!batch_.empty()) {
-    failed_ = batch_.front();
-    STRETTO_ASSIGN_OR_RETURN(const bool issued, collectives_->Issued());
-    if (!issued) return false;
-    const Event done = collectives_->stream().Record();
-    for (Operation* o : batch_) {
-      o->device = Operation::OnDevice::kQueued;
-      o->done = done;
-      if (trace_ != nullptr) trace_->End(o->trace, collectives_->stream());
+  std::size_t handed_over = 0;
+  while (handed_over < waiting_.size()) {
+    const auto begin = waiting_.begin() + static_cast<std::ptrdiff_t>(handed_over);
+    auto end = std::find_if(begin, waiting_.end(),
+                            [](const Operation* o) { return !o->point_to_point(); });
+    if (end == begin) {
+      ++end;  // a collective, alone
+    } else if (end == waiting_.end() && !all) {
+      break;
     }
-    batch_.clear();
-    moved = true;
+    const std::span<Operation* const> batch(begin, end);
+    if (!HasRoom(batch)) break;
+    const absl::Status issued = Issue(batch);
+    if (!issued.ok()) return issued;  // an error ends all of them
+    handed_over += batch.size();
   }
-  if (waiting_.empty()) return moved;
+  waiting_.erase(waiting_.begin(), waiting_.begin() + static_cast<std::ptrdiff_t>(handed_over));
+  return handed_over > 0;
+}
 
-  auto end = std::find_if(waiting_.begin(), waiting_.end(),
-                          [](const Operation* o) { return !o->point_to_point(); });
-  if (end == waiting_.begin()) {
-    ++end;  // a collective, alone
-  } else if (end == waiting_.end() && !all) {
-    return moved;
-  }
-  batch_.assign(waiting_.begin(), end);
-  waiting_.erase(waiting_.begin(), end);
-  failed_ = batch_.front();
+bool DeviceOperations::HasRoom(std::span<Operation* const> batch) const {
+  if (queued_ == 0) return true;
+  int64_t items = queued_items_;
+  for (const Operation* o : batch) items += Items(*o);
+  return queued_ + static_cast<int64_t>(batch.size()) <= kMostQueued && items <= kMostItems;
+}
+
+absl::Status DeviceOperations::Issue(std::span<Operation* const> batch) {
+  Stream& stream = collectives_->stream();
+  failed_ = batch.front();
   before_issue_(*failed_);
-  for (Operation* o : batch_) collectives_->stream().Wait(o->after);
-  STRETTO_RETURN_IF_ERROR(collectives_->stream().status());
+  for (const Operation* o : batch) stream.Wait(o->after);
+  STRETTO_RETURN_IF_ERROR(stream.status());
   if (trace_ != nullptr) {
     // Of several that proceed together all begin here and end together.
-    for (Operation* o : batch_) trace_->Begin(o->trace, collectives_->stream());
+    for (const Operation* o : batch) trace_->Begin(o->trace, stream);
   }
-  STRETTO_RETURN_IF_ERROR(collectives_->Issue(batch_));
-  for (Operation* o : batch_) {
-    o->device = Operation::OnDevice::kIssued;
+  STRETTO_RETURN_IF_ERROR(collectives_->Issue(batch));
+  const Event done = stream.Record();
+  for (Operation* o : batch) {
+    o->device = Operation::OnDevice::kQueued;
+    o->done = done;
     o->bytes_sent = BytesToSend(*o);
     recorder_.Started(o->record);
+    if (trace_ != nullptr) trace_->End(o->trace, stream);
+    ++queued_;
+    queued_items_ += Items(*o);
   }
-  return true;
+  return absl::OkStatus();
+}
+
+void DeviceOperations::Finished(const Operation& o) {
+  --queued_;
+  queued_items_ -= Items(o);
 }
 
 bool DeviceOperations::busy() const {
-  return !batch_.empty() || std::any_of(waiting_.begin(), waiting_.end(),
-                                        [](const Operation* o) { return !o->point_to_point(); });
+  return std::any_of(waiting_.begin(), waiting_.end(),
+                     [](const Operation* o) { return !o->point_to_point(); });
 }
 
 void DeviceOperations::Abort() {
   waiting_.clear();
-  batch_.clear();
+  queued_ = queued_items_ = 0;
   collectives_->Abort();
 }
 

@@ -1,6 +1,6 @@
 // A rank that ends or stops while another one's kernels wait for it: that one ends its kernels,
-// names the rank and returns, also when its host thread waits for a stream and not for the
-// communicator. Starts two ranks of itself, on two GPUs, without MPI.
+// names the rank and returns, also when its host thread waits for a stream, or for room in one, and
+// not for the communicator. Starts two ranks of itself, on two GPUs, without MPI.
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -20,6 +20,7 @@
 #include "absl/strings/str_cat.h"
 #include "stretto/comm/communicator.h"
 #include "stretto/core/arena.h"
+#include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 
 extern char** environ;
@@ -32,15 +33,29 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kTimeout = std::chrono::seconds(20);  // also of the set-up
 constexpr int kSaidSo = 3;  // exit status of a rank that was told what is wrong
 
-constexpr const char* kFaults[] = {"exit", "stop", "stop under synchronize"};
+constexpr char kFullQueue[] = "stop with a full queue";  // the other one submits ahead, and waits
+constexpr char kLaunches[] = "stop under launches";      // ... launches more than the device takes
+constexpr char kSetup[] = "exit after ";  // ... so many milliseconds, of set-up or not
+constexpr const char* kFaults[] = {
+    "exit",    "stop",           "stop under synchronize", kFullQueue,
+    kLaunches, "exit after 500", "exit after 1000",        "exit after 2000",
+};
 
 absl::Status Victim(World& world, const std::string& fault) {
   const Device device = Device::Cuda(world.rank());
-  STRETTO_ASSIGN_OR_RETURN(const Arena arena, Arena::Create(device, "test", 4 << 20));
+  STRETTO_ASSIGN_OR_RETURN(const Arena arena, Arena::Create(device, "test", 5 << 20));
   const Tensor data = Tensor::Of(arena.data(), DType::kF32, {1 << 20}, device);
   STRETTO_ASSIGN_OR_RETURN(const auto stream, Stream::Create(device));
+  if (world.rank() == 1 && fault.starts_with(kSetup)) {
+    std::thread([ms = std::atoi(fault.c_str() + sizeof(kSetup) - 1)] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(ms));
+      _exit(9);
+    }).detach();
+  }
   Communicator c(world);
   STRETTO_RETURN_IF_ERROR(c.UseDevice(device));
+  if (fault.starts_with(kSetup) && world.rank() == 1) std::this_thread::sleep_for(kTimeout);
+  Ticket last = 0;
   for (int round = 0; round < 100; ++round) {
     if (world.rank() == 1 && round == 20) {
       if (fault == "exit") _exit(9);
@@ -51,11 +66,18 @@ absl::Status Victim(World& world, const std::string& fault) {
     if (fault == "stop under synchronize") {
       STRETTO_RETURN_IF_ERROR(c.Wait(*stream, ticket));
       STRETTO_RETURN_IF_ERROR(stream->Synchronize());
-    } else {
+    } else if (fault == kLaunches && world.rank() == 0) {
+      STRETTO_RETURN_IF_ERROR(c.Wait(*stream, ticket));
+      for (int copy = 0; copy < 200; ++copy) {
+        CopyBytes(*stream, arena.data() + (4 << 20), arena.data() + (4 << 20) + 4096, 4096);
+      }
+    } else if (fault != kFullQueue || world.rank() == 1) {
       STRETTO_RETURN_IF_ERROR(c.Wait(ticket));
     }
+    last = ticket;
   }
-  return absl::OkStatus();
+  STRETTO_RETURN_IF_ERROR(c.Wait(*stream, last));
+  return stream->Synchronize();
 }
 
 int VictimMain(const std::string& fault) {
@@ -68,7 +90,8 @@ int VictimMain(const std::string& fault) {
   std::fprintf(stderr, "  rank %s: %s\n", std::getenv("RANK"), message.c_str());
   // all_reduce(all) seq 21 is the first one that rank 1 does not enter.
   const bool said = message.find("rank 1 ") != std::string::npos &&
-                    message.find("all_reduce(all) seq 21 [grad bucket]") != std::string::npos;
+                    (fault.starts_with(kSetup) ||
+                     message.find("all_reduce(all) seq 21 [grad bucket]") != std::string::npos);
   std::fflush(stderr);
   // Rank 0 would wait for the other one to leave the control plane.
   _exit(said ? kSaidSo : 1);

@@ -1,6 +1,7 @@
 // The communicator on GPUs, one for each rank, under mpirun: every collective against the host's
-// reference, the order of operations, waits between streams, bytes counted, and the trainer against
-// itself on one GPU. Prints SKIP where there are fewer GPUs than ranks.
+// reference, the order of operations, waits between streams, submission far ahead of the device,
+// bytes counted, and the trainer against itself on one GPU. Prints SKIP where there are fewer GPUs
+// than ranks.
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -326,6 +327,119 @@ absl::Status CheckStreams(World& world, Device device) {
   return c.WaitAll();
 }
 
+// Many operations submitted ahead of a device that has not begun with the first one, more than its
+// queues take, of several groups and kinds; then one of many items after the other.
+absl::Status CheckFarAhead(World& world, Device device) {
+  constexpr int64_t kRows = 900, kColumns = 257, kItems = 1500;
+  const int n = world.size(), me = world.rank();
+  Communicator c(world);
+  STRETTO_RETURN_IF_ERROR(c.UseDevice(device));
+  RankList reversed;
+  for (int r = n - 1; r >= 0; --r) reversed.push_back(r);
+  STRETTO_ASSIGN_OR_RETURN(const Group ring, c.MakeGroup("ring", reversed));
+  const auto stream = Stream::Create(device);
+  STRETTO_RETURN_IF_ERROR(stream.status());
+  const auto value = [](int rank, int64_t row, int64_t i) {
+    return static_cast<int32_t>((row * 31 + i * 7 + rank * 13) % 1009);
+  };
+  Data values(DType::kI32, kRows * kColumns);
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t i = 0; i < kColumns; ++i) {
+      values.tensor().as<int32_t>()[row * kColumns + i] = value(me, row, i);
+    }
+  }
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu data, OnGpu::Of(values, device));
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu received, OnGpu::Of(values, device));
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu work, OnGpu::Of(Data(DType::kU8, 512 << 20), device));
+  for (int i = 0; i < 600; ++i) {  // longer than the delays of all operations
+    CopyBytes(**stream, work.tensor.data, work.tensor.data + (256 << 20), 256 << 20);
+  }
+  const Event begin = (*stream)->Record();
+  for (int64_t row = 0; row < kRows; ++row) {
+    const Tensor mine = data.tensor.Rows(row * kColumns, kColumns);
+    const Tensor theirs = received.tensor.Rows(row * kColumns, kColumns);
+    if (row % 3 == 2) {
+      c.Receive(c.all(), theirs, (me + n - 1) % n, "ahead", begin);
+      c.Send(c.all(), mine, (me + 1) % n, "ahead", begin);
+    } else {
+      c.AllReduce(row % 3 == 0 ? c.all() : ring, mine, ReduceOp::kSum, "ahead", begin);
+    }
+  }
+  STRETTO_RETURN_IF_ERROR(c.WaitAll());
+  STRETTO_ASSIGN_OR_RETURN(Data got, data.Read());
+  STRETTO_ASSIGN_OR_RETURN(Data messages, received.Read());
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t i = 0; i < kColumns; ++i) {
+      int32_t expected = row % 3 == 2 ? value((me + n - 1) % n, row, i) : 0;
+      for (int r = 0; r < n && row % 3 != 2; ++r) expected += value(r, row, i);
+      Data& of = row % 3 == 2 ? messages : got;
+      if (of.tensor().as<int32_t>()[row * kColumns + i] != expected) {
+        return Differs(absl::StrCat("operation ", row, " of many ahead"));
+      }
+    }
+  }
+
+  Data parts(DType::kI32, kItems * n);
+  for (int64_t i = 0; i < kItems * n; ++i) parts.tensor().as<int32_t>()[i] = value(me, i, 0);
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu items, OnGpu::Of(parts, device));
+  std::vector<Tensor> wholes, own;
+  for (int64_t i = 0; i < kItems; ++i) {
+    wholes.push_back(items.tensor.Rows(i * n, n));
+    own.push_back(items.tensor.Rows(i * n + me, 1));
+  }
+  for (int round = 0; round < 8; ++round) c.AllGatherMany(c.all(), wholes, own, "items");
+  STRETTO_RETURN_IF_ERROR(c.WaitAll());
+  STRETTO_ASSIGN_OR_RETURN(Data gathered, items.Read());
+  for (int64_t i = 0; i < kItems * n; ++i) {
+    if (gathered.tensor().as<int32_t>()[i] != value(static_cast<int>(i % n), i, 0)) {
+      return Differs("an all-gather of many items");
+    }
+  }
+  return (*stream)->Synchronize();
+}
+
+// The first operation of a communicator is larger than any that has warmed it up.
+absl::Status CheckLargeAtOnce(World& world, Device device) {
+  constexpr int64_t kElements = 24 << 20;
+  const int n = world.size(), me = world.rank();
+  Data values(DType::kI32, kElements * n);
+  for (int64_t i = 0; i < kElements * n; ++i) {
+    values.tensor().as<int32_t>()[i] = static_cast<int32_t>(i % 8191) + me;
+  }
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu data, OnGpu::Of(values, device));
+  const auto expect = [&](const char* what, int64_t begin, auto expected) -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(Data got, data.Read());
+    for (int64_t i = begin; i < begin + kElements; ++i) {
+      if (got.tensor().as<int32_t>()[i] != expected(i)) return Differs(what);
+    }
+    return absl::OkStatus();
+  };
+  for (const CommOp op : {CommOp::kReduceScatter, CommOp::kAllReduce, CommOp::kAllGather}) {
+    STRETTO_RETURN_IF_ERROR(CopyFromHost(data.tensor, values.bytes.data()));
+    Communicator c(world);
+    STRETTO_RETURN_IF_ERROR(c.UseDevice(device));
+    const Tensor own = data.tensor.Rows(me * kElements, kElements);
+    if (op == CommOp::kReduceScatter) {
+      STRETTO_RETURN_IF_ERROR(c.Wait(c.ReduceScatter(c.all(), own, data.tensor, "large")));
+      STRETTO_RETURN_IF_ERROR(expect("a large reduce-scatter", me * kElements, [&](int64_t i) {
+        return n * static_cast<int32_t>(i % 8191) + n * (n - 1) / 2;
+      }));
+    } else if (op == CommOp::kAllReduce) {
+      STRETTO_RETURN_IF_ERROR(c.Wait(c.AllReduce(c.all(), data.tensor, ReduceOp::kMax, "large")));
+      STRETTO_RETURN_IF_ERROR(expect("a large all-reduce", 0, [&](int64_t i) {
+        return static_cast<int32_t>(i % 8191) + n - 1;
+      }));
+    } else {
+      STRETTO_RETURN_IF_ERROR(c.Wait(c.AllGather(c.all(), data.tensor, own, "large")));
+      const int next = (me + 1) % n;
+      STRETTO_RETURN_IF_ERROR(expect("a large all-gather", next * kElements, [&](int64_t i) {
+        return static_cast<int32_t>(i % 8191) + next;
+      }));
+    }
+  }
+  return absl::OkStatus();
+}
+
 // Bytes are counted alike, whatever carries the data.
 absl::Status CheckBytes(World& world, Device device) {
   Communicator c(world);
@@ -474,6 +588,8 @@ absl::Status RunAll(World& world) {
   STRETTO_RETURN_IF_ERROR(world.Agree(
       "same bits", first == second ? absl::OkStatus() : Differs("a second run of the cases")));
   STRETTO_RETURN_IF_ERROR(world.Agree("streams", CheckStreams(world, device)));
+  STRETTO_RETURN_IF_ERROR(world.Agree("far ahead", CheckFarAhead(world, device)));
+  STRETTO_RETURN_IF_ERROR(world.Agree("large at once", CheckLargeAtOnce(world, device)));
   STRETTO_RETURN_IF_ERROR(world.Agree("bytes", CheckBytes(world, device)));
   STRETTO_RETURN_IF_ERROR(world.Agree("alone", CheckAlone(device)));
   STRETTO_RETURN_IF_ERROR(world.Agree("trainer", CheckTrainer(world, scratch)));

@@ -40,6 +40,9 @@ class BenchProgram : public Programs {
       EXPECT_TRUE(names.insert(name).second) << name;
       const double seconds = result["seconds"];
       EXPECT_TRUE(std::isfinite(seconds) && seconds > 0) << name;
+      if (file["command"] != "comm") continue;
+      const double host = result["host_seconds"];
+      EXPECT_TRUE(host > 0 && host <= seconds) << name;
     }
     EXPECT_FALSE(names.empty());
   }

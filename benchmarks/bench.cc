@@ -29,6 +29,7 @@ constexpr Command kCommands[] = {
     {"train", "whole optimizer steps of a configuration on random tokens", &Train},
     {"compare", "two files that --json wrote", &Compare},
     {"fit", "a cost model of a configuration on these ranks, for stretto-plan --suggest", &Fit},
+    {"varlen", "steps of documents of unequal length, static meshes beside dynamic ones", &Varlen},
     {"predict", "steps of several layouts beside what a cost model predicts", &Predict},
 };
 

@@ -31,6 +31,7 @@ int Train(int argc, const char* const* argv);
 int Compare(int argc, const char* const* argv);
 int Fit(int argc, const char* const* argv);
 int Predict(int argc, const char* const* argv);
+int Varlen(int argc, const char* const* argv);
 
 // What one run measured, for --json and `compare`. Every result has a "name", unique in the run,
 // and "seconds".
@@ -73,9 +74,11 @@ absl::Status SameEverywhere(World& world, TrainConfig config, const std::string&
 absl::Status ResolveSteps(int ranks, TrainConfig* config);
 
 // The steps behind the warm-up of a run of config.steps steps on random tokens, on all ranks. Calls
-// `inspect` with the trainer when they are done.
+// `inspect` with the trainer when they are done. With data.documents the tokens are documents of
+// `lengths`, in this order.
 absl::StatusOr<std::vector<StepStats>> TimedSteps(
-    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect);
+    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect,
+    const std::vector<int64_t>* lengths = nullptr);
 
 // Costs of this configuration's layers, and of communication between these ranks (fit.cc). Agreed
 // errors for ranks that were started differently and for samples that are too few.

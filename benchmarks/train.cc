@@ -18,6 +18,7 @@
 #include "benchmarks/bench.h"
 #include "stretto/core/rng.h"
 #include "stretto/data/dataset.h"
+#include "stretto/data/tokenizer.h"
 #include "stretto/observe/memory.h"
 #include "stretto/observe/signals.h"
 #include "stretto/train/memory.h"
@@ -51,8 +52,25 @@ constexpr double kMostIds = 1 << 28;
 constexpr int64_t kMostBatches = 64;
 
 double IdsOfABatch(const TrainConfig& config) {
+  if (config.data.documents) return static_cast<double>(config.batch.tokens) + 1;
   return static_cast<double>(config.batch.global) *
          (static_cast<double>(config.data.sequence_length) + 1);
+}
+
+// Documents of so many inputs each: a separator is the first input of the document behind it.
+std::vector<int32_t> Documents(const std::vector<int64_t>& lengths, int64_t separator,
+                               int64_t vocabulary, const Rng& rng) {
+  std::vector<int32_t> ids;
+  for (const int64_t length : lengths) {
+    ids.push_back(static_cast<int32_t>(separator));
+    for (int64_t i = 1; i < length; ++i) {
+      auto id = static_cast<int32_t>(rng.Below(ids.size(), static_cast<uint64_t>(vocabulary)));
+      if (id == separator) id = separator == 0 ? 1 : 0;
+      ids.push_back(id);
+    }
+  }
+  ids.push_back(static_cast<int32_t>(separator));
+  return ids;
 }
 
 // A new folder with a token file, which goes with the object.
@@ -60,7 +78,7 @@ class Tokens {
  public:
   ~Tokens() { Remove(); }
 
-  absl::Status Make(const TrainConfig& config) {
+  absl::Status Make(const TrainConfig& config, const std::vector<int64_t>* lengths) {
     std::error_code error;
     const std::filesystem::path parent = std::filesystem::temp_directory_path(error);
     std::string folder = (parent / "stretto-bench-XXXXXX").string();
@@ -72,6 +90,13 @@ class Tokens {
     }
     folder_ = folder;
     const Rng rng(1, "bench/tokens");
+    if (lengths != nullptr) {
+      STRETTO_ASSIGN_OR_RETURN(const auto tokenizer, OpenTokenizer(config.data.tokenizer));
+      return WriteTokenFile(
+          File(folder_),
+          Documents(*lengths, tokenizer->end_of_text(), config.model.vocabulary, rng),
+          config.model.vocabulary);
+    }
     const double batch = IdsOfABatch(config);
     const auto count = static_cast<int64_t>(batch) *
                        std::clamp<int64_t>(static_cast<int64_t>(kMostIds / batch), 1, kMostBatches);
@@ -118,7 +143,8 @@ absl::Status ResolveSteps(int ranks, TrainConfig* config) {
 }
 
 absl::StatusOr<std::vector<StepStats>> TimedSteps(
-    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect) {
+    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect,
+    const std::vector<int64_t>* lengths) {
   STRETTO_RETURN_IF_ERROR(SameEverywhere(world, config));
   TrainConfig resolved = config;
   STRETTO_RETURN_IF_ERROR(
@@ -132,7 +158,7 @@ absl::StatusOr<std::vector<StepStats>> TimedSteps(
   }
   Tokens tokens;
   absl::Status made;
-  if (world.rank() == 0) made = tokens.Make(resolved);
+  if (world.rank() == 0) made = tokens.Make(resolved, lengths);
   STRETTO_RETURN_IF_ERROR(world.Agree("making tokens up", made));
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> folders,
                            world.AllGather("folder", tokens.folder()));

@@ -18,24 +18,47 @@ constexpr double kCoreFlops = 30e9, kCoreAttention = 0.5;
 constexpr double kCopies = 2e9, kMessage = 50e-6;
 
 CostModel AssumedCore(const TrainConfig& config) {
-  ModelConfig one = config.model, two = config.model;
-  one.layers = 1;
-  two.layers = 2;
-  const auto block = [&](const TokenWork& work) {
-    return (TrainingFlops(two, work).causal - TrainingFlops(one, work).causal) / 3;
+  // FLOPs of forward, backward and weights, a third each, of a whole model; they count pairs of
+  // (squares + tokens) / 2.
+  const auto third = [&](const TokenWork& work) {
+    return TrainingFlops(config.model, work).causal / 3;
   };
-  // FLOPs of a forward pass count pairs of (squares + tokens) / 2.
-  const double per_pair = 2 * block({.tokens = 0, .squared_lengths = 1});
-  const double per_token = block({.tokens = 1, .squared_lengths = 1}) - per_pair;
+  const double per_pair = 2 * third({.tokens = 0, .squared_lengths = 1});
+  const double per_token = third({.tokens = 1, .squared_lengths = 1}) - per_pair;
   CostModel cost = {.device = "a core (assumed)"};
   const StageCost forward = {.per_token = per_token / kCoreFlops,
                              .per_pair = per_pair / (kCoreFlops * kCoreAttention)};
   cost.forward = {forward};
-  cost.backward_input = {{.per_token = forward.per_token, .per_pair = 2.5 * forward.per_pair}};
+  cost.backward_input = {{.per_token = forward.per_token, .per_pair = 2 * forward.per_pair}};
   cost.backward_weight = {{.per_token = forward.per_token}};
   cost.link_latency = kMessage;
   cost.link_bytes_per_second = kCopies;
   return cost;
+}
+
+// What is outside of the blocks, embedding and head with the loss, shared out among them.
+void AddRest(const CostModel& cost, int64_t layers, SequenceCost* sequence) {
+  if (!cost.parts) return;  // entries are of the whole model
+  const auto add = [&](const StageCost& all, const StageCost& block, StageCost* sum) {
+    const auto share = [&](double a, double b) {
+      return std::max(0.0, a - b) / static_cast<double>(layers);
+    };
+    sum->fixed += share(all.fixed, block.fixed);
+    sum->per_token += share(all.per_token, block.per_token);
+    sum->per_pair += share(all.per_pair, block.per_pair);
+  };
+  const auto sum_of = [&](StageCost LayerCost::*half) {
+    StageCost sum;
+    for (const LayerCost& layer : cost.parts->layers) {
+      sum.fixed += (layer.*half).fixed;
+      sum.per_token += (layer.*half).per_token;
+      sum.per_pair += (layer.*half).per_pair;
+    }
+    return sum;
+  };
+  add(sum_of(&LayerCost::forward), cost.forward[0], &sequence->forward);
+  add(sum_of(&LayerCost::backward_input), cost.backward_input[0], &sequence->backward);
+  add(sum_of(&LayerCost::backward_weight), cost.backward_weight[0], &sequence->backward);
 }
 
 absl::StatusOr<CostModel> CostOf(const TrainConfig& config) {
@@ -77,6 +100,7 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
   STRETTO_ASSIGN_OR_RETURN(const CostModel cost, CostOf(config));
   options.cost =
       SequenceCostOf(cost, config.model.layers, key_and_value * static_cast<double>(SizeOf(dtype)));
+  AddRest(cost, config.model.layers, &options.cost);
   // Behind keys and values travel the sums of their gradients.
   options.cost.backward_messages =
       1 + static_cast<double>(SizeOf(AccumulateType(dtype))) / static_cast<double>(SizeOf(dtype));

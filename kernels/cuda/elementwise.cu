@@ -1,5 +1,6 @@
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "kernels/cuda/families.h"
 #include "kernels/cuda/support.cuh"
@@ -50,6 +51,77 @@ void Convert(Stream& s, const char* name, const Tensor& y, const Tensor& x) {
   });
 }
 
+// Pairs of f32 tensors, handed over with the launch.
+struct Pairs {
+  static constexpr int kMost = 100;  // 2.8 KiB of the 4 KiB that a launch takes
+  float* y[kMost];
+  const float* x[kMost];
+  int64_t elements[kMost];
+  int first_block[kMost];
+  int count = 0;
+};
+constexpr int kPairThreads = 256;
+constexpr int64_t kPairBlock = 8192;  // elements
+
+// N elements at a time.
+template <int N, bool kAdd>
+__device__ void PairRange(float* y, const float* x, int64_t begin, int64_t end) {
+  for (int64_t i = begin + int64_t{threadIdx.x} * N; i < end; i += kPairThreads * N) {
+    const int n = end - i >= N ? N : static_cast<int>(end - i);
+    float v[N], old[N];
+    LoadVec(v, x + i, n);
+    if constexpr (kAdd) {
+      LoadVec(old, y + i, n);
+      for (int k = 0; k < N; ++k) v[k] += old[k];
+    }
+    StoreVec(y + i, v, n);
+  }
+}
+
+template <bool kAdd>
+__global__ void __launch_bounds__(kPairThreads) PairsKernel(const __grid_constant__ Pairs pairs) {
+  const int block = static_cast<int>(blockIdx.x);
+  int pair = 0;  // the last one that begins at this block or before
+  for (int end = pairs.count; end - pair > 1;) {
+    const int middle = (pair + end) / 2;
+    (pairs.first_block[middle] <= block ? pair : end) = middle;
+  }
+  float* const y = pairs.y[pair];
+  const float* const x = pairs.x[pair];
+  const int64_t begin = (block - pairs.first_block[pair]) * kPairBlock;
+  const int64_t end = min(pairs.elements[pair], begin + kPairBlock);
+  const auto places = reinterpret_cast<uintptr_t>(y) | reinterpret_cast<uintptr_t>(x);
+  if (places % alignof(Vec<float, 4>) == 0) {
+    PairRange<4, kAdd>(y, x, begin, end);
+  } else {
+    PairRange<1, kAdd>(y, x, begin, end);
+  }
+}
+
+template <bool kAdd>
+void ForPairs(Stream& s, const char* name, std::span<const Tensor> y, std::span<const Tensor> x) {
+  Pairs pairs;
+  int blocks = 0;
+  const auto launch = [&] {
+    if (blocks == 0) return;
+    PairsKernel<kAdd><<<blocks, kPairThreads, 0, Native(s)>>>(pairs);
+    Launched(s, name);
+    pairs.count = blocks = 0;
+  };
+  for (size_t i = 0; i < y.size(); ++i) {
+    const int64_t elements = x[i].elements();
+    if (elements == 0) continue;
+    const int more = static_cast<int>((elements + kPairBlock - 1) / kPairBlock);
+    pairs.y[pairs.count] = y[i].as<float>();
+    pairs.x[pairs.count] = x[i].as<float>();
+    pairs.elements[pairs.count] = elements;
+    pairs.first_block[pairs.count++] = blocks;
+    blocks += more;
+    if (pairs.count == Pairs::kMost) launch();
+  }
+  launch();
+}
+
 class CudaElementwise final : public ElementwiseKernels {
  public:
   void Zero(Stream& s, Tensor x) const override {
@@ -80,6 +152,21 @@ class CudaElementwise final : public ElementwiseKernels {
   }
 
   void Add(Stream& s, Tensor y, Tensor x) const override { Convert<true>(s, "Add", y, x); }
+
+  void CopyMany(Stream& s, std::span<const Tensor> y, std::span<const Tensor> x) const override {
+    if (!AllF32(y, x)) return ElementwiseKernels::CopyMany(s, y, x);
+    ForPairs<false>(s, "CopyMany", y, x);
+  }
+
+  void AddMany(Stream& s, std::span<const Tensor> y, std::span<const Tensor> x) const override {
+    if (!AllF32(y, x)) return ElementwiseKernels::AddMany(s, y, x);
+    ForPairs<true>(s, "AddMany", y, x);
+  }
+
+ private:
+  static bool AllF32(std::span<const Tensor> y, std::span<const Tensor> x) {
+    return y.empty() || (y[0].dtype == DType::kF32 && x[0].dtype == DType::kF32);
+  }
 };
 
 }  // namespace

@@ -76,6 +76,27 @@ void LossFused(Context c, Tensor logits, Tensor losses, Tensor total, Tensor tar
   if (check.ok()) c.kernels->loss->Fused(*c.stream, logits, losses, total, targets, weights, acc);
 }
 
+namespace {
+
+bool ArePairs(const Context& c, const char* op, std::span<const Tensor> y,
+              std::span<const Tensor> x) {
+  Check lengths(c, op, {});
+  lengths.That(y.size() == x.size(), "there must be as many y as x");
+  bool ok = lengths.ok();
+  for (size_t i = 0; ok && i < y.size(); ++i) {
+    Check check(c, op, {{"y", y[i]}, {"x", x[i]}});
+    check.Supported(y[i].dtype)
+        .That(x[i].dtype == y[0].dtype && Like(y[i], x[i], y[0].dtype) &&
+                  (x[i].present() || x[i].elements() == 0),
+              "each y must be shaped like its x, and all be of one type")
+        .That(y[i].contiguous() && x[i].contiguous(), "y and x must be contiguous");
+    ok = check.ok();
+  }
+  return ok;
+}
+
+}  // namespace
+
 void AddSumSquares(Context c, Tensor total, const OptimizerTable& table) {
   Check check(c, "AddSumSquares", {{"total", total}});
   check.That(total.present() && Is(total, DType::kF64, {1}), "total must be f64[1]")
@@ -118,6 +139,14 @@ void Add(Context c, Tensor y, Tensor x) {
   check.Supported(y.dtype).Supported(x.dtype).That(
       Like(y, x, y.dtype) && (x.present() || x.elements() == 0), "y must be shaped like x");
   if (check.ok()) c.kernels->elementwise->Add(*c.stream, y, x);
+}
+
+void CopyMany(Context c, std::span<const Tensor> y, std::span<const Tensor> x) {
+  if (ArePairs(c, "CopyMany", y, x)) c.kernels->elementwise->CopyMany(*c.stream, y, x);
+}
+
+void AddMany(Context c, std::span<const Tensor> y, std::span<const Tensor> x) {
+  if (ArePairs(c, "AddMany", y, x)) c.kernels->elementwise->AddMany(*c.stream, y, x);
 }
 
 }  // namespace stretto::ops

@@ -159,12 +159,10 @@ absl::Status BucketBuffers::Collect(Stay& stay) {
   stay.submitted = false;
   STRETTO_RETURN_IF_ERROR(TakeTicket(comm_, *ops_.stream, options_.timer, &stay.ticket));
   uint8_t& added = added_[static_cast<size_t>(stay.bucket)];
-  for (size_t i = 0; i < stay.params.size(); ++i) {
-    if (added != 0) {
-      ops::Add(ops_, stay.shards[i], stay.parts[i]);
-    } else {
-      ops::Copy(ops_, stay.shards[i], stay.parts[i]);
-    }
+  if (added != 0) {
+    ops::AddMany(ops_, stay.shards, stay.parts);
+  } else {
+    ops::CopyMany(ops_, stay.shards, stay.parts);
   }
   added = 1;
   Poison(stay);

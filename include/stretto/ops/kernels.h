@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -287,6 +288,14 @@ class ElementwiseKernels {
   virtual void Copy(Stream& s, Tensor y, Tensor x) const = 0;
   // y += x, same conversions.
   virtual void Add(Stream& s, Tensor y, Tensor x) const = 0;
+  // The same for pairs of contiguous tensors, all of one type, in fewer launches where that helps:
+  // the bits are those of one call for each pair.
+  virtual void CopyMany(Stream& s, std::span<const Tensor> y, std::span<const Tensor> x) const {
+    for (size_t i = 0; i < y.size(); ++i) Copy(s, y[i], x[i]);
+  }
+  virtual void AddMany(Stream& s, std::span<const Tensor> y, std::span<const Tensor> x) const {
+    for (size_t i = 0; i < y.size(); ++i) Add(s, y[i], x[i]);
+  }
 };
 
 // Everything a backend can do. Owned by the backend, lives for the whole program, stateless.

@@ -81,6 +81,8 @@ void AdamW(Context c, const OptimizerTable& table, const AdamWArgs& args);
 void Zero(Context c, Tensor x);
 void Copy(Context c, Tensor y, Tensor x);
 void Add(Context c, Tensor y, Tensor x);
+void CopyMany(Context c, std::span<const Tensor> y, std::span<const Tensor> x);
+void AddMany(Context c, std::span<const Tensor> y, std::span<const Tensor> x);
 
 }  // namespace stretto::ops
 

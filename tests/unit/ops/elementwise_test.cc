@@ -26,6 +26,48 @@ TEST_P(ElementwiseTest, CopyAndAddConvert) {
   }
 }
 
+// More pairs than one launch takes, of odd lengths, some of them empty, some at odd addresses.
+TEST_P(ElementwiseTest, ManyPairsAreWhatOneByOneGives) {
+  constexpr int kPairs = 230;
+  std::vector<int64_t> lengths, begins;
+  int64_t all = 0;
+  for (int i = 0; i < kPairs; ++i) {
+    begins.push_back(all + (i % 3 == 0 ? 1 : 0));
+    lengths.push_back(i % 7 == 3 ? 0 : i == 50 ? 30011 : 1 + i * 37 % 211);
+    all = (begins.back() + lengths.back() + 7) / 4 * 4;  // something lies between them
+  }
+  Buffer x = run.Make({all}, Random(all, 1));
+  Buffer y = run.Make({all}, Random(all, 2)), one_by_one = run.Make({all}, y.Read());
+  std::vector<Tensor> from, to;
+  const auto both = [&](auto many, auto one) {
+    from.clear();
+    to.clear();
+    for (size_t i = 0; i < lengths.size(); ++i) {
+      from.push_back(Tensor(x).Rows(begins[i], lengths[i]));
+      to.push_back(Tensor(y).Rows(begins[i], lengths[i]));
+      one(c, Tensor(one_by_one).Rows(begins[i], lengths[i]), from.back());
+    }
+    many(c, to, from);
+    run.ExpectOk();
+    EXPECT_EQ(y.Read(), one_by_one.Read());
+  };
+  both(ops::AddMany, ops::Add);
+  both(ops::CopyMany, ops::Copy);
+  both(ops::AddMany, ops::Add);
+}
+
+TEST_P(ElementwiseTest, PairsThatDoNotFitAreRefused) {
+  Buffer x = run.Make({6}, Random(6, 1)), y = run.Make({7}, Random(7, 2));
+  const Values before = y.Read();
+  const std::vector<Tensor> longer = {Tensor(y).Rows(0, 6), y}, shorter = {x, x};
+  ops::AddMany(c, longer, shorter);
+  const absl::Status refused = run.Wait();
+  EXPECT_NE(std::string(refused.message()).find("AddMany: each y must be shaped like its x"),
+            std::string::npos)
+      << refused;
+  EXPECT_EQ(y.Read(), before);
+}
+
 TEST_P(ElementwiseTest, ZeroStaysInsideTheRows) {
   Buffer x = run.Make({31, 7}, Random(217, 1), 4);
   ops::Zero(c, x);

@@ -17,9 +17,17 @@ namespace stretto::cpu {
 inline constexpr int64_t kQueryTile = 64;
 inline constexpr int64_t kKeyTile = 128;
 
-// Fails the stream and returns false when cu_q and cu_k do not describe the rows of q and k.
+// Fails the stream and returns false when `cu` and `len` do not name rows among `rows`.
+bool CheckRows(Stream& stream, const char* op, const Tensor& cu, const Tensor& len, int64_t rows);
+// The same when cu_q and cu_k (and lengths) do not describe the rows of q and k.
 bool CheckSequences(Stream& stream, const char* op, const AttentionShape& shape, int64_t q_rows,
                     int64_t k_rows);
+
+// Rows of a sequence, which begin at cu[index].
+inline int64_t Length(const Tensor& cu, const Tensor& len, int64_t index) {
+  if (len.present()) return len.as<int32_t>()[index];
+  return int64_t{cu.as<int32_t>()[index + 1]} - cu.as<int32_t>()[index];
+}
 
 // One packed sequence: query rows [q, q + q_len), key rows [k, k + k_len).
 struct Sequence {
@@ -29,9 +37,9 @@ struct Sequence {
     const int32_t* cu_q = shape.cu_q.as<int32_t>();
     const int32_t* cu_k = shape.cu_k.as<int32_t>();
     q = cu_q[index];
-    q_len = cu_q[index + 1] - q;
+    q_len = Length(shape.cu_q, shape.len_q, index);
     k = cu_k[index];
-    k_len = cu_k[index + 1] - k;
+    k_len = Length(shape.cu_k, shape.len_k, index);
   }
 };
 
@@ -89,6 +97,8 @@ void AttentionForward(Stream& s, Tensor o, Tensor lse, Tensor q, Tensor k, Tenso
 void AttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o,
                        Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
                        const AttentionShape& shape);
+void AttentionMerge(Stream& s, Tensor o, Tensor lse, Tensor part, Tensor part_lse, Tensor cu,
+                    Tensor len);
 
 }  // namespace stretto::cpu
 

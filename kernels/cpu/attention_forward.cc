@@ -22,10 +22,15 @@ bool CheckSequences(Stream& stream, const char* op, const AttentionShape& shape,
   const int32_t* cu_k = shape.cu_k.as<int32_t>();
   if (cu_q[0] < 0 || cu_k[0] < 0) return fail("cu_q and cu_k must not start below 0");
   for (int64_t i = 0; i < sequences; ++i) {
-    const int64_t q_len = int64_t{cu_q[i + 1]} - cu_q[i];
-    const int64_t k_len = int64_t{cu_k[i + 1]} - cu_k[i];
-    if (q_len < 0 || k_len < 0) {
+    if (cu_q[i + 1] < cu_q[i] || cu_k[i + 1] < cu_k[i]) {
       return fail(absl::StrCat("cu_q and cu_k must not decrease; sequence ", i, " does"));
+    }
+    const int64_t q_len = Length(shape.cu_q, shape.len_q, i);
+    const int64_t k_len = Length(shape.cu_k, shape.len_k, i);
+    if (q_len < 0 || q_len > cu_q[i + 1] - cu_q[i] || k_len < 0 || k_len > cu_k[i + 1] - cu_k[i]) {
+      return fail(absl::StrCat("sequence ", i, " has ", q_len, " queries and ", k_len,
+                               " keys where there is room for ", cu_q[i + 1] - cu_q[i], " and ",
+                               cu_k[i + 1] - cu_k[i]));
     }
     if (shape.causal && q_len != k_len) {
       return fail(absl::StrCat("causal attention needs as many queries as keys; sequence ", i,
@@ -145,6 +150,10 @@ class CpuAttention final : public AttentionKernels {
                 Tensor lse, Tensor q, Tensor k, Tensor v,
                 const AttentionShape& shape) const override {
     AttentionBackward(s, dq, dk, dv, delta, d_o, o, lse, q, k, v, shape);
+  }
+  void Merge(Stream& s, Tensor o, Tensor lse, Tensor part, Tensor part_lse, Tensor cu,
+             Tensor len) const override {
+    AttentionMerge(s, o, lse, part, part_lse, cu, len);
   }
 };
 

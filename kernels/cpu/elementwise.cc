@@ -1,6 +1,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels/cpu/attention.h"
 #include "kernels/cpu/families.h"
 #include "kernels/cpu/support.h"
 
@@ -91,6 +92,27 @@ class CpuElementwise final : public ElementwiseKernels {
           ForSpans(*pool, rows, columns, [&](int64_t row, int64_t first, int64_t count) {
             AddSpan(y.as<Y>(row) + first, x.as<X>(row) + first, count);
           });
+        });
+      });
+    });
+  }
+
+  void AddRows(Stream& s, Tensor y, Tensor x, Tensor cu, Tensor len) const override {
+    Stream* stream = &s;
+    s.Enqueue([=] {
+      if (!CheckRows(*stream, "AddRows", cu, len, x.rows())) return;
+      const int64_t columns = x.row_elements();
+      ForModelType(y.dtype, [&](auto to) {
+        ForModelType(x.dtype, [&](auto from) {
+          using Y = typename decltype(to)::type;
+          using X = typename decltype(from)::type;
+          for (int64_t i = 0; i + 1 < cu.rows(); ++i) {
+            const int64_t begin = cu.as<int32_t>()[i];
+            ForSpans(stream->pool(), Length(cu, len, i), columns,
+                     [&](int64_t row, int64_t first, int64_t count) {
+                       AddSpan(y.as<Y>(begin + row) + first, x.as<X>(begin + row) + first, count);
+                     });
+          }
         });
       });
     });

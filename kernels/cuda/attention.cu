@@ -11,6 +11,7 @@
 #include "kernels/cuda/attention_hopper.h"
 #include "kernels/cuda/attention_tiles.cuh"
 #include "kernels/cuda/families.h"
+#include "kernels/cuda/named_rows.cuh"
 #include "kernels/cuda/support.cuh"
 
 namespace stretto::cuda {
@@ -41,7 +42,7 @@ __global__ __launch_bounds__(kThreads, 2) void Forward(Shape shape, Heads<T> o, 
 
   Part part;
   // The last tiles of a causal sequence have the most keys: they go first.
-  if (!FindPart<kTile>(shape, shape.cu_q, gridDim.x - 1 - blockIdx.x, part)) return;
+  if (!FindPart<kTile>(shape, /*keys=*/false, gridDim.x - 1 - blockIdx.x, part)) return;
   const int head = blockIdx.y, kv_head = head / (shape.heads / shape.kv_heads);
   const int rows = min(kTile, part.q_len - part.first);
   const int keys = shape.causal ? min(part.k_len, part.first + rows) : part.k_len;
@@ -187,7 +188,7 @@ __global__ __launch_bounds__(kThreads,
   extern __shared__ float4 shared[];
   const BackwardTiles<kTile, kDim> tiles(reinterpret_cast<float*>(shared));
   Part part;
-  if (!FindPart<kTile>(shape, shape.cu_k, blockIdx.x, part)) return;
+  if (!FindPart<kTile>(shape, /*keys=*/true, blockIdx.x, part)) return;
   const int kv_head = blockIdx.y, group = shape.heads / shape.kv_heads;
   const int rows = min(kTile, part.k_len - part.first);
   tiles.LoadKeys(x, part.k + part.first, rows, kv_head, shape.dim);
@@ -233,7 +234,7 @@ __global__ __launch_bounds__(kThreads,
   extern __shared__ float4 shared[];
   const BackwardTiles<kTile, kDim> tiles(reinterpret_cast<float*>(shared));
   Part part;
-  if (!FindPart<kTile>(shape, shape.cu_q, gridDim.x - 1 - blockIdx.x, part)) return;
+  if (!FindPart<kTile>(shape, /*keys=*/false, gridDim.x - 1 - blockIdx.x, part)) return;
   const int head = blockIdx.y, kv_head = head / (shape.heads / shape.kv_heads);
   const int rows = min(kTile, part.q_len - part.first);
   const int keys = shape.causal ? min(part.k_len, part.first + rows) : part.k_len;
@@ -267,17 +268,102 @@ __global__ __launch_bounds__(kThreads,
 }
 
 // One thread for one entry of all arrays of a group.
-__global__ void RaggedIndexKernel(RaggedIndex index, int64_t pitch, const int32_t* cu,
+struct Boundaries {
+  const int32_t* cu_q;
+  const int32_t* cu_k;
+  const int32_t* len_q;  // null: up to the next sequence
+  const int32_t* len_k;
+};
+__global__ void RaggedIndexKernel(RaggedIndex index, int64_t pitch, Boundaries at,
                                   int64_t sequences) {
   const int64_t item = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (item >= index.groups * pitch) return;
   const int64_t g = item / pitch, i = item % pitch;
   const int64_t sequence = min(g * index.group + i, sequences);
-  const int32_t begin = cu[sequence];
-  int32_t* to = index.data + g * (1 + RaggedIndex::kOperands) * pitch + i;
-  *to = sequence < sequences ? cu[sequence + 1] - begin : 0;
+  const auto length = [&](const int32_t* cu, const int32_t* len) {
+    if (sequence >= sequences) return 0;
+    return len != nullptr ? len[sequence] : cu[sequence + 1] - cu[sequence];
+  };
+  int32_t* to = index.data + g * RaggedIndex::kArrays * pitch + i;
+  to[0] = length(at.cu_q, at.len_q);
+  to[pitch] = length(at.cu_k, at.len_k);
   for (int o = 0; o < RaggedIndex::kOperands; ++o) {
-    to[(1 + o) * pitch] = static_cast<int32_t>(begin * index.strides[o]);
+    const int64_t begin = ((RaggedIndex::kOfKeys >> o & 1) != 0 ? at.cu_k : at.cu_q)[sequence];
+    to[(2 + o) * pitch] = static_cast<int32_t>(begin * index.strides[o]);
+  }
+}
+
+// One block for each sequence: what comes out for queries that have no keys, and for keys that
+// nobody asks. Absent operands have no address.
+template <class T>
+__global__ void ClearLonelyKernel(Shape shape, Heads<T> o, PerQuery lse, Heads<T> dq, Heads<T> dk,
+                                  Heads<T> dv) {
+  const int i = blockIdx.x;
+  const auto length = [&](const int32_t* cu, const int32_t* len) {
+    return len != nullptr ? len[i] : cu[i + 1] - cu[i];
+  };
+  const int queries = length(shape.cu_q, shape.len_q), keys = length(shape.cu_k, shape.len_k);
+  const auto clear = [&](const Heads<T>& t, int64_t row, int rows, int heads) {
+    if (t.data == nullptr) return;
+    const int64_t width = int64_t{heads} * shape.dim;
+    for (int64_t j = threadIdx.x; j < rows * width; j += blockDim.x) {
+      t.data[(row + j / width) * t.stride + j % width] = Narrow<T>(0.0f);
+    }
+  };
+  if (keys == 0) {
+    clear(o, shape.cu_q[i], queries, shape.heads);
+    clear(dq, shape.cu_q[i], queries, shape.heads);
+    for (int j = threadIdx.x; lse.data != nullptr && j < queries * shape.heads; j += blockDim.x) {
+      lse.At(shape.cu_q[i] + j / shape.heads, j % shape.heads) = -INFINITY;
+    }
+  }
+  if (queries == 0) {
+    clear(dk, shape.cu_k[i], keys, shape.kv_heads);
+    clear(dv, shape.cu_k[i], keys, shape.kv_heads);
+  }
+}
+
+// One block for each row. With o in T, or in f32.
+template <class O, class T>
+__global__ void MergeKernel(Heads<O> o, PerQuery lse, Heads<const T> part, PerQuery part_lse,
+                            NamedRows rows, int heads, int dim) {
+  extern __shared__ float weights[];  // of o and of part, for each head
+  const int64_t row = blockIdx.x;
+  if (!rows.Has(row)) return;
+  for (int head = threadIdx.x; head < heads; head += blockDim.x) {
+    const float have = lse.At(row, head), more = part_lse.At(row, head);
+    float keep = 1, take = 0;
+    if (more != -INFINITY) {
+      const float largest = fmaxf(have, more);
+      const float mine = expf(have - largest), other = expf(more - largest);
+      keep = mine / (mine + other);
+      take = other / (mine + other);
+      lse.At(row, head) = largest + logf(mine + other);
+    }
+    weights[2 * head] = keep;
+    weights[2 * head + 1] = take;
+  }
+  __syncthreads();
+  O* const to = o.Head(row, 0, dim);
+  const T* const from = part.Head(row, 0, dim);
+  if (o.packs && part.packs) {
+    constexpr int kWidth = Pack<T>::kSize;
+    for (int i = threadIdx.x * kWidth; i < heads * dim; i += blockDim.x * kWidth) {
+      const float keep = weights[2 * (i / dim)], take = weights[2 * (i / dim) + 1];
+      if (take == 0) continue;
+      float x[kWidth], y[kWidth];
+      LoadVec(x, to + i, kWidth);
+      LoadVec(y, from + i, kWidth);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) x[j] = x[j] * keep + y[j] * take;
+      StoreVec(to + i, x, kWidth);
+    }
+  } else {
+    for (int i = threadIdx.x; i < heads * dim; i += blockDim.x) {
+      const float keep = weights[2 * (i / dim)], take = weights[2 * (i / dim) + 1];
+      if (take == 0) continue;
+      to[i] = Narrow<O>(Widen(to[i]) * keep + Widen(from[i]) * take);
+    }
   }
 }
 
@@ -304,6 +390,8 @@ __global__ void HeadMajorLseKernel(float* to, PerQuery lse, int64_t length, int 
 Shape MakeShape(const Tensor& q, const Tensor& k, const AttentionShape& a) {
   return {Data<int32_t>(a.cu_q),
           Data<int32_t>(a.cu_k),
+          Data<int32_t>(a.len_q),
+          Data<int32_t>(a.len_k),
           static_cast<int>(a.cu_q.rows() - 1),
           static_cast<int>(q.dims[1]),
           static_cast<int>(k.dims[1]),
@@ -344,6 +432,18 @@ bool TooWide(Stream& s, const Tensor& q) {
                                                q.dims[2], ", but at most ", kMaxHeadDim,
                                                " is supported")));
   return true;
+}
+
+template <class O, class T>
+void LaunchMerge(Stream& s, const Tensor& o, const Tensor& lse, const Tensor& part,
+                 const Tensor& part_lse, const Tensor& cu, const Tensor& len) {
+  if (part.elements() == 0) return;
+  const auto heads = static_cast<int>(part.dims[1]);
+  MergeKernel<O, T>
+      <<<static_cast<unsigned>(part.rows()), 128, 2 * heads * sizeof(float), Native(s)>>>(
+          HeadsOf<O>(o), Statistics(lse), HeadsOf<const T>(part), Statistics(part_lse),
+          NamedRows(cu, len), heads, static_cast<int>(part.dims[2]));
+  Launched(s, "AttentionMerge");
 }
 
 class CudaAttention final : public AttentionKernels {
@@ -391,6 +491,18 @@ class CudaAttention final : public AttentionKernels {
       });
     });
   }
+
+  void Merge(Stream& s, Tensor o, Tensor lse, Tensor part, Tensor part_lse, Tensor cu,
+             Tensor len) const override {
+    ForModelType(part.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      if (o.dtype == part.dtype) {
+        LaunchMerge<T, T>(s, o, lse, part, part_lse, cu, len);
+      } else {
+        LaunchMerge<float, T>(s, o, lse, part, part_lse, cu, len);
+      }
+    });
+  }
 };
 
 }  // namespace
@@ -398,16 +510,20 @@ class CudaAttention final : public AttentionKernels {
 
 namespace {
 
-__global__ void CheckSequencesKernel(const int32_t* cu_q, const int32_t* cu_k, int sequences,
-                                     bool causal, int64_t q_rows, int64_t k_rows,
-                                     DeviceFault* fault) {
+__global__ void CheckSequencesKernel(const int32_t* cu_q, const int32_t* cu_k, const int32_t* len_q,
+                                     const int32_t* len_k, int sequences, bool causal,
+                                     int64_t q_rows, int64_t k_rows, DeviceFault* fault) {
   if (threadIdx.x == 0 && (cu_q[0] < 0 || cu_k[0] < 0)) {
     Report(fault, DeviceFault::kSequenceStart, 0, 0, 0);
   }
   for (int i = threadIdx.x; i < sequences; i += blockDim.x) {
-    const int64_t queries = int64_t{cu_q[i + 1]} - cu_q[i], keys = int64_t{cu_k[i + 1]} - cu_k[i];
-    if (queries < 0 || keys < 0) {
+    const int64_t q_room = int64_t{cu_q[i + 1]} - cu_q[i], k_room = int64_t{cu_k[i + 1]} - cu_k[i];
+    const int64_t queries = len_q != nullptr ? len_q[i] : q_room;
+    const int64_t keys = len_k != nullptr ? len_k[i] : k_room;
+    if (q_room < 0 || k_room < 0) {
       Report(fault, DeviceFault::kSequenceOrder, 0, i, 0);
+    } else if (queries < 0 || queries > q_room || keys < 0 || keys > k_room) {
+      Report(fault, DeviceFault::kSequenceRoom, queries, i, keys);
     } else if (causal && queries != keys) {
       Report(fault, DeviceFault::kSequenceLengths, queries, i, keys);
     }
@@ -424,17 +540,36 @@ __global__ void CheckSequencesKernel(const int32_t* cu_q, const int32_t* cu_k, i
 void CheckSequences(Stream& s, const AttentionShape& shape, int64_t q_rows, int64_t k_rows) {
   const int sequences = static_cast<int>(shape.cu_q.rows()) - 1;
   if (sequences < 0) return;
-  CheckSequencesKernel<<<1, 256, 0, Native(s)>>>(Data<const int32_t>(shape.cu_q),
-                                                 Data<const int32_t>(shape.cu_k), sequences,
-                                                 shape.causal, q_rows, k_rows, s.fault());
+  CheckSequencesKernel<<<1, 256, 0, Native(s)>>>(
+      Data<const int32_t>(shape.cu_q), Data<const int32_t>(shape.cu_k),
+      Data<const int32_t>(shape.len_q), Data<const int32_t>(shape.len_k), sequences, shape.causal,
+      q_rows, k_rows, s.fault());
   Launched(s, "CheckSequences");
 }
 
-void FillRaggedIndex(Stream& s, const RaggedIndex& index, Tensor cu) {
+void FillRaggedIndex(Stream& s, const RaggedIndex& index, const AttentionShape& shape) {
   const int64_t items = index.groups * index.pitch();
+  const attention::Boundaries at = {
+      Data<const int32_t>(shape.cu_q), Data<const int32_t>(shape.cu_k),
+      Data<const int32_t>(shape.len_q), Data<const int32_t>(shape.len_k)};
   attention::RaggedIndexKernel<<<static_cast<unsigned>((items + 255) / 256), 256, 0, Native(s)>>>(
-      index, index.pitch(), Data<int32_t>(cu), cu.rows() - 1);
+      index, index.pitch(), at, shape.cu_q.rows() - 1);
   Launched(s, "AttentionIndex");
+}
+
+void ClearLonely(Stream& s, Tensor q, Tensor k, Tensor o, Tensor lse, Tensor dq, Tensor dk,
+                 Tensor dv, const AttentionShape& a) {
+  const attention::Shape shape = attention::MakeShape(q, k, a);
+  if (shape.sequences == 0) return;
+  ForModelType(q.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const auto heads = [](const Tensor& t) {
+      return attention::Heads<T>{Data<T>(t), t.row_stride, false};
+    };
+    attention::ClearLonelyKernel<T><<<static_cast<unsigned>(shape.sequences), 256, 0, Native(s)>>>(
+        shape, heads(o), attention::Statistics(lse), heads(dq), heads(dk), heads(dv));
+    Launched(s, "Attention (no keys)");
+  });
 }
 
 void HeadMajorLse(Stream& s, float* to, Tensor lse, int64_t batch, int64_t length, int64_t first,

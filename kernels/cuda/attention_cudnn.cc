@@ -1,6 +1,6 @@
-// Attention through cuDNN: causal self-attention in bf16. Sequences of one length are a dense
-// batch, others go packed (ragged) with their boundaries in device memory; both read and write the
-// packed rows in place. Everything else, and whatever cuDNN refuses, goes to our own kernels.
+// Attention through cuDNN, in bf16. Causal self-attention of sequences of one length is a dense
+// batch, everything else goes packed (ragged) with boundaries and lengths in device memory; both
+// read and write the packed rows in place. Whatever cuDNN refuses goes to our own kernels.
 //
 // The statistics of both are the same numbers in the same place, so a forward pass of one may be
 // followed by a backward pass of the other.
@@ -189,6 +189,9 @@ enum Operand : int64_t {
   kOffsetsV,
   kOffsetsO,
   kOffsetsStats,
+  kOffsetsDQ,
+  kOffsetsDK,
+  kOffsetsDV,
   kOperands
 };
 using Pointers = std::array<void*, kOperands>;
@@ -248,12 +251,14 @@ class GraphBuilder {
                               .set_stride({1, 1, 1, 1})
                               .set_data_type(fe::DataType_t::INT32));
   }
-  // Sets up rows of heads as [batch, heads, length, dim].
+  // Sets up rows of heads as [batch, heads, length, dim]; `offsets` is the operand's place in a
+  // RaggedIndex.
   void Describe(fe::graph::Tensor_attributes& t, int64_t uid, int64_t heads, int64_t row,
                 int offsets) const {
+    const int64_t length = RaggedIndex::IsKeys(offsets) ? key_.key_length : key_.length;
     t.set_uid(uid)
-        .set_dim({key_.batch, heads, key_.length, key_.dim})
-        .set_stride({key_.length * row, key_.dim, row, 1})
+        .set_dim({key_.batch, heads, length, key_.dim})
+        .set_stride({length * row, key_.dim, row, 1})
         .set_data_type(fe::DataType_t::BFLOAT16);
     if (key_.ragged != 0) t.set_ragged_offset(offsets_[offsets]);
   }
@@ -277,8 +282,8 @@ class GraphBuilder {
 
   void Forward() {
     auto options = fe::graph::SDPA_attributes().set_name("attention").set_generate_stats(true);
-    options.set_causal_mask(true).set_attn_scale(
-        static_cast<float>(std::bit_cast<double>(key_.scale)));
+    options.set_causal_mask(key_.causal != 0)
+        .set_attn_scale(static_cast<float>(std::bit_cast<double>(key_.scale)));
     if (key_.ragged != 0) {
       options.set_padding_mask(true).set_seq_len_q(lengths_q_).set_seq_len_kv(lengths_k_);
     }
@@ -291,7 +296,7 @@ class GraphBuilder {
 
   void Backward() {
     auto options = fe::graph::SDPA_backward_attributes().set_name("attention_backward");
-    options.set_causal_mask(true)
+    options.set_causal_mask(key_.causal != 0)
         .set_attn_scale(static_cast<float>(std::bit_cast<double>(key_.scale)))
         .set_deterministic_algorithm(true);
     if (key_.ragged != 0) {
@@ -305,9 +310,12 @@ class GraphBuilder {
         Input(kQ, key_.heads, key_.q_row, 0), Input(kK, key_.kv_heads, key_.k_row, 1),
         Input(kV, key_.kv_heads, key_.v_row, 2), Input(kO, key_.heads, key_.o_row, 3),
         Input(kDO, key_.heads, key_.o_row, 3), graph_->tensor(stats), options);
-    Describe(dq->set_output(true), kDQ, key_.heads, key_.q_row, 0);
-    Describe(dk->set_output(true), kDK, key_.kv_heads, key_.k_row, 1);
-    Describe(dv->set_output(true), kDV, key_.kv_heads, key_.v_row, 2);
+    // Offsets of what a gradient is the gradient of serve it, too, where rows lie as far apart.
+    Describe(dq->set_output(true), kDQ, key_.heads, key_.dq_row, key_.dq_row == key_.q_row ? 0 : 5);
+    Describe(dk->set_output(true), kDK, key_.kv_heads, key_.dk_row,
+             key_.dk_row == key_.k_row ? 1 : 6);
+    Describe(dv->set_output(true), kDV, key_.kv_heads, key_.dv_row,
+             key_.dv_row == key_.v_row ? 2 : 7);
   }
 
   AttentionKey key_;
@@ -361,6 +369,10 @@ struct Call {
   Tensor q, k, v, o, lse, d_o, dq, dk, dv;
   const AttentionShape& shape;
   bool backward() const { return dq.present(); }
+  // Every query of a sequence has keys, and the other way round.
+  bool self() const {
+    return shape.cu_q.data == shape.cu_k.data && shape.len_q.data == shape.len_k.data;
+  }
   int64_t sequences() const { return shape.cu_q.rows() - 1; }
 };
 
@@ -370,18 +382,14 @@ bool SameRows(const Tensor& a, const Tensor& b) { return a.row_stride == b.row_s
 bool Takes(const Call& c) {
   if (Cudnn().version == 0 || c.q.dtype != DType::kBF16) return false;
   const int64_t dim = c.q.dims[2];
-  if (dim % 8 != 0 || dim > 256 || c.q.rows() == 0) return false;
+  if (dim % 8 != 0 || dim > 256 || c.q.rows() == 0 || c.k.rows() == 0) return false;
   if (c.sequences() == 0 || c.sequences() > 65535) return false;
-  if (!c.shape.causal || c.shape.cu_q.data != c.shape.cu_k.data || c.q.rows() != c.k.rows()) {
-    return false;
-  }
+  if (c.self() && c.q.rows() != c.k.rows()) return false;
   for (const Tensor* t : {&c.q, &c.k, &c.v, &c.o, &c.d_o, &c.dq, &c.dk, &c.dv}) {
     if (!RowsAligned(*t)) return false;
   }
   if (!c.lse.contiguous()) return false;
-  // Gradients share the offsets of what they are the gradient of.
-  return !c.backward() || (SameRows(c.dq, c.q) && SameRows(c.dk, c.k) && SameRows(c.dv, c.v) &&
-                           SameRows(c.d_o, c.o));
+  return !c.backward() || SameRows(c.d_o, c.o);  // they share their offsets
 }
 
 class CudnnAttention final : public AttentionKernels {
@@ -399,6 +407,10 @@ class CudnnAttention final : public AttentionKernels {
     if (!Run(s, call)) {
       PlainAttention()->Backward(s, dq, dk, dv, delta, d_o, o, lse, q, k, v, shape);
     }
+  }
+  void Merge(Stream& s, Tensor o, Tensor lse, Tensor part, Tensor part_lse, Tensor cu,
+             Tensor len) const override {
+    PlainAttention()->Merge(s, o, lse, part, part_lse, cu, len);
   }
 
  private:
@@ -426,14 +438,17 @@ class CudnnAttention final : public AttentionKernels {
   static bool RunOn(Stream& s, const Call& c, cudnnHandle_t handle, int device) {
     const int64_t version = Cudnn().version;
     const int64_t uniform = c.shape.uniform;
-    const bool dense = uniform > 1 && c.sequences() * uniform == c.q.rows() &&
+    const bool dense = uniform > 1 && c.shape.causal && c.self() &&
+                       c.sequences() * uniform == c.q.rows() &&
                        (!c.backward() || uniform % 128 == 0 || version > kLastPadding);
     AttentionKey key = {};
     key.device = device;
     key.backward = c.backward();
     key.ragged = !dense;
+    key.causal = c.shape.causal;
     key.batch = dense ? c.sequences() : Bucket(c.sequences());
     key.length = dense ? uniform : LengthBucket(std::max<int64_t>(c.shape.max_q, 1));
+    key.key_length = c.self() ? key.length : LengthBucket(std::max<int64_t>(c.shape.max_k, 1));
     key.heads = c.q.dims[1];
     key.kv_heads = c.k.dims[1];
     key.dim = c.q.dims[2];
@@ -442,12 +457,20 @@ class CudnnAttention final : public AttentionKernels {
     key.v_row = c.v.row_stride;
     key.o_row = c.o.row_stride;
     key.lse_row = c.lse.dims[1];
+    if (c.backward()) {
+      key.dq_row = c.dq.row_stride;
+      key.dk_row = c.dk.row_stride;
+      key.dv_row = c.dv.row_stride;
+    }
     key.tokens = dense ? 0 : RoundUp(c.q.rows(), 1024);
     key.scale = std::bit_cast<uint64_t>(c.shape.scale);
 
     if (!dense) {  // offsets are 32 bits
-      for (const int64_t row : {key.q_row, key.k_row, key.v_row, key.o_row}) {
+      for (const int64_t row : {key.q_row, key.o_row, key.dq_row}) {
         if (c.q.rows() * row > INT32_MAX) return false;
+      }
+      for (const int64_t row : {key.k_row, key.v_row, key.dk_row, key.dv_row}) {
+        if (c.k.rows() * row > INT32_MAX) return false;
       }
     }
     if (!c.backward()) return RunCut(s, c, key, {key.batch, key.kv_heads}, handle);
@@ -490,7 +513,8 @@ class CudnnAttention final : public AttentionKernels {
       index = {reinterpret_cast<int32_t*>(workspace.data),
                Bucket(c.sequences()) / cut.batch,
                cut.batch,
-               {key.q_row, key.k_row, key.v_row, key.o_row, key.lse_row}};
+               {key.q_row, key.k_row, key.v_row, key.o_row, key.lse_row, key.dq_row, key.dk_row,
+                key.dv_row}};
       scratch = index.bytes();
     } else if (c.backward()) {
       scratch = RoundUp(key.batch * key.heads * key.length * int64_t{sizeof(float)}, 256);
@@ -501,13 +525,14 @@ class CudnnAttention final : public AttentionKernels {
     if (plan == nullptr) return false;
     std::byte* const rest = workspace.data + scratch;
 
-    if (key.ragged != 0) FillRaggedIndex(s, index, c.shape.cu_q);
+    if (key.ragged != 0) FillRaggedIndex(s, index, c.shape);
     const int64_t kv_heads = c.k.dims[1];
     for (int64_t g = 0; g < groups; ++g) {
       for (int64_t head = 0; head < kv_heads; head += cut.kv_heads) {
         Pointers p = At(c, key.ragged != 0 ? 0 : g * cut.batch * key.length, head);
         if (key.ragged != 0) {
-          p[kLengthsQ] = p[kLengthsK] = index.Lengths(g);
+          p[kLengthsQ] = index.Lengths(g, /*keys=*/false);
+          p[kLengthsK] = index.Lengths(g, /*keys=*/true);
           for (int i = 0; i < RaggedIndex::kOperands; ++i) p[kOffsetsQ + i] = index.Offsets(g, i);
           if (c.backward() && Cudnn().version < kCleanScratch) {
             cudaMemsetAsync(rest, 0, static_cast<size_t>(plan->workspace), Native(s));
@@ -520,6 +545,12 @@ class CudnnAttention final : public AttentionKernels {
         }
         if (!Execute(*plan, handle, p, rest, c.backward())) return false;
       }
+    }
+    // Not left to the library, which does not promise it.
+    if (!c.self()) {
+      const Tensor none;
+      ClearLonely(s, c.q, c.k, c.backward() ? none : c.o, c.backward() ? none : c.lse, c.dq, c.dk,
+                  c.dv, c.shape);
     }
     return true;
   }

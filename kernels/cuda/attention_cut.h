@@ -15,13 +15,15 @@ constexpr int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / uni
 
 // Everything that a plan is built for.
 struct AttentionKey {
-  int64_t device, backward, ragged;
-  int64_t batch, length;         // sequences of one execution, their (longest) length
+  int64_t device, backward, ragged, causal;
+  int64_t batch, length;         // sequences of one execution, their (longest) length in queries
+  int64_t key_length;            // ... and in keys
   int64_t heads, kv_heads, dim;  // of one execution
   int64_t q_row, k_row, v_row, o_row, lse_row;  // elements between rows
-  int64_t tokens;                               // ragged: rows of all operands, at most
-  uint64_t scale;                               // bits
-  int64_t workspace;                            // bytes that there are
+  int64_t dq_row, dk_row, dv_row;
+  int64_t tokens;     // ragged: rows of queries, at most
+  uint64_t scale;     // bits
+  int64_t workspace;  // bytes that there are
   auto operator<=>(const AttentionKey&) const = default;
 
   // The smallest execution: one sequence and one key-value head.
@@ -44,8 +46,9 @@ struct Cut {
 constexpr int64_t BackwardBytes(const AttentionKey& key) {
   const int64_t rows = key.batch * key.heads * key.length;
   const int64_t scores =
-      key.batch * key.heads * RoundUp(key.length, 64) * RoundUp(key.length, 128) * 2;
-  const int64_t shared = key.heads != key.kv_heads ? 2 * rows * key.dim * 2 : 0;
+      key.batch * key.heads * RoundUp(key.length, 64) * RoundUp(key.key_length, 128) * 2;
+  const int64_t keys = key.batch * key.heads * key.key_length;
+  const int64_t shared = key.heads != key.kv_heads ? 2 * keys * key.dim * 2 : 0;
   return scores + shared + rows * int64_t{sizeof(float)};
 }
 

@@ -629,6 +629,7 @@ void Launch(Stream& s, const char* name, Kernel kernel, int items, const Argumen
 bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor d_o, Tensor o,
                              Tensor lse, Tensor q, Tensor k, Tensor v, const AttentionShape& a) {
   if (q.dtype != DType::kBF16 || q.dims[2] != kDim || !a.causal) return false;
+  if (a.len_q.present() || a.len_k.present()) return false;
   if (a.cu_q.data != a.cu_k.data || q.rows() != k.rows() || q.rows() == 0) return false;
   for (const Tensor& t : {dq, dk, dv, d_o, o, q, k, v}) {
     if (!RowsAligned(t)) return false;

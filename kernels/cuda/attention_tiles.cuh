@@ -37,6 +37,8 @@ Heads<T> HeadsOf(const Tensor& t) {
 struct Shape {
   const int32_t* cu_q;
   const int32_t* cu_k;
+  const int32_t* len_q;  // null: up to the next sequence
+  const int32_t* len_k;
   int sequences;
   int heads, kv_heads, dim;
   int64_t q_rows, k_rows;
@@ -50,11 +52,12 @@ struct Part {
   int q_len, k_len, first;
 };
 
-// Finds the block's sequence and tile of kTile rows from the boundaries `own` (cu_q or cu_k), which
-// only the device knows. Sequence i gets own[i + 1] / kTile - own[i] / kTile + 1 blocks, which is
-// always enough, and so its first block is own[i] / kTile + i. False: nothing to do.
+// Finds the block's sequence and tile of kTile rows (queries, or keys) from the boundaries cu_q or
+// cu_k, which only the device knows. Sequence i gets cu[i + 1] / kTile - cu[i] / kTile + 1 blocks,
+// which is always enough, and so its first block is cu[i] / kTile + i. False: nothing to do.
 template <int kTile>
-__device__ bool FindPart(const Shape& shape, const int32_t* own, int block, Part& part) {
+__device__ bool FindPart(const Shape& shape, bool keys, int block, Part& part) {
+  const int32_t* const own = keys ? shape.cu_k : shape.cu_q;
   int low = 0, high = shape.sequences;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -65,8 +68,10 @@ __device__ bool FindPart(const Shape& shape, const int32_t* own, int block, Part
   part.k = shape.cu_k[low];
   part.q_len = static_cast<int>(min(int64_t{shape.cu_q[low + 1]}, shape.q_rows) - part.q);
   part.k_len = static_cast<int>(min(int64_t{shape.cu_k[low + 1]}, shape.k_rows) - part.k);
+  if (shape.len_q != nullptr) part.q_len = min(part.q_len, shape.len_q[low]);
+  if (shape.len_k != nullptr) part.k_len = min(part.k_len, shape.len_k[low]);
   return part.first >= 0 && part.q >= 0 && part.k >= 0 &&
-         part.first < (own == shape.cu_q ? part.q_len : part.k_len);
+         part.first < (keys ? part.k_len : part.q_len);
 }
 
 // A tile of kTile rows of kDim numbers (a head's, filled up with zeros). The padding spreads the

@@ -3,6 +3,7 @@
 #include <span>
 
 #include "kernels/cuda/families.h"
+#include "kernels/cuda/named_rows.cuh"
 #include "kernels/cuda/support.cuh"
 
 namespace stretto::cuda {
@@ -122,6 +123,24 @@ void ForPairs(Stream& s, const char* name, std::span<const Tensor> y, std::span<
   launch();
 }
 
+// One block for each row, of which a thread has kWidth elements at a time.
+template <class Y, class X, int kWidth>
+__global__ void AddRowsKernel(Y* y, int64_t y_stride, const X* x, int64_t x_stride, int64_t columns,
+                              NamedRows rows) {
+  const int64_t row = blockIdx.x;
+  if (!rows.Has(row)) return;
+  y += row * y_stride;
+  x += row * x_stride;
+  for (int64_t i = int64_t{threadIdx.x} * kWidth; i < columns; i += int64_t{blockDim.x} * kWidth) {
+    Acc<Y> v[kWidth], old[kWidth];
+    LoadVec(v, x + i, kWidth);
+    LoadVec(old, y + i, kWidth);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) v[j] += old[j];
+    StoreVec(y + i, v, kWidth);
+  }
+}
+
 class CudaElementwise final : public ElementwiseKernels {
  public:
   void Zero(Stream& s, Tensor x) const override {
@@ -152,6 +171,23 @@ class CudaElementwise final : public ElementwiseKernels {
   }
 
   void Add(Stream& s, Tensor y, Tensor x) const override { Convert<true>(s, "Add", y, x); }
+
+  void AddRows(Stream& s, Tensor y, Tensor x, Tensor cu, Tensor len) const override {
+    if (x.elements() == 0) return;
+    ForRealType(y.dtype, [&](auto to) {
+      ForRealType(x.dtype, [&](auto from) {
+        using Y = typename decltype(to)::type;
+        using X = typename decltype(from)::type;
+        constexpr int kWidth = kStep<Y, X>;
+        const int64_t columns = x.row_elements();
+        const bool wide = RowsAligned(y) && RowsAligned(x) && columns % kWidth == 0;
+        const auto kernel = wide ? &AddRowsKernel<Y, X, kWidth> : &AddRowsKernel<Y, X, 1>;
+        kernel<<<static_cast<unsigned>(x.rows()), 128, 0, Native(s)>>>(
+            Data<Y>(y), y.row_stride, Data<const X>(x), x.row_stride, columns, NamedRows(cu, len));
+        Launched(s, "AddRows");
+      });
+    });
+  }
 
   void CopyMany(Stream& s, std::span<const Tensor> y, std::span<const Tensor> x) const override {
     if (!AllF32(y, x)) return ElementwiseKernels::CopyMany(s, y, x);

@@ -34,7 +34,7 @@ class Check {
  private:
   void Fail(const char* rule);
 
-  static constexpr int kMaxOperands = 12;
+  static constexpr int kMaxOperands = 14;
   const Context& context_;
   const char* op_;
   std::array<const char*, kMaxOperands> names_ = {};
@@ -60,6 +60,12 @@ inline bool IsOrAbsent(const Tensor& t, DType dtype, std::initializer_list<int64
 // Whether `t` has the type and dimensions of `like`.
 inline bool Like(const Tensor& t, const Tensor& like, DType dtype) {
   return t.dtype == dtype && SameShape(t, like) && (t.present() || t.elements() == 0);
+}
+
+// Whether `cu` and `len` name the rows of sequences: i32 [sequences + 1] and [sequences].
+inline bool AreRows(const Tensor& cu, const Tensor& len) {
+  return cu.rank == 1 && cu.rows() >= 1 && Is(cu, DType::kI32, {cu.rows()}) &&
+         (!len.present() || Is(len, DType::kI32, {cu.rows() - 1}));
 }
 
 inline bool IsMatrix(const Tensor& t) { return t.rank == 2 && (t.present() || t.elements() == 0); }

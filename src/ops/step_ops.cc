@@ -149,4 +149,13 @@ void AddMany(Context c, std::span<const Tensor> y, std::span<const Tensor> x) {
   if (ArePairs(c, "AddMany", y, x)) c.kernels->elementwise->AddMany(*c.stream, y, x);
 }
 
+void AddRows(Context c, Tensor y, Tensor x, Tensor cu, Tensor len) {
+  Check check(c, "AddRows", {{"y", y}, {"x", x}, {"cu", cu}, {"len", len}});
+  check.Supported(y.dtype)
+      .Supported(x.dtype)
+      .That(Like(y, x, y.dtype) && (x.present() || x.elements() == 0), "y must be shaped like x")
+      .That(AreRows(cu, len), "cu must be i32[sequences + 1], len i32[sequences] or absent");
+  if (check.ok()) c.kernels->elementwise->AddRows(*c.stream, y, x, cu, len);
+}
+
 }  // namespace stretto::ops

@@ -78,6 +78,10 @@ struct AttentionSizes {
   bool causal;
   double scale;
   bool neat = false;  // rows begin at multiples of 16 bytes, as a GPU's fast kernels want them
+  std::vector<int32_t> len_q, len_k;  // empty: up to where the next sequence begins
+
+  int64_t Queries(size_t s) const { return len_q.empty() ? cu_q[s + 1] - cu_q[s] : len_q[s]; }
+  int64_t Keys(size_t s) const { return len_k.empty() ? cu_k[s + 1] - cu_k[s] : len_k[s]; }
 };
 struct AttentionResult {
   Values o, lse;
@@ -88,10 +92,10 @@ inline AttentionResult Attention(const Values& q, const Values& k, const Values&
   const int64_t tokens = static_cast<int64_t>(q.size()) / (a.heads * a.dim);
   AttentionResult r{Values(q.size(), 0.0), Values(tokens * a.heads, 0.0)};
   for (size_t s = 0; s + 1 < a.cu_q.size(); ++s) {
-    for (int64_t i = a.cu_q[s]; i < a.cu_q[s + 1]; ++i) {
+    for (int64_t i = a.cu_q[s]; i < a.cu_q[s] + a.Queries(s); ++i) {
       for (int64_t h = 0; h < a.heads; ++h) {
         const int64_t kv = h / (a.heads / a.kv_heads);
-        const int64_t seen = a.causal ? i - a.cu_q[s] + 1 : int64_t{a.cu_k[s + 1]} - a.cu_k[s];
+        const int64_t seen = a.causal ? i - a.cu_q[s] + 1 : a.Keys(s);
         Values score(seen);
         double max = -std::numeric_limits<double>::infinity();
         for (int64_t j = 0; j < seen; ++j) {

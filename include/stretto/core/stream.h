@@ -112,7 +112,7 @@ class Stream {
   // Runs `work()` on the stream (CPU). The callable is copied into a fixed slot: it must be
   // trivially copyable and at most kSlotBytes large (capture Tensors and scalars by value). On
   // another device the stream fails: there is no place for host code in its queue.
-  static constexpr std::size_t kSlotBytes = 1024;
+  static constexpr std::size_t kSlotBytes = 1280;
   static constexpr std::size_t kSlotAlignment = 64;
   template <class F>
   void Enqueue(const F& work) {

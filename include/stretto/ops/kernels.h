@@ -156,7 +156,9 @@ class RotaryKernels {
 };
 
 // Which tokens see which. Sequences (documents) are packed back to back; sequence i owns the query
-// rows [cu_q[i], cu_q[i+1]) and the key rows [cu_k[i], cu_k[i+1]).
+// rows [cu_q[i], cu_q[i+1]) and the key rows [cu_k[i], cu_k[i+1]), or, where there are lengths, the
+// first len_q[i] and len_k[i] of those: the rows behind them take no part, and outputs of theirs
+// stay as they are. Queries of a sequence without keys get o = 0 and lse = -inf.
 struct AttentionShape {
   Tensor cu_q;        // i32 [sequences + 1]
   Tensor cu_k;        // i32 [sequences + 1]; the same tensor as cu_q for ordinary self-attention
@@ -166,6 +168,7 @@ struct AttentionShape {
   double scale = 0;     // multiplies q k^T
   int64_t uniform = 0;  // > 0: every sequence has exactly this many queries and keys, and they are
                         // as many as fill the operands; 0: lengths may differ
+  Tensor len_q, len_k;  // i32 [sequences], or absent: all rows
 };
 
 // Variable-length attention with grouped-query heads; never builds a T x T matrix.
@@ -176,10 +179,20 @@ class AttentionKernels {
   // lse [tokens, heads] (f32; f64 for f64): log of the sum of exponentials of the scaled scores.
   virtual void Forward(Stream& s, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
                        const AttentionShape& shape) const = 0;
-  // dq, dk, dv overwritten. `delta` [tokens, heads] is scratch of lse's type.
+  // dq, dk, dv overwritten. `delta` [tokens, heads] is scratch of lse's type. With the o and lse of
+  // more keys than are given here, as Merge leaves them, these are the gradients through these keys
+  // alone: their share of dq, and all of what these queries give dk and dv.
   virtual void Backward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o,
                         Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
                         const AttentionShape& shape) const = 0;
+  // Attention to two sets of keys from attention to each: o and lse become those of both, where
+  // `part` and `part_lse` are those of the second. o [tokens, heads, head_dim] in lse's type or in
+  // part's, part like it; both lse as in Forward. For rows [cu[i], cu[i] + len[i]) of each sequence
+  // i, without `len` up to cu[i + 1]; the others stay.
+  virtual void Merge(Stream& s, Tensor o, Tensor lse, Tensor part, Tensor part_lse,
+                     Tensor cu,  // i32 [sequences + 1]
+                     Tensor len  // i32 [sequences] or absent
+  ) const = 0;
 };
 
 class EmbeddingKernels {
@@ -296,6 +309,12 @@ class ElementwiseKernels {
   virtual void AddMany(Stream& s, std::span<const Tensor> y, std::span<const Tensor> x) const {
     for (size_t i = 0; i < y.size(); ++i) Add(s, y[i], x[i]);
   }
+  // The same for rows [cu[i], cu[i] + len[i]) of each sequence i, without `len` up to cu[i + 1];
+  // the others stay.
+  virtual void AddRows(Stream& s, Tensor y, Tensor x,
+                       Tensor cu,  // i32 [sequences + 1], not descending
+                       Tensor len  // i32 [sequences] or absent
+  ) const = 0;
 };
 
 // Everything a backend can do. Owned by the backend, lives for the whole program, stateless.

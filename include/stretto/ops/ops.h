@@ -58,6 +58,8 @@ void Attention(Context c, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
 void AttentionBackward(Context c, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o,
                        Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
                        const AttentionShape& shape);
+void AttentionMerge(Context c, Tensor o, Tensor lse, Tensor part, Tensor part_lse, Tensor cu,
+                    Tensor len);
 
 void Embedding(Context c, Tensor y, Tensor ids, Tensor table, Tensor positions,
                Tensor positions_table);
@@ -83,6 +85,7 @@ void Copy(Context c, Tensor y, Tensor x);
 void Add(Context c, Tensor y, Tensor x);
 void CopyMany(Context c, std::span<const Tensor> y, std::span<const Tensor> x);
 void AddMany(Context c, std::span<const Tensor> y, std::span<const Tensor> x);
+void AddRows(Context c, Tensor y, Tensor x, Tensor cu, Tensor len);
 
 }  // namespace stretto::ops
 

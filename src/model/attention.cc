@@ -116,19 +116,35 @@ void LocalAttentionLayer::Forward(Run& run, Frame& frame) const {
     ops::Rope(run.ops(), QueriesAndKeys(rotated), options_.qk_norm ? frame.Value(rstd_) : Tensor(),
               QueriesAndKeys(qkv), Rotation(run, frame));
   }
-  const Parts parts = Split(rotated);
-  ops::Attention(run.ops(), frame.Value(o_).Heads(options_.heads), frame.Value(lse_), parts.q,
-                 parts.k, Split(qkv).v, Shape(frame));
+  Parts parts = Split(rotated);
+  parts.v = Split(qkv).v;
+  Attend(run, frame, parts);
+}
+
+void LocalAttentionLayer::Attend(Run& run, Frame& frame, const Parts& in) const {
+  if (frame.tokens.ring_size > 1) {
+    run.ops().stream->Fail(absl::FailedPreconditionError(absl::StrCat(
+        frame.tokens.ring_size, " ranks share the documents of a micro-batch, but attention was ",
+        "built for documents that one rank has; build the model with ContextStrategies")));
+    return;
+  }
+  ops::Attention(run.ops(), frame.Value(o_).Heads(options_.heads), frame.Value(lse_), in.q, in.k,
+                 in.v, Shape(frame));
+}
+
+void LocalAttentionLayer::AttendBackward(Run& run, Frame& frame, const Parts& in,
+                                         const Parts& gradient) const {
+  ops::AttentionBackward(run.ops(), gradient.q, gradient.k, gradient.v, frame.Value(delta_),
+                         frame.Grad(o_).Heads(options_.heads),
+                         frame.Value(o_).Heads(options_.heads), frame.Value(lse_), in.q, in.k, in.v,
+                         Shape(frame));
 }
 
 void LocalAttentionLayer::BackwardInput(Run& run, Frame& frame) const {
   const Tensor qkv = frame.Value(qkv_), d_qkv = frame.Grad(qkv_);
-  const Parts rotated = Split(options_.qk_norm ? frame.Value(qk_) : qkv);
-  const Parts gradient = Split(d_qkv);
-  ops::AttentionBackward(run.ops(), gradient.q, gradient.k, gradient.v, frame.Value(delta_),
-                         frame.Grad(o_).Heads(options_.heads),
-                         frame.Value(o_).Heads(options_.heads), frame.Value(lse_), rotated.q,
-                         rotated.k, Split(qkv).v, Shape(frame));
+  Parts rotated = Split(options_.qk_norm ? frame.Value(qk_) : qkv);
+  rotated.v = Split(qkv).v;
+  AttendBackward(run, frame, rotated, Split(d_qkv));
   if (!options_.rotary) return;
   // The gradients of what attention read become those of the projection where they lie.
   Tensor x, rstd, partials;

@@ -210,6 +210,10 @@ SlotId Builder::Scratch(const std::string& name, int64_t width, DType dtype, uns
   return id;
 }
 
+void Builder::Circulates(int64_t width, DType dtype) {
+  if (InDeclare("rings")) graph_.rings.push_back({current_, width, dtype});
+}
+
 void Builder::Exchanges(ActionKind at, int64_t width, DType dtype, const std::string& label,
                         const ExchangeOptions& options) {
   if (!InDeclare("an exchange")) return;

@@ -132,29 +132,36 @@ class EmbeddingLayer : public Layer {
 class LocalAttentionLayer : public Layer {
  public:
   LocalAttentionLayer(SlotId qkv, const AttentionOptions& options, SlotId* o)
-      : qkv_(qkv), options_(options), o_out_(o) {}
+      : options_(options), qkv_(qkv), o_out_(o) {}
   const char* kind() const override { return options_.qk_norm ? "attention_qk_norm" : "attention"; }
   absl::Status Declare(Builder& b) override;
   void Forward(Run& run, Frame& frame) const override;
   void BackwardInput(Run& run, Frame& frame) const override;
   void BackwardWeight(Run& run, Frame& frame) const override;
 
- private:
+ protected:
   // Query, key and value heads inside a packed matrix: [tokens, heads, head_dim] each.
   struct Parts {
     Tensor q, k, v;
   };
+  // o and lse from what attention reads, and the gradients of that.
+  virtual void Attend(Run& run, Frame& frame, const Parts& in) const;
+  virtual void AttendBackward(Run& run, Frame& frame, const Parts& in, const Parts& gradient) const;
+  AttentionShape Shape(const Frame& frame) const;
+
+  SlotId o_, lse_, delta_;
+  AttentionOptions options_;
+
+ private:
   Parts Split(Tensor packed) const;
   // Its queries and keys side by side: [tokens, heads + kv_heads, head_dim].
   Tensor QueriesAndKeys(Tensor packed) const;
   RotaryArgs Rotation(const Run& run, const Frame& frame) const;
   // What BackwardInput leaves of the norms' weights for BackwardWeight.
   Tensor Partials(const Frame& frame) const;
-  AttentionShape Shape(const Frame& frame) const;
 
-  SlotId qkv_, o_, lse_, delta_;
+  SlotId qkv_;
   SlotId qk_, rstd_, partials_;  // QK-norm only
-  AttentionOptions options_;
   SlotId* o_out_;
   ParamId q_norm_, k_norm_;
   ConstantId cos_, sin_;

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "stretto/core/copy.h"
+#include "stretto/plan/context_cut.h"
 
 namespace stretto {
 namespace {
@@ -27,6 +28,12 @@ constexpr int kPerToken = 4;
 int64_t FeederBytes(int64_t capacity) {
   return (kPerToken * capacity + capacity + 1) * static_cast<int64_t>(sizeof(int32_t));
 }
+// Of each place where its documents begin and how much is in front; of this one the same of what is
+// in the back. With two ranks at least there are no more documents than half the shares.
+int64_t RingBytesOf(const RingCapacity& rings) {
+  if (rings.ranks == 1) return 0;
+  return (3 * rings.shares + rings.ranks + 1) * static_cast<int64_t>(sizeof(int32_t));
+}
 
 }  // namespace
 
@@ -45,20 +52,36 @@ TokenViews ViewsOf(const PackedBatch& batch) {
                              {static_cast<int64_t>(batch.weights.size())});
   views.max_length = batch.max_length;
   views.uniform = UniformLength(batch);
+  views.ring_size = batch.ring.size();
   return views;
 }
 
-int64_t TokenFeeder::DeviceBytes(DeviceKind kind, int64_t token_capacity) {
-  return kind == DeviceKind::kCpu ? 0 : FeederBytes(token_capacity);
+TokenFeeder::TokenFeeder(Stream& stream, int64_t capacity, const RingCapacity& rings)
+    : stream_(stream), capacity_(capacity), rings_(rings) {
+  ring_.places.reserve(static_cast<size_t>(rings.ranks));
+}
+
+int64_t TokenFeeder::DeviceBytes(DeviceKind kind, int64_t token_capacity,
+                                 const RingCapacity& rings) {
+  // Work of the batch before may still be under way on the CPU, which reads what the host wrote.
+  return kind == DeviceKind::kCpu ? kSlots * RingBytesOf(rings)
+                                  : FeederBytes(token_capacity) + RingBytesOf(rings);
 }
 
 absl::StatusOr<std::unique_ptr<TokenFeeder>> TokenFeeder::Create(Stream& stream,
                                                                  int64_t token_capacity,
-                                                                 Budget& budget) {
-  auto feeder = std::unique_ptr<TokenFeeder>(new TokenFeeder(stream, token_capacity));
+                                                                 Budget& budget,
+                                                                 const RingCapacity& rings) {
+  auto feeder = std::unique_ptr<TokenFeeder>(new TokenFeeder(stream, token_capacity, rings));
   const Device device = stream.device();
-  if (device.kind == DeviceKind::kCpu) return feeder;
-  const int64_t bytes = FeederBytes(token_capacity);
+  if (device.kind == DeviceKind::kCpu) {
+    const int64_t bytes = kSlots * RingBytesOf(rings);
+    if (bytes == 0) return feeder;
+    STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "tokens", bytes));
+    STRETTO_ASSIGN_OR_RETURN(feeder->host_, Arena::CreateHost(device, "tokens", bytes));
+    return feeder;
+  }
+  const int64_t bytes = FeederBytes(token_capacity) + RingBytesOf(rings);
   STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kDeviceMemory, "tokens", bytes));
   STRETTO_ASSIGN_OR_RETURN(feeder->device_, Arena::Create(device, "tokens", bytes));
   STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "tokens", kSlots * bytes));
@@ -66,18 +89,116 @@ absl::StatusOr<std::unique_ptr<TokenFeeder>> TokenFeeder::Create(Stream& stream,
   return feeder;
 }
 
-absl::StatusOr<TokenViews> TokenFeeder::Feed(const PackedBatch& batch) {
+absl::Status TokenFeeder::Check(const PackedBatch& batch) const {
+  const PackedBatch::Ring& ring = batch.ring;
+  const int size = ring.size();
   if (batch.tokens() > capacity_) {
     return absl::InvalidArgumentError(absl::StrCat("a micro-batch has ", batch.tokens(),
                                                    " tokens, the feeder was made for ", capacity_));
   }
+  if (batch.sequences() > capacity_) {
+    return absl::InvalidArgumentError(absl::StrCat("a micro-batch has ", batch.sequences(),
+                                                   " documents, the feeder was made for ",
+                                                   capacity_, " tokens, one each"));
+  }
+  if (size == 1) return absl::OkStatus();
+  const auto documents = static_cast<int64_t>(ring.lengths.size());
+  if (size > rings_.ranks || documents * size > rings_.shares) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        size, " ranks share ", documents, " documents of a micro-batch, the feeder was made for ",
+        rings_.ranks, " ranks and ", rings_.shares,
+        " shares of documents; give fewer ranks to short documents, or pack fewer of them"));
+  }
+  if (ring.index < 0 || ring.index >= size || documents != batch.sequences()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "place ", ring.index, " of a ring of ", size, " ranks has parts of ", batch.sequences(),
+        " documents, and there are ", documents, "; see SliceForRing"));
+  }
+  for (int64_t d = 0; d < documents; ++d) {
+    const auto at = static_cast<size_t>(d);
+    const int64_t tokens = ContextPartOf(ring.lengths[at], size, ring.index).tokens();
+    if (batch.cu_seqlens[at + 1] - batch.cu_seqlens[at] == tokens) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("place ", ring.index, " of a ring of ", size, " ranks has ",
+                     batch.cu_seqlens[at + 1] - batch.cu_seqlens[at], " tokens of document ", d,
+                     " of ", ring.lengths[at], ", not ", tokens, "; see SliceForRing"));
+  }
+  for (int place = 0; place < size; ++place) {
+    const int64_t tokens = ContextTokens(ring.lengths, size, place);
+    if (tokens <= capacity_) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("place ", place, " of a ring of ", size, " ranks has ", tokens,
+                     " tokens of a micro-batch, the feeder was made for ", capacity_));
+  }
+  return absl::OkStatus();
+}
+
+int64_t TokenFeeder::DescribeRing(const PackedBatch& batch, std::byte* host, std::byte* device) {
+  const PackedBatch::Ring& ring = batch.ring;
+  const int size = ring.size();
+  const size_t documents = ring.lengths.size();
+  auto* const numbers = reinterpret_cast<int32_t*>(host);
+  int64_t used = 0;
+  const auto take = [&](size_t count) {
+    Tensor t = Tensor::Of(device + used * static_cast<int64_t>(sizeof(int32_t)), DType::kI32,
+                          {static_cast<int64_t>(count)}, stream_.device());
+    used += static_cast<int64_t>(count);
+    return t;
+  };
+  ring_.index = ring.index;
+  ring_.places.clear();
+  for (int p = 0; p < size; ++p) {
+    RingViews::Place& place = ring_.places.emplace_back();
+    place.rank = ring.ranks[static_cast<size_t>(p)];
+    int32_t* const cu = numbers + used;
+    place.cu = take(documents + 1);
+    int32_t* const front = numbers + used;
+    place.front = take(documents);
+    cu[0] = 0;
+    for (size_t d = 0; d < documents; ++d) {
+      const ContextPart part = ContextPartOf(ring.lengths[d], size, p);
+      cu[d + 1] = cu[d] + static_cast<int32_t>(part.tokens());
+      front[d] = static_cast<int32_t>(part.front.count);
+      place.longest = std::max(place.longest, part.tokens());
+      place.longest_front = std::max(place.longest_front, part.front.count);
+    }
+    place.tokens = cu[documents];
+  }
+  int32_t* const back = numbers + used;
+  ring_.back_cu = take(documents + 1);
+  int32_t* const lengths = numbers + used;
+  ring_.back_lengths = take(documents);
+  ring_.longest_back = 0;
+  for (size_t d = 0; d < documents; ++d) {
+    const ContextPart part = ContextPartOf(ring.lengths[d], size, ring.index);
+    back[d] = batch.cu_seqlens[d] + static_cast<int32_t>(part.front.count);
+    lengths[d] = static_cast<int32_t>(part.back.count);
+    ring_.longest_back = std::max(ring_.longest_back, part.back.count);
+  }
+  back[documents] = batch.cu_seqlens[documents];
+  return used * static_cast<int64_t>(sizeof(int32_t));
+}
+
+absl::StatusOr<TokenViews> TokenFeeder::Feed(const PackedBatch& batch) {
+  STRETTO_RETURN_IF_ERROR(Check(batch));
   TokenViews views = ViewsOf(batch);
-  if (stream_.device().kind == DeviceKind::kCpu) return views;
+  const bool shared = views.ring_size > 1;
+  if (shared) views.ring = &ring_;
+  const bool on_cpu = stream_.device().kind == DeviceKind::kCpu;
+  if (on_cpu && !shared) return views;
 
   const int slot = next_;
   next_ = (next_ + 1) % kSlots;
+  if (on_cpu) {
+    // What was enqueued until now reads the other slot, or this one two batches ago.
+    copied_[next_] = stream_.Record();
+    while (!copied_[slot].Done()) std::this_thread::yield();
+    std::byte* const at = host_.data() + slot * RingBytesOf(rings_);
+    DescribeRing(batch, at, at);
+    return views;
+  }
   while (!copied_[slot].Done()) std::this_thread::yield();  // two batches ago
-  std::byte* const host = host_.data() + slot * FeederBytes(capacity_);
+  std::byte* const host = host_.data() + slot * (FeederBytes(capacity_) + RingBytesOf(rings_));
   int64_t used = 0;
   for (Tensor* t :
        {&views.ids, &views.targets, &views.positions, &views.weights, &views.cu_seqlens}) {
@@ -86,6 +207,7 @@ absl::StatusOr<TokenViews> TokenFeeder::Feed(const PackedBatch& batch) {
     t->device = stream_.device();
     used += t->bytes();
   }
+  if (shared) used += DescribeRing(batch, host + used, device_.data() + used);
   CopyBytes(stream_, device_.data(), host, used);
   copied_[slot] = stream_.Record();
   return views;
@@ -236,13 +358,19 @@ void ExecuteSome(const Graph& graph, const ActionList& list, size_t begin, size_
   if (replays != nullptr && !run.ops().stream->CanCapture()) replays = nullptr;
   const std::vector<Action>& actions = list.actions;
   const auto forward = [&](size_t i) { return actions[i].kind == ActionKind::kForward; };
+  const auto communicates = [&](size_t i) {
+    return graph.layers[static_cast<size_t>(actions[i].layer)]->Communicates(actions[i].kind,
+                                                                             frame);
+  };
   for (size_t first = begin, end = begin; first < stop; first = end) {
     if (first == begin || forward(first) != forward(first - 1)) hooks->BeginPass(!forward(first));
     if (hooks->ActsBefore(first, actions[first])) hooks->Before(first, actions[first]);
     // As far as nobody else has something to do, and one action at a time where nothing is
     // replayed.
-    for (end = first + 1; replays != nullptr && end < stop; ++end) {
+    const bool alone = communicates(first);
+    for (end = first + 1; replays != nullptr && !alone && end < stop; ++end) {
       if (forward(end) != forward(first) || hooks->ActsAfter(end - 1, actions[end - 1])) break;
+      if (communicates(end)) break;
       if (hooks->ActsBefore(end, actions[end])) break;
     }
     const auto enqueue = [&] {
@@ -251,7 +379,7 @@ void ExecuteSome(const Graph& graph, const ActionList& list, size_t begin, size_
         Enqueue(*graph.layers[actions[i].layer], actions[i].kind, run, frame);
       }
     };
-    if (replays != nullptr) {
+    if (replays != nullptr && !alone) {
       replays->Run(list, first, end, run, frame, std::ref(enqueue));  // a reference takes no memory
     } else {
       enqueue();

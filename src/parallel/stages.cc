@@ -83,8 +83,8 @@ ModelStages::ModelStages(Stream& stream) : stream_(stream) {}
 ModelStages::~ModelStages() = default;
 
 absl::StatusOr<std::unique_ptr<ModelStages>> ModelStages::Create(
-    Stream& stream, const std::vector<StageMemory>& stages, int64_t token_capacity,
-    Budget& budget) {
+    Stream& stream, const std::vector<StageMemory>& stages, int64_t token_capacity, Budget& budget,
+    const RingCapacity& rings) {
   auto worker = std::unique_ptr<ModelStages>(new ModelStages(stream));
   for (const StageMemory& memory : stages) {
     Stage& stage = worker->stages_.emplace_back();
@@ -92,7 +92,8 @@ absl::StatusOr<std::unique_ptr<ModelStages>> ModelStages::Create(
     for (int k = 0; k < memory.frames; ++k) {
       Slot& slot = stage.slots.emplace_back();
       slot.memory = memory.memory + k * memory.frame_bytes;
-      STRETTO_ASSIGN_OR_RETURN(slot.feeder, TokenFeeder::Create(stream, token_capacity, budget));
+      STRETTO_ASSIGN_OR_RETURN(slot.feeder,
+                               TokenFeeder::Create(stream, token_capacity, budget, rings));
     }
   }
   return worker;
@@ -197,6 +198,14 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
     slot->item = action.item;
     slot->frame.emplace(p.graph, p.actions, p.layout, slot->memory, stream_.device());
     STRETTO_ASSIGN_OR_RETURN(slot->frame->tokens, slot->feeder->Feed(batch));
+    if (const RingViews* const ring = slot->frame->tokens.ring) {
+      for (const RingViews::Place& place : ring->places) {
+        if (place.tokens <= p.layout->token_capacity) continue;
+        return absl::InternalError(
+            absl::StrCat("a rank that shares a micro-batch has ", place.tokens,
+                         " tokens of it, the frame was planned for ", p.layout->token_capacity));
+      }
+    }
   }
   Frame& frame = *slot->frame;
   frame.boundary = {in, out};

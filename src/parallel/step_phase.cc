@@ -11,6 +11,8 @@ const char* Name(StepPhase phase) {
       return "wait for data";
     case StepPhase::kExposedTensor:
       return "wait for tensor";
+    case StepPhase::kExposedContext:
+      return "wait for context";
     case StepPhase::kExposedPipeline:
       return "wait for pipeline";
     case StepPhase::kExposedWorld:

@@ -1,6 +1,7 @@
 #include "stretto/parallel/tensor_parallel.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "src/parallel/tensor_layers.h"
@@ -67,8 +68,8 @@ void TensorAxis::Wait(Stream& stream, Ticket ticket) {
   if (!status.ok()) stream.Fail(std::move(status));
 }
 
-Strategies TensorStrategies(int ranks, int index, int pieces) {
-  Strategies s = LocalStrategies();
+Strategies TensorStrategies(int ranks, int index, int pieces, Strategies within) {
+  Strategies s = std::move(within);
   if (ranks == 1) return s;
   const TokenCut axis = {ranks, index, std::clamp(pieces, 1, TokenCut::kMostPieces)};
   s.tokens = axis;

@@ -16,6 +16,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "stretto/parallel/bucket_plan.h"
+#include "stretto/parallel/context.h"
 #include "stretto/parallel/stages.h"
 #include "stretto/parallel/tensor_parallel.h"
 #include "stretto/plan/program.h"
@@ -55,6 +56,8 @@ struct StepOptions {
   // Tests spoil the actions, or the plan of the buckets, here.
   std::function<void(ActionList&)> change = [](ActionList&) {};
   std::function<void(BucketPlan&)> sabotage;
+  // Tests put other layers into the model here.
+  std::function<void(Strategies&)> layers;
 };
 
 struct StepOutcome {
@@ -62,6 +65,7 @@ struct StepOutcome {
   std::map<std::string, std::vector<double>> gradients;  // of the whole model
   int64_t tensor_bytes = 0;                              // sent by rank 0 over the tensor axis
   int64_t planned_bytes = 0;                             // that it should have sent
+  int64_t ring_bytes = 0;  // sent by all ranks around rings, as planned
 };
 
 // Whether the newest operations over the tensor axis are `planned`, in this order.
@@ -90,7 +94,9 @@ inline absl::Status SameOrder(const FlightRecorder& recorder, const Group& tp,
 }
 
 // The mesh is pp x dp x tp, the tensor axis innermost; pipeline p has the micro-batches batches[p].
-// All ranks return the same outcome.
+// Where pipelines share some (PackedBatch::Ring), those have the same place in the vectors of all
+// of them, and who has no micro-batch in a place has one without documents there. All ranks return
+// the same outcome.
 inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& config,
                                              const Layout& layout, const StepOptions& options,
                                              const std::vector<std::vector<PackedBatch>>& batches) {
@@ -104,17 +110,32 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
   STRETTO_ASSIGN_OR_RETURN(const Group pp, comm.MakeGroup("pp", mesh.Along({"pp"})));
   STRETTO_ASSIGN_OR_RETURN(const Group dp, comm.MakeGroup("dp", mesh.Along({"dp"})));
   STRETTO_ASSIGN_OR_RETURN(const Group tp, comm.MakeGroup("tp", mesh.Along({"tp"})));
+  STRETTO_ASSIGN_OR_RETURN(const Group cp, comm.MakeGroup("cp", mesh.Along({"dp"})));
   TensorAxis axis(comm, tp);
+  ContextAxis context(comm, cp);
   const std::vector<PackedBatch>& mine = batches[static_cast<size_t>(dp.index)];
   std::vector<PlanItem> items;
   int64_t capacity = 1;
   for (const PackedBatch& b : mine) {
-    items.push_back({.tokens = b.tokens(), .lengths = {b.tokens()}, .pipelines = {0}});
+    const int64_t tokens = std::max<int64_t>(1, b.tokens());
+    items.push_back({.tokens = tokens, .lengths = {tokens}, .pipelines = {0}});
     capacity = std::max(capacity, b.tokens());
   }
+  RingCapacity rings;
+  for (const auto& of_pipeline : batches) {
+    for (const PackedBatch& b : of_pipeline) {
+      if (b.ring.size() == 1) continue;
+      rings.ranks = std::max(rings.ranks, b.ring.size());
+      rings.shares = std::max(rings.shares, b.ring.size() * b.sequences());
+    }
+  }
+  const bool shared = rings.ranks > 1;
   // Ranks that exchange something in each micro-batch have as many, some of them empty.
   for (const auto& of_pipeline : batches) {
-    while (layout.zero > 1 && items.size() < of_pipeline.size()) {
+    for (const PackedBatch& b : of_pipeline) {
+      if (shared) capacity = std::max(capacity, b.tokens());
+    }
+    while ((layout.zero > 1 || shared) && items.size() < of_pipeline.size()) {
       items.push_back({.tokens = 1, .lengths = {1}, .pipelines = {0}});
     }
   }
@@ -144,6 +165,10 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
   std::vector<std::unique_ptr<Stage>> stages;
   std::vector<StageParts> parts;
   std::vector<StageMemory> memory;
+  Strategies strategies =
+      TensorStrategies(layout.tp, tp.index, layout.pieces, ContextStrategies(rings.ranks));
+  if (options.layers) options.layers(strategies);
+  int64_t ring_bytes = 0;
   // As the trainer has it.
   const bool halves =
       layout.kind == ScheduleKind::kZeroBubbleH1 || layout.kind == ScheduleKind::kVShaped;
@@ -152,12 +177,10 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
     part.end_block = part.first_block + blocks[static_cast<size_t>(s)];
     if (program.place_of_stage[static_cast<size_t>(s)] == pp.index) {
       auto stage = std::make_unique<Stage>();
-      STRETTO_ASSIGN_OR_RETURN(
-          stage->model,
-          BuildModel(config, {.dtype = options.dtype,
-                              .loss_chunk = options.loss_chunk,
-                              .strategies = TensorStrategies(layout.tp, tp.index, layout.pieces),
-                              .part = part}));
+      STRETTO_ASSIGN_OR_RETURN(stage->model, BuildModel(config, {.dtype = options.dtype,
+                                                                 .loss_chunk = options.loss_chunk,
+                                                                 .strategies = strategies,
+                                                                 .part = part}));
       const Graph& graph = stage->model.graph;
       stage->actions =
           TrainingActions(graph, options.recompute, /*defer_weights=*/halves, options.overlap);
@@ -181,6 +204,7 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
                                                         {stream.get(), kernels}, budget));
       stage->run = std::make_unique<Run>(ops::Context{stream.get(), kernels});
       stage->run->SetTensorAxis(&axis);
+      stage->run->SetContextAxis(&context);
       stage->parameters->Attach(stage->run.get(), total);
       stage->parameters->BeginStep(*stage->run);
       parts.push_back(
@@ -194,6 +218,7 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
       memory.push_back({s, stage->memory.data(), stage->frame.bytes(), frames});
       for (const PackedBatch& b : mine) {
         out.planned_bytes += ExchangedBytes(graph, stage->actions, b.tokens());
+        ring_bytes += RingBytes(graph, stage->actions, b.ring);
       }
       out.planned_bytes += PartialGradients::CostsOf(graph, dp.size(), dp.index).sent;
       stages.push_back(std::move(stage));
@@ -201,7 +226,7 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
     part.first_block = part.end_block;
   }
   STRETTO_ASSIGN_OR_RETURN(const auto worker,
-                           ModelStages::Create(*stream, memory, capacity, budget));
+                           ModelStages::Create(*stream, memory, capacity, budget, rings));
   STRETTO_RETURN_IF_ERROR(worker->Use(parts));
   STRETTO_ASSIGN_OR_RETURN(const auto executor,
                            PipelineExecutor::Create(comm, pp, *stream, BuffersOf(program, pp.index),
@@ -217,10 +242,18 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
   STRETTO_RETURN_IF_ERROR(executor->Finish());
   STRETTO_RETURN_IF_ERROR(stream->Synchronize());
   out.tensor_bytes = comm.BytesSent("tp");
+  STRETTO_RETURN_IF_ERROR(world.Agree(
+      "comparing the traffic of rings",
+      comm.BytesSent("cp") == ring_bytes
+          ? absl::OkStatus()
+          : absl::InternalError(absl::StrCat(comm.BytesSent("cp"), " bytes went around rings, ",
+                                             ring_bytes, " were planned"))));
+  double around = static_cast<double>(ring_bytes);
   absl::Status in_order;
   if (layout.pp == 1 && layout.tp > 1) {
     std::vector<PlannedExchange> planned;
     for (const PackedBatch& b : mine) {
+      if (b.sequences() == 0) continue;
       const auto more =
           ExchangesOf(stages.front()->model.graph, stages.front()->actions, b.tokens());
       planned.insert(planned.end(), more.begin(), more.end());
@@ -278,6 +311,8 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
                                     ReduceOp::kSum, "outcome"));
   };
   STRETTO_RETURN_IF_ERROR(sum(totals, 2));
+  STRETTO_RETURN_IF_ERROR(sum(&around, 1));
+  out.ring_bytes = static_cast<int64_t>(around);
   out.loss = totals[0];
   out.tokens = totals[1];
   for (auto& [name, gradient] : out.gradients) {

@@ -231,6 +231,13 @@ struct ExchangeInfo {
   bool for_weight = false;   // what a recomputation gathers serves W, too
 };
 
+// What a layer passes around the ranks that share a micro-batch's documents (Builder::Circulates).
+struct RingInfo {
+  int layer = 0;
+  int64_t width = 0;  // elements a token
+  DType dtype = DType::kF32;
+};
+
 enum class Recompute : uint8_t {
   kNone,                 // everything is kept
   kNormsAndActivations,  // outputs of norms and element-wise activations are dropped
@@ -247,6 +254,7 @@ struct Graph {
   std::vector<SlotInfo> slots;
   TokenCut tokens;
   std::vector<ExchangeInfo> exchanges;
+  std::vector<RingInfo> rings;
   std::vector<ParameterInfo> parameters;
   std::vector<ConstantInfo> constants;
   std::vector<Float8OperandInfo> float8_operands;

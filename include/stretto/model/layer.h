@@ -18,6 +18,7 @@
 namespace stretto {
 
 class Builder;
+class ContextAxis;  // parallel/context.h
 class Float8State;  // model/float8.h
 class Frame;
 class Run;
@@ -47,6 +48,9 @@ class Layer {
   // kStartInput, kFinishInput or kStartWeight, where the layer has declared that it exchanges there
   // (Builder::Exchanges).
   virtual void Exchange(ActionKind /*kind*/, Run& /*run*/, Frame& /*frame*/) const {}
+  // Whether, for this micro-batch, the action exchanges something with ranks that are not the same
+  // for every micro-batch: it is then enqueued anew each time, and never replayed.
+  virtual bool Communicates(ActionKind /*kind*/, const Frame& /*frame*/) const { return false; }
 };
 
 // How a linear layer's weight is meant to be cut when a tensor axis exists.
@@ -219,6 +223,10 @@ class Builder {
   }
   void Exchanges(ActionKind at, int64_t width, DType dtype, const std::string& label,
                  const ExchangeOptions& options);
+  // The running layer passes [tokens, width] around the ranks that share a micro-batch's documents,
+  // in forward and again in the input's half of backward, where the same in the accumulate type
+  // comes behind. What a plan of the traffic counts.
+  void Circulates(int64_t width, DType dtype);
   // The layer changes `slot` in place in Forward; it must be the slot's only reader.
   void ModifiesInPlace(SlotId slot);
   // After this layer's BackwardInput grad(input) equals grad(output): the planner may give both the
@@ -261,6 +269,29 @@ class Builder {
   int block_layers_ = 0;
 };
 
+// How the documents of a micro-batch lie on the ranks that share them (PackedBatch::Ring), for
+// attention. Each place in the ring has of every document, one behind the other, its tokens in
+// front and in the back; all places know where those of all others lie.
+struct RingViews {
+  struct Place {
+    int rank = 0;        // along the data axis
+    int64_t tokens = 0;  // of all documents
+    int64_t longest = 0, longest_front = 0;
+    Tensor cu;     // i32 [documents + 1]: where documents begin
+    Tensor front;  // i32 [documents]: how many of a document's tokens lie in front
+  };
+  int index = 0;              // this rank's place
+  std::vector<Place> places;  // in ring order
+  // Of this rank: where the back of each document begins, and how long it is.
+  Tensor back_cu;       // i32 [documents + 1]
+  Tensor back_lengths;  // i32 [documents]
+  int64_t longest_back = 0;
+
+  int size() const { return static_cast<int>(places.size()); }
+  // The place that is `steps` places before this rank's.
+  int Before(int steps) const { return (index - steps % size() + size()) % size(); }
+};
+
 // The tokens of a micro-batch on the device, and their document boundaries.
 struct TokenViews {
   int64_t tokens = 0;
@@ -270,6 +301,10 @@ struct TokenViews {
   Tensor cu_seqlens;    // i32 [documents + 1]
   int64_t max_length = 0;
   int64_t uniform = 0;  // > 0: every document has exactly this many tokens
+  // Ranks that share the documents, of which these tokens are a part; then positions do not restart
+  // at 0, and `ring` says who has the others. It lives as long as the other views.
+  int ring_size = 1;
+  const RingViews* ring = nullptr;
 };
 
 // The planned activation memory of one micro-batch in flight, with that micro-batch's tokens.
@@ -357,6 +392,8 @@ class Run {
 
   // The ranks that share the layers; null where the driver has none.
   TensorAxis* tensor_axis() const { return tensor_axis_; }
+  // The ranks among which those are that share documents; null where the driver has none.
+  ContextAxis* context_axis() const { return context_axis_; }
   // Scales and FP8 weights; null where the driver has none.
   Float8State* float8() const { return float8_; }
   // True for the first to ask since BeginStep, who then makes the weight's FP8 codes.
@@ -368,6 +405,7 @@ class Run {
   // --- For whoever drives the step ---
   void SetFloat8(Float8State* state);
   void SetTensorAxis(TensorAxis* axis) { tensor_axis_ = axis; }
+  void SetContextAxis(ContextAxis* axis) { context_axis_ = axis; }
   void SetStorage(std::vector<Tensor> parameters, std::vector<Tensor> gradients,
                   std::vector<Tensor> constants, Tensor loss_total);
   // A parameter, or where its gradient goes from now on, with nothing accumulated there yet. Absent
@@ -400,6 +438,7 @@ class Run {
   Tensor loss_total_;
   Float8State* float8_ = nullptr;
   TensorAxis* tensor_axis_ = nullptr;
+  ContextAxis* context_axis_ = nullptr;
 };
 
 }  // namespace stretto

@@ -34,31 +34,46 @@ class ActionHooks {
 };
 
 // Views of a host batch for a frame on the CPU: nothing is copied, so the batch must stay as it is
-// until the frame's work is done.
+// until the frame's work is done. Without TokenViews::ring, which a TokenFeeder makes.
 TokenViews ViewsOf(const PackedBatch& batch);
 
-// Brings batches to the stream's device. On the CPU nothing is copied. On another device a batch
-// passes through page-locked memory, two batches deep, so that the host prepares the next one while
-// the device works.
+// The largest micro-batches that ranks share.
+struct RingCapacity {
+  int ranks = 1;       // in a ring
+  int64_t shares = 0;  // ranks times documents of a micro-batch
+};
+
+// Brings batches to the stream's device. On the CPU tokens are not copied. On another device a
+// batch passes through page-locked memory, two batches deep, so that the host prepares the next one
+// while the device works.
 class TokenFeeder {
  public:
-  // For batches of up to `token_capacity` tokens.
+  // For batches of up to `token_capacity` tokens on each rank.
   static absl::StatusOr<std::unique_ptr<TokenFeeder>> Create(Stream& stream, int64_t token_capacity,
-                                                             Budget& budget);
-  // Bytes of device memory that Create takes for this capacity on this kind of device.
-  static int64_t DeviceBytes(DeviceKind kind, int64_t token_capacity);
+                                                             Budget& budget,
+                                                             const RingCapacity& rings = {});
+  // Bytes of the device's memory that Create takes for this capacity on this kind of device.
+  static int64_t DeviceBytes(DeviceKind kind, int64_t token_capacity,
+                             const RingCapacity& rings = {});
 
   // Views that work enqueued on the stream from now on may read, until the next call's. On the CPU
   // the batch must stay as it is until then, elsewhere only during the call. INVALID_ARGUMENT when
-  // the batch is larger than the capacity.
+  // the batch is larger than the capacity, or contradicts itself about who has which tokens.
   absl::StatusOr<TokenViews> Feed(const PackedBatch& batch);
 
  private:
-  TokenFeeder(Stream& stream, int64_t capacity) : stream_(stream), capacity_(capacity) {}
+  TokenFeeder(Stream& stream, int64_t capacity, const RingCapacity& rings);
   static constexpr int kSlots = 2;
+  // Whether the batch fits, also the shares of the others.
+  absl::Status Check(const PackedBatch& batch) const;
+  // Writes where all shares lie to `host`, which work on the stream finds at `device`; returns the
+  // bytes.
+  int64_t DescribeRing(const PackedBatch& batch, std::byte* host, std::byte* device);
 
   Stream& stream_;
   int64_t capacity_;
+  RingCapacity rings_;
+  RingViews ring_;  // of the batch
   Arena device_;
   Arena host_;
   Event copied_[kSlots];

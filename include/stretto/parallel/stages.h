@@ -60,17 +60,18 @@ class ModelStages : public StageWorker {
  public:
   static absl::StatusOr<std::unique_ptr<ModelStages>> Create(Stream& stream,
                                                              const std::vector<StageMemory>& stages,
-                                                             int64_t token_capacity,
-                                                             Budget& budget);
+                                                             int64_t token_capacity, Budget& budget,
+                                                             const RingCapacity& rings = {});
   ~ModelStages() override;
 
   // What the stages run from now on, in their order; between programs only. INVALID_ARGUMENT when a
   // frame does not fit its memory.
   absl::Status Use(const std::vector<StageParts>& parts);
   // What the items of the next program are: batches[first + i] is this rank's share of item i. They
-  // stay as they are until the work is done. Items behind the last batch are empty: other ranks
-  // have something there, and the stages follow their hooks. With `more` the step goes on with
-  // another program, so gradients do not leave yet.
+  // stay as they are until the work is done. Items behind the last batch, and those whose batch has
+  // no documents, are empty: other ranks have something there, and the stages follow their hooks.
+  // (A share of documents of which this rank has no token is not empty: it is in their ring.) With
+  // `more` the step goes on with another program, so gradients do not leave yet.
   void SetBatches(const RankProgram& program, std::span<const PackedBatch> batches,
                   size_t first = 0, bool more = false);
   // One of the feeders, for whoever runs a frame of the first stage by hand between programs.
@@ -80,7 +81,7 @@ class ModelStages : public StageWorker {
 
   int64_t Tokens(int item) const override;
   bool Empty(int item) const override {
-    return first_ + static_cast<size_t>(item) >= batches_.size();
+    return first_ + static_cast<size_t>(item) >= batches_.size() || BatchOf(item).sequences() == 0;
   }
   int64_t MicroBatch(int item) const override { return static_cast<int64_t>(first_) + item; }
   absl::Status Run(const ProgramAction& action, Tensor in, Tensor out) override;

@@ -18,6 +18,7 @@ enum class StepPhase : int {
   kBackward,
   kExposedData,      // for gradients and parameters of the data axis
   kExposedTensor,    // for the ranks that share a layer
+  kExposedContext,   // for the ranks that share a document
   kExposedPipeline,  // for another stage: a schedule's bubbles, and messages on their way
   kExposedWorld,     // for the step's scalars, which all ranks sum: the slowest one
   kUpdate,           // norm, clipping, optimizer

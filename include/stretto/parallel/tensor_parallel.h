@@ -78,11 +78,12 @@ class TensorAxis {
 };
 
 // Layers for rank `index` of an axis of `ranks` ranks, whose tokens travel in up to `pieces` pieces
-// (TokenCut); with one rank LocalStrategies. Features,
-// heads and the vocabulary are cut into parts that may differ by one; ranks may share a key head,
-// and a layer that has less of anything else than there are ranks fails its Declare in one
-// sentence.
-Strategies TensorStrategies(int ranks, int index, int pieces = 1);
+// (TokenCut), with the attention of `within` on each rank's heads; with one rank `within`.
+// Features, heads and the vocabulary are cut into parts that may differ by one; ranks may share a
+// key head, and a layer that has less of anything else than there are ranks fails its Declare in
+// one sentence.
+Strategies TensorStrategies(int ranks, int index, int pieces = 1,
+                            Strategies within = LocalStrategies());
 
 // Adds up what the ranks of the axis have of the gradients of parameters that several of them have
 // (ParameterSpec::partial_gradient): those of norms, of which each rank sees a part of the tokens

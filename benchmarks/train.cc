@@ -226,6 +226,7 @@ absl::Status Steps(World& world, const TrainConfig& config, Results* results) {
       {"exposed_ms", median(&StepStats::comm_exposed_ms)},
       {"exposed_data_ms", median(&StepStats::exposed_data_ms)},
       {"exposed_tensor_ms", median(&StepStats::exposed_tensor_ms)},
+      {"exposed_context_ms", median(&StepStats::exposed_context_ms)},
       {"exposed_pipeline_ms", median(&StepStats::exposed_pipeline_ms)},
       {"exposed_world_ms", median(&StepStats::exposed_world_ms)},
       {"data_ms", median(&StepStats::data_ms)},

@@ -104,6 +104,7 @@ std::string FormatLine(const StepStats& s, int64_t total, const Painter& paint) 
                     absl::StrFormat("comm %4.1f%%", 100 * s.comm_exposed_ms / s.step_ms));
     const std::pair<const char*, double> axes[] = {{"data", s.exposed_data_ms},
                                                    {"tensor", s.exposed_tensor_ms},
+                                                   {"context", s.exposed_context_ms},
                                                    {"pipeline", s.exposed_pipeline_ms},
                                                    {"world", s.exposed_world_ms}};
     const char* before = " (";

@@ -88,6 +88,7 @@ std::string StepStatsJson(const StepStats& s, double unix_seconds) {
   record["comm_exposed_ms"] = s.comm_exposed_ms;
   record["exposed_data_ms"] = s.exposed_data_ms;
   record["exposed_tensor_ms"] = s.exposed_tensor_ms;
+  record["exposed_context_ms"] = s.exposed_context_ms;
   record["exposed_pipeline_ms"] = s.exposed_pipeline_ms;
   record["exposed_world_ms"] = s.exposed_world_ms;
   record["time"] = unix_seconds;

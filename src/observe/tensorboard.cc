@@ -144,6 +144,7 @@ absl::Status TensorBoardSink::Write(const StepStats& s) {
   AppendScalar("perf/comm_exposed_ms", s.comm_exposed_ms, &summary);
   AppendScalar("perf/exposed_data_ms", s.exposed_data_ms, &summary);
   AppendScalar("perf/exposed_tensor_ms", s.exposed_tensor_ms, &summary);
+  AppendScalar("perf/exposed_context_ms", s.exposed_context_ms, &summary);
   AppendScalar("perf/exposed_pipeline_ms", s.exposed_pipeline_ms, &summary);
   AppendScalar("perf/exposed_world_ms", s.exposed_world_ms, &summary);
   if (s.mfu_causal > 0) AppendScalar("perf/mfu_causal", s.mfu_causal, &summary);

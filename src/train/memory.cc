@@ -7,6 +7,7 @@
 #include "absl/strings/str_format.h"
 #include "stretto/model/float8.h"
 #include "stretto/observe/step_trace.h"
+#include "stretto/parallel/context.h"
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/parallel/stages.h"
@@ -134,6 +135,18 @@ int64_t MostMicroBatches(const TrainConfig& config) {
   return (samples + config.batch.micro - 1) / config.batch.micro;
 }
 
+// Static rings share packs of documents; how many these may hold is bounded by what describes them.
+RingCapacity RingsOf(const TrainConfig& config) {
+  if (!config.data.documents) return {};
+  const bool fixed = config.parallel.mesh == "static";
+  RingCapacity rings;
+  rings.ranks = static_cast<int>(fixed ? config.parallel.cp : config.parallel.data_ranks());
+  // Where planners form rings for one document each, that is all.
+  const int64_t documents = fixed ? config.batch.capacity * rings.ranks : 1;
+  rings.shares = rings.ranks * documents;
+  return rings;
+}
+
 // The micro-batches of the rank that has the most samples, when those are full: so many of so many
 // tokens.
 struct MicroBatches {
@@ -187,6 +200,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   const int tp = mesh.Size("tp");
   plan.micro_batch_tokens = config.micro_batch_tokens();
   plan.micro_batches = MostMicroBatches(config);
+  plan.rings = RingsOf(config);
   plan.boundary_tokens = CutRows(plan.micro_batch_tokens, tp, 0).part;
   const std::vector<int> counts = StepCounts(config);
   STRETTO_ASSIGN_OR_RETURN(plan.step, StepProgram(config, counts.front()));
@@ -218,9 +232,10 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   if (const std::optional<DType> gradients = Float8GradientType(config.runtime.fp8)) {
     options.strategies = Float8Strategies(*gradients);
   }
+  options.strategies = ContextStrategies(plan.rings.ranks, options.strategies);
   if (tp > 1) {
-    options.strategies =
-        TensorStrategies(tp, mesh.Coord("tp"), static_cast<int>(config.parallel.tp_chunks));
+    options.strategies = TensorStrategies(
+        tp, mesh.Coord("tp"), static_cast<int>(config.parallel.tp_chunks), options.strategies);
   }
   ModelPart part;
   for (int s = 0; s < plan.step.stages; ++s) {
@@ -275,7 +290,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
     update.state += of_update.state;
     update.table += of_update.table;
     activations += stage.frames * stage.frame_bytes();
-    tokens += stage.frames * TokenFeeder::DeviceBytes(device, plan.micro_batch_tokens);
+    tokens += stage.frames * TokenFeeder::DeviceBytes(device, plan.micro_batch_tokens, plan.rings);
     float8_bytes += Float8State::Bytes(graph);
     float8_operands += static_cast<int64_t>(graph.float8_operands.size());
     if (plan.step.stages > 1 && stage.model.tied.valid()) {

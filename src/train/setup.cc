@@ -223,6 +223,10 @@ absl::Status Trainer::Impl::SetUpRuntime() {
   STRETTO_ASSIGN_OR_RETURN(pp_group, comm->MakeGroup("pp", mesh->Along({"pp"})));
   STRETTO_ASSIGN_OR_RETURN(tp_group, comm->MakeGroup("tp", mesh->Along({"tp"})));
   tensor_axis = std::make_unique<TensorAxis>(*comm, tp_group, timer.get());
+  if (config.data.documents) {
+    STRETTO_ASSIGN_OR_RETURN(cp_group, comm->MakeGroup("cp", mesh->Along({"dp"})));
+    context_axis = std::make_unique<ContextAxis>(*comm, cp_group, timer.get());
+  }
   if (config.metrics.trace_steps > 0) {
     if (device.kind != DeviceKind::kCpu) {  // else it is in the plan
       STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "trace", StepTrace::Bytes({})));
@@ -249,6 +253,7 @@ int64_t WaitsOfStep(const RunPlan& plan) {
   for (const StagePlan& stage : plan.stages) {
     auto each = static_cast<int64_t>(  // in a micro-batch
         ExchangesOf(stage.model.graph, stage.train_actions, plan.micro_batch_tokens).size());
+    each += RingWaits(stage.model.graph, stage.train_actions, plan.rings.ranks);
     for (const auto* events : {&stage.buckets.training.before, &stage.buckets.training.after}) {
       for (const std::vector<BucketEvent>& e : *events) each += static_cast<int64_t>(e.size());
     }
@@ -320,8 +325,8 @@ absl::Status Trainer::Impl::SetUpModel() {
                                     (StepScalars::kCount + kHostInputs) * SizeOf(DType::kF64)));
   host_scalars = reinterpret_cast<double*>(host_arena.data());
   host_inputs = host_scalars + StepScalars::kCount;
-  STRETTO_ASSIGN_OR_RETURN(worker,
-                           ModelStages::Create(*stream, memory, plan.micro_batch_tokens, budget));
+  STRETTO_ASSIGN_OR_RETURN(
+      worker, ModelStages::Create(*stream, memory, plan.micro_batch_tokens, budget, plan.rings));
   STRETTO_ASSIGN_OR_RETURN(
       executor, PipelineExecutor::Create(*comm, pp_group, *stream, plan.buffers,
                                          plan.boundary_tokens, config.model.hidden, dtype, budget));
@@ -341,6 +346,7 @@ absl::Status Trainer::Impl::SetUpModel() {
     for (stretto::Run* run : {&*stage.run, &*stage.evaluation_run}) {
       run->SetFloat8(float8.get());
       run->SetTensorAxis(tensor_axis.get());
+      run->SetContextAxis(context_axis.get());
     }
     STRETTO_RETURN_IF_ERROR(stage.dp->Register(&registry, plan.stages[i].copy));
     STRETTO_RETURN_IF_ERROR(stage.optimizer->Register(&registry));

@@ -317,10 +317,12 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   stats.update_ms = ms(StepPhase::kUpdate);
   stats.exposed_data_ms = ms(StepPhase::kExposedData);
   stats.exposed_tensor_ms = ms(StepPhase::kExposedTensor);
+  stats.exposed_context_ms = ms(StepPhase::kExposedContext);
   stats.exposed_pipeline_ms = ms(StepPhase::kExposedPipeline);
   stats.exposed_world_ms = ms(StepPhase::kExposedWorld);
   stats.comm_exposed_ms = stats.exposed_data_ms + stats.exposed_tensor_ms +
-                          stats.exposed_pipeline_ms + stats.exposed_world_ms;
+                          stats.exposed_context_ms + stats.exposed_pipeline_ms +
+                          stats.exposed_world_ms;
   if (stream->device().kind != DeviceKind::kCpu) {
     stats.memory_bytes = budget.Used(Resource::kDeviceMemory);
   } else if (const absl::StatusOr<ProcessMemory> memory = ReadProcessMemory(); memory.ok()) {

@@ -22,6 +22,7 @@
 #include "stretto/observe/signals.h"
 #include "stretto/observe/step_trace.h"
 #include "stretto/optim/optimizer.h"
+#include "stretto/parallel/context.h"
 #include "stretto/parallel/data_parallel.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/parallel/stages.h"
@@ -71,6 +72,7 @@ struct Trainer::Impl {
   std::optional<Mesh> mesh;
   std::vector<int> machines;  // of the ranks
   Group dp_group, pp_group, tp_group;
+  Group cp_group;  // the ranks of dp_group, for what they pass around in rings
   // What a stage of this rank runs with; stages[i] is planned in plan.stages[i].
   struct Stage {
     std::unique_ptr<DataParallel> dp;
@@ -124,7 +126,8 @@ struct Trainer::Impl {
   std::unique_ptr<PhaseTimer> timer;
   std::unique_ptr<StepTrace> trace;  // with metrics.trace_steps
   std::unique_ptr<TensorAxis> tensor_axis;
-  std::optional<ReplayCache> replays;  // with runtime.graphs
+  std::unique_ptr<ContextAxis> context_axis;  // with data.documents
+  std::optional<ReplayCache> replays;         // with runtime.graphs
 
   ops::Context ops() const { return {stream.get(), kernels}; }
   // The parts of Create, in order; each ends in an agreement of all ranks.

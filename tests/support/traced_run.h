@@ -157,6 +157,7 @@ inline void CheckExposed(const TrainConfig& config, const std::vector<StepStats>
   for (const StepStats& s : steps) {
     const std::pair<const char*, double> axes[] = {{"wait for data", s.exposed_data_ms},
                                                    {"wait for tensor", s.exposed_tensor_ms},
+                                                   {"wait for context", s.exposed_context_ms},
                                                    {"wait for pipeline", s.exposed_pipeline_ms},
                                                    {"wait for world", s.exposed_world_ms}};
     double sum = 0;

@@ -31,9 +31,10 @@ struct StepStats {
   // its way, together.
   double exposed_data_ms = 0;      // for gradients and parameters
   double exposed_tensor_ms = 0;    // for the ranks that share a layer
+  double exposed_context_ms = 0;   // for the ranks that share a document
   double exposed_pipeline_ms = 0;  // for another stage: bubbles, and messages on their way
   double exposed_world_ms = 0;     // for the step's scalars, which all ranks sum
-  double comm_exposed_ms = 0;      // the sum of the four
+  double comm_exposed_ms = 0;      // the sum of the five
 };
 
 }  // namespace stretto

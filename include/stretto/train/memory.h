@@ -13,6 +13,7 @@
 #include "stretto/model/model.h"
 #include "stretto/optim/optimizer.h"
 #include "stretto/parallel/bucket_plan.h"
+#include "stretto/parallel/executor.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/plan/program.h"
 #include "stretto/train/config.h"
@@ -53,6 +54,7 @@ struct RunPlan {
   std::vector<int64_t> blocks;     // transformer blocks of each stage of the model
   int64_t micro_batch_tokens = 0;  // capacity of a frame
   int64_t micro_batches = 1;       // in a step, of the rank that has most
+  RingCapacity rings;              // of micro-batches that ranks share
   int64_t boundary_tokens = 0;     // of what travels between stages: of a tensor axis a rank's part
   // On the run's device: parameters, gradients, constants, optimizer state, activations.
   std::vector<NamedBytes> arenas;

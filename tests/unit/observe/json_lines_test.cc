@@ -61,6 +61,7 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   s.comm_exposed_ms = 3;
   s.exposed_data_ms = 1.5;
   s.exposed_tensor_ms = 0.75;
+  s.exposed_context_ms = 0.375;
   s.exposed_pipeline_ms = 0.5;
   s.exposed_world_ms = 0.25;
   const Json j = Json::parse(StepStatsJson(s, 1.5e9));
@@ -83,6 +84,7 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   EXPECT_EQ(j["comm_exposed_ms"], 3);
   EXPECT_EQ(j["exposed_data_ms"], 1.5);
   EXPECT_EQ(j["exposed_tensor_ms"], 0.75);
+  EXPECT_EQ(j["exposed_context_ms"], 0.375);
   EXPECT_EQ(j["exposed_pipeline_ms"], 0.5);
   EXPECT_EQ(j["exposed_world_ms"], 0.25);
   EXPECT_EQ(j["time"], 1.5e9);

@@ -113,6 +113,7 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
   StepStats s;
   s.exposed_data_ms = 1.5;
   s.exposed_tensor_ms = 0.75;
+  s.exposed_context_ms = 0.375;
   s.exposed_pipeline_ms = 0.5;
   s.exposed_world_ms = 0.25;
   for (const int64_t step : {1, 127, 128, 300000}) {
@@ -142,6 +143,7 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
   EXPECT_EQ(scalars.at("perf/mfu_causal"), 0.25f);
   EXPECT_EQ(scalars.at("perf/exposed_data_ms"), 1.5f);
   EXPECT_EQ(scalars.at("perf/exposed_tensor_ms"), 0.75f);
+  EXPECT_EQ(scalars.at("perf/exposed_context_ms"), 0.375f);
   EXPECT_EQ(scalars.at("perf/exposed_pipeline_ms"), 0.5f);
   EXPECT_EQ(scalars.at("perf/exposed_world_ms"), 0.25f);
   const auto other = Scalars(ParseMessage(records[5]));

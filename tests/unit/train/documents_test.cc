@@ -94,5 +94,27 @@ INSTANTIATE_TEST_SUITE_P(
                       Sharing{.dp = 2, .pp = 2, .tp = 2}),
     [](const auto& info) { return info.param.Name(); });
 
+// Documents that no rank holds alone.
+INSTANTIATE_TEST_SUITE_P(
+    Rings, DocumentTrainer,
+    ::testing::Values(
+        Sharing{.cp = 2, .capacity = 15}, Sharing{.cp = 3, .capacity = 20},
+        Sharing{.dp = 2, .cp = 2, .capacity = 15}, Sharing{.cp = 5, .capacity = 11},
+        Sharing{.mesh = "dynamic", .dp = 2, .capacity = 15},
+        Sharing{.mesh = "dynamic", .dp = 3, .capacity = 11},
+        Sharing{.mesh = "unbalanced", .dp = 4, .capacity = 11},
+        Sharing{.mesh = "dynamic", .dp = 5, .capacity = 7},
+        Sharing{.mesh = "dynamic", .dp = 7, .capacity = 6},
+        Sharing{.mesh = "dynamic", .dp = 3, .capacity = 11, .recompute = "block"},
+        Sharing{.mesh = "dynamic", .dp = 3, .capacity = 11, .recompute = "norms"},
+        Sharing{.mesh = "dynamic", .dp = 3, .tp = 2, .capacity = 11},
+        Sharing{.mesh = "dynamic", .dp = 3, .pp = 2, .capacity = 11},
+        Sharing{.mesh = "dynamic", .dp = 3, .pp = 2, .capacity = 11, .schedule = "zb-h1"},
+        Sharing{.mesh = "dynamic", .dp = 3, .pp = 2, .capacity = 11, .schedule = "interleaved"},
+        Sharing{.mesh = "unbalanced", .dp = 3, .pp = 2, .capacity = 11, .schedule = "v-shaped"},
+        Sharing{.cp = 2, .pp = 2, .capacity = 15},
+        Sharing{.mesh = "dynamic", .dp = 2, .pp = 2, .tp = 2, .capacity = 15}),
+    [](const auto& info) { return info.param.Name(); });
+
 }  // namespace
 }  // namespace stretto

@@ -46,7 +46,7 @@ struct Times {
 struct Outcome {
   std::vector<Times> of_rank;
   std::vector<double> losses;
-  double bytes_sent = 0;  // of all ranks along the data axis
+  double bytes_sent = 0;  // of all ranks around rings
 };
 
 absl::StatusOr<Outcome> RunSteps(stretto::World& world, stretto::TrainConfig config,
@@ -67,10 +67,11 @@ absl::StatusOr<Outcome> RunSteps(stretto::World& world, stretto::TrainConfig con
     mine.waiting += stats.comm_exposed_ms / 1e3;
     mine.steps += stats.step_ms / 1e3;
   }
+  STRETTO_RETURN_IF_ERROR(trainer->Finish());
   STRETTO_ASSIGN_OR_RETURN(
       const std::vector<std::string> all,
       world.AllGather("times", absl::StrJoin({mine.working, mine.waiting, mine.steps,
-                                              static_cast<double>(trainer->BytesSent("dp"))},
+                                              static_cast<double>(trainer->BytesSent("cp"))},
                                              " ")));
   for (const std::string& text : all) {
     std::vector<double> numbers;
@@ -93,7 +94,7 @@ void Print(const Mesh& mesh, const Outcome& outcome, int64_t steps, double longe
     step = std::max(step, t.steps / counted);
     working += t.working / counted / static_cast<double>(outcome.of_rank.size());
   }
-  std::printf("\n%s: %.0f ms a step, %.1f MB sent along the data axis, loss %.4f to %.4f\n",
+  std::printf("\n%s: %.0f ms a step, %.1f MB sent around rings, loss %.4f to %.4f\n",
               mesh.name.c_str(), 1e3 * step, outcome.bytes_sent / 1e6 / static_cast<double>(steps),
               outcome.losses.front(), outcome.losses.back());
   constexpr int kColumns = 50;

@@ -143,6 +143,35 @@ TEST(ContextTest, DocumentsDoNotSeeEachOther) {
   EXPECT_LT(error.worst, 1e-9) << error.where;
 }
 
+// Plans of every schedule, whose items one to all pipelines share in any order: nothing waits in a
+// circle, whatever is late.
+TEST(ContextTest, RandomPlansOnRealRanksDoNotHang) {
+  ModelConfig config = Config("llama");
+  config.vocabulary = 11;
+  config.hidden = 8;
+  config.head_dim = 4;
+  config.ffn = 9;
+  for (uint64_t seed = 0; seed < 300; ++seed) {
+    SCOPED_TRACE(absl::StrCat("seed ", seed));
+    const testing::RandomShape shape = testing::DrawShape(seed, 6);
+    const Layout layout = {.dp = shape.pipelines,
+                           .pp = shape.pipeline_ranks,
+                           .kind = shape.kind,
+                           .chunks = shape.chunks};
+    config.layers = layout.pp * layout.chunks;
+    const auto dealt =
+        Deal(layout.dp, testing::DrawItems(layout.dp, seed), config.vocabulary, seed);
+    ASSERT_TRUE(dealt.ok()) << dealt.status();
+    const WorldOptions world = {.random_delay_us = 20, .delay_seed = seed + 1};
+    if (seed % 3 == 0) {
+      ASSERT_LT(ErrorOf(config, layout, {}, *dealt, world), 1e-9);
+    } else {
+      const auto step = StepOnThreads(config, layout, {}, dealt->shares, world);
+      ASSERT_TRUE(step.ok()) << step.status();
+    }
+  }
+}
+
 // Attention that is told something wrong about the ring.
 class SpoiledRing : public internal::RingAttentionLayer {
  public:

@@ -98,6 +98,16 @@ class Progress final : public ActionHooks {
 std::set<std::pair<int64_t, int64_t>> LayerSizes(const TrainConfig& config) {
   const int64_t most = config.batch.micro, length = config.data.sequence_length;
   std::set<std::pair<int64_t, int64_t>> sizes;
+  // A single sample: what it is to tell is how documents of unequal length differ.
+  if (most == 1) {
+    for (const int64_t documents : {1, 2, 8, 32}) {
+      for (const int64_t parts : {1, 2, 4}) {
+        if (length / (documents * parts) > 0)
+          sizes.emplace(documents, length / (documents * parts));
+      }
+    }
+    return sizes;
+  }
   for (const int64_t documents : {most, (most + 1) / 2, (most + 3) / 4}) {
     for (const int64_t tokens : {length, (length + 1) / 2}) sizes.emplace(documents, tokens);
   }
@@ -289,6 +299,18 @@ absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetit
   // one would only take time.
   constexpr int64_t kBlocks = 4;
   config.parallel.dp = config.parallel.pp = config.parallel.tp = config.parallel.zero = 1;
+  if (config.data.documents) {
+    // Micro-batches of one rank, as one long sample and as many short ones.
+    constexpr int64_t kMostTokens = 32768;
+    config.data.documents = false;
+    config.data.sequence_length =
+        std::min({kMostTokens, config.batch.capacity > 0 ? config.batch.capacity : kMostTokens,
+                  config.data.sequence_length});
+    config.batch.global = config.batch.micro = 1;
+    config.batch.tokens = config.batch.capacity = 0;
+    config.parallel.cp = 1;
+    config.parallel.mesh = "static";
+  }
   config.parallel.schedule = "1f1b";
   config.parallel.chunks = 0;
   config.runtime.recompute = "none";

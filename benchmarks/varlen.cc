@@ -58,7 +58,8 @@ void JoinSingles(int64_t longest, std::vector<int64_t>* lengths) {
 }
 
 // Static meshes of all sizes that can hold the longest document, then the others.
-std::vector<Method> Methods(const TrainConfig& config, int64_t data_ranks) {
+std::vector<Method> Methods(const TrainConfig& config, int64_t data_ranks,
+                            const std::vector<std::string>& meshes) {
   std::vector<Method> methods;
   for (int64_t cp = 1; cp <= data_ranks; ++cp) {
     if (data_ranks % cp != 0 || cp * config.batch.capacity < config.data.sequence_length) continue;
@@ -66,6 +67,9 @@ std::vector<Method> Methods(const TrainConfig& config, int64_t data_ranks) {
   }
   methods.push_back({.name = "unbalanced", .mesh = "unbalanced"});
   methods.push_back({.name = "dynamic", .mesh = "dynamic"});
+  std::erase_if(methods, [&](const Method& m) {
+    return !meshes.empty() && std::count(meshes.begin(), meshes.end(), m.mesh) == 0;
+  });
   for (Method& m : methods) {
     m.config = config;
     m.config.parallel.mesh = m.mesh;
@@ -88,6 +92,7 @@ double Predicted(const TrainConfig& config, const CostModel* cost, const Sequenc
 
 struct Options {
   std::string lengths = "byted", fit;
+  std::vector<std::string> meshes;  // empty: all
   int64_t seed = 1, rounds = 3;
 };
 
@@ -119,7 +124,7 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
     return absl::OkStatus();
   };
   STRETTO_RETURN_IF_ERROR(world.Agree("drawing documents", draw()));
-  std::vector<Method> methods = Methods(config, resolved.parallel.data_ranks());
+  std::vector<Method> methods = Methods(config, resolved.parallel.data_ranks(), options.meshes);
   for (int64_t round = 0; round < options.rounds; ++round) {
     for (Method& m : methods) {
       double sent = 0;
@@ -155,7 +160,7 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
     STRETTO_ASSIGN_OR_RETURN(const SequencePlanOptions plan,
                              SequenceOptionsOf(m.config, std::max(1, places)));
     for (size_t i = 0; i < measured; ++i) {
-      STRETTO_ASSIGN_OR_RETURN(m.plans.emplace_back(), PlanSequences(batches[skipped + i], plan));
+      STRETTO_ASSIGN_OR_RETURN(m.plans.emplace_back(), PlanDocuments(batches[skipped + i], plan));
     }
   }
   // By batch: the best static mesh is another one for each method's rival.
@@ -241,6 +246,8 @@ int Varlen(int argc, const char* const* argv) {
                 &options.lengths);
   arguments.Add("fit", "FILE", "the cost model to plan with; without one costs follow FLOPs",
                 &options.fit);
+  arguments.Add("mesh", "NAME", "only static, dynamic or unbalanced; may be repeated",
+                &options.meshes);
   arguments.Add("seed", "N", "of the documents' lengths", &options.seed);
   arguments.Add("rounds", "N", "how often each mesh runs `steps` steps", &options.rounds);
   arguments.Add("json", "FILE", "also write the results there", &json);
@@ -253,6 +260,11 @@ int Varlen(int argc, const char* const* argv) {
     parsed = absl::InvalidArgumentError(
         absl::StrCat("--rounds must be 1 to 100 and --seed at least 0, not ", options.rounds,
                      " and ", options.seed));
+  }
+  for (const std::string& mesh : options.meshes) {
+    if (!parsed.ok() || mesh == "static" || mesh == "dynamic" || mesh == "unbalanced") continue;
+    parsed = absl::InvalidArgumentError(
+        absl::StrCat("--mesh is '", mesh, "'; give static, dynamic or unbalanced"));
   }
   absl::StatusOr<TrainConfig> config;
   if (parsed.ok()) {

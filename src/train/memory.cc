@@ -13,6 +13,7 @@
 #include "stretto/parallel/stages.h"
 #include "stretto/parallel/tensor_parallel.h"
 #include "stretto/train/flops.h"
+#include "stretto/train/sequence_planner.h"
 
 namespace stretto {
 
@@ -141,9 +142,8 @@ RingCapacity RingsOf(const TrainConfig& config) {
   const bool fixed = config.parallel.mesh == "static";
   RingCapacity rings;
   rings.ranks = static_cast<int>(fixed ? config.parallel.cp : config.parallel.data_ranks());
-  // Where planners form rings for one document each, that is all.
-  const int64_t documents = fixed ? config.batch.capacity * rings.ranks : 1;
-  rings.shares = rings.ranks * documents;
+  rings.shares = fixed ? config.batch.capacity * rings.ranks * rings.ranks
+                       : std::max<int64_t>(rings.ranks, kMostShares);
   return rings;
 }
 

@@ -100,11 +100,42 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
   STRETTO_ASSIGN_OR_RETURN(const CostModel cost, CostOf(config));
   options.cost =
       SequenceCostOf(cost, config.model.layers, key_and_value * static_cast<double>(SizeOf(dtype)));
+  // Blocks are computed again in backward, with their rings.
+  const bool again = config.runtime.recompute == "block";
+  if (again) {
+    options.cost.backward.fixed += options.cost.forward.fixed;
+    options.cost.backward.per_token += options.cost.forward.per_token;
+    options.cost.backward.per_pair += options.cost.forward.per_pair;
+  }
   AddRest(cost, config.model.layers, &options.cost);
   // Behind keys and values travel the sums of their gradients.
   options.cost.backward_messages =
-      1 + static_cast<double>(SizeOf(AccumulateType(dtype))) / static_cast<double>(SizeOf(dtype));
+      (again ? 2 : 1) +
+      static_cast<double>(SizeOf(AccumulateType(dtype))) / static_cast<double>(SizeOf(dtype));
   return options;
+}
+
+absl::StatusOr<SequencePlan> PlanDocuments(const std::vector<int64_t>& lengths,
+                                           const SequencePlanOptions& options) {
+  STRETTO_ASSIGN_OR_RETURN(SequencePlan plan, PlanSequences(lengths, options));
+  const SequenceMethod method = options.method;
+  if (method != SequenceMethod::kBalanced && method != SequenceMethod::kBalancedPipelines) {
+    return plan;
+  }
+  for (int context = 1; context <= options.pipelines; ++context) {
+    if (options.pipelines % context != 0) continue;
+    SequencePlanOptions fixed = options;
+    fixed.method = SequenceMethod::kStatic;
+    fixed.context = context;
+    absl::StatusOr<SequencePlan> other = PlanSequences(lengths, fixed);
+    if (!other.ok()) continue;  // a document is too long for so few
+    const bool shares =
+        std::all_of(other->items.begin(), other->items.end(), [&](const PlanItem& item) {
+          return item.documents.size() * item.pipelines.size() <= size_t{kMostShares};
+        });
+    if (shares && other->makespan < plan.makespan) plan = *std::move(other);
+  }
+  return plan;
 }
 
 absl::StatusOr<DocumentPlanner> DocumentPlannerOf(const TrainConfig& config,
@@ -116,7 +147,7 @@ absl::StatusOr<DocumentPlanner> DocumentPlannerOf(const TrainConfig& config,
   const int pp = static_cast<int>(config.parallel.pp);
   const int chunks = static_cast<int>(config.parallel.chunks);
   return [=](const std::vector<int64_t>& lengths) -> absl::StatusOr<Program> {
-    STRETTO_ASSIGN_OR_RETURN(SequencePlan plan, PlanSequences(lengths, options));
+    STRETTO_ASSIGN_OR_RETURN(SequencePlan plan, PlanDocuments(lengths, options));
     return MakeProgram(kind, options.pipelines, pp, chunks, std::move(plan.items));
   };
 }

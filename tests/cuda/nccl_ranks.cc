@@ -578,6 +578,85 @@ absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch
   return absl::OkStatus();
 }
 
+// Documents of unequal length, which GPUs share by rings: the losses of one GPU that has room for
+// each of them, and the same bits again, also where what does not communicate is replayed.
+absl::Status CheckDocuments(World& world, const testing::ScratchDirectory& scratch) {
+  for (const char* family : {"gpt2", "qwen3"}) {
+    STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, family));
+    config.runtime.device = "cuda";
+    config.steps = 4;
+    config.model.layers = 4;
+    config.model.kv_heads = 2;
+    config.data.documents = true;
+    config.data.sequence_length = 29;
+    config.batch.tokens = 230;
+    config.batch.capacity = 30;
+    std::vector<double> alone;
+    absl::Status ran;
+    if (world.rank() == 0) {
+      ran = World::RunThreads(1, [&](World& one) -> absl::Status {
+        STRETTO_ASSIGN_OR_RETURN(alone, TrainLosses(one, config));
+        return absl::OkStatus();
+      });
+    }
+    STRETTO_RETURN_IF_ERROR(world.Agree("one GPU", ran));
+    struct Sharing {
+      const char* name;
+      const char* mesh;
+      int cp = 1, pp = 1, tp = 1;
+      int64_t capacity = 15;
+      const char* schedule = "1f1b";
+    };
+    const Sharing sharings[] = {
+        {.name = "static", .mesh = "static", .cp = 2},
+        {.name = "dynamic", .mesh = "dynamic"},
+        {.name = "dynamic, short documents", .mesh = "dynamic", .capacity = 30},
+        {.name = "unbalanced", .mesh = "unbalanced"},
+        {.name = "dynamic, pp 2", .mesh = "dynamic", .pp = 2, .schedule = "zb-h1"},
+        {.name = "dynamic, pp 2, interleaved",
+         .mesh = "dynamic",
+         .pp = 2,
+         .schedule = "interleaved"},
+        {.name = "dynamic, tp 2", .mesh = "dynamic", .tp = 2},
+    };
+    for (const Sharing& sharing : sharings) {
+      const int replica = sharing.cp * sharing.pp * sharing.tp;
+      const int data_ranks = world.size() / (sharing.pp * sharing.tp);
+      if (world.size() % replica != 0 || data_ranks * sharing.capacity < 30) continue;
+      config.parallel = {.dp = world.size() / replica,
+                         .cp = sharing.cp,
+                         .mesh = sharing.mesh,
+                         .pp = sharing.pp,
+                         .tp = sharing.tp,
+                         .schedule = sharing.schedule,
+                         .bucket_bytes = 4096};
+      config.batch.capacity = sharing.capacity;
+      config.runtime.graphs = false;
+      const std::string name = absl::StrCat(family, ", documents, ", sharing.name);
+      if (world.rank() == 0) {
+        std::printf("%s\n", name.c_str());
+        std::fflush(stdout);
+      }
+      STRETTO_ASSIGN_OR_RETURN(const std::vector<double> losses, TrainLosses(world, config));
+      STRETTO_ASSIGN_OR_RETURN(const std::vector<double> again, TrainLosses(world, config));
+      absl::Status verdict;
+      if (losses != again) verdict = Differs(absl::StrCat("a second run of ", name));
+      config.runtime.graphs = sharing.tp == 1;
+      STRETTO_ASSIGN_OR_RETURN(const std::vector<double> replayed, TrainLosses(world, config));
+      if (losses != replayed) verdict = Differs(absl::StrCat("a run with graphs of ", name));
+      // The last one is of an evaluation, over samples that a rank holds.
+      for (std::size_t i = 0; i + 1 < alone.size(); ++i) {
+        if (std::fabs(losses[i] - alone[i]) <= 1e-5 * alone[i]) continue;
+        verdict.Update(
+            absl::InternalError(absl::StrCat(name, ", step ", i + 1, ": loss ", losses[i], " on ",
+                                             world.size(), " GPUs, ", alone[i], " on one")));
+      }
+      STRETTO_RETURN_IF_ERROR(world.Agree("comparing", verdict));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status RunAll(World& world) {
   const Device device = Device::Cuda(world.info().local_rank);
   STRETTO_ASSIGN_OR_RETURN(const bool gpus, testing::EveryRankHasAGpu(world));
@@ -593,6 +672,7 @@ absl::Status RunAll(World& world) {
   STRETTO_RETURN_IF_ERROR(world.Agree("bytes", CheckBytes(world, device)));
   STRETTO_RETURN_IF_ERROR(world.Agree("alone", CheckAlone(device)));
   STRETTO_RETURN_IF_ERROR(world.Agree("trainer", CheckTrainer(world, scratch)));
+  STRETTO_RETURN_IF_ERROR(world.Agree("documents", CheckDocuments(world, scratch)));
   // Nobody removes the files that another rank still reads.
   return world.Barrier("end");
 }

@@ -156,6 +156,20 @@ absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeli
   return program;
 }
 
+bool EndsTogether(const Program& program, int pipeline) {
+  const auto last_of = [&](int p) {
+    for (size_t i = program.items.size(); i-- > 0;) {
+      const std::vector<int>& on = program.items[i].pipelines;
+      if (std::find(on.begin(), on.end(), p) != on.end()) return static_cast<int>(i);
+    }
+    return -1;
+  };
+  const int last = last_of(pipeline);
+  if (last < 0) return true;
+  const std::vector<int>& on = program.items[static_cast<size_t>(last)].pipelines;
+  return std::all_of(on.begin(), on.end(), [&](int p) { return last_of(p) == last; });
+}
+
 Program PipelineOf(const Program& program, int pipeline) {
   Program part = {.kind = program.kind,
                   .pipelines = 1,

@@ -25,14 +25,14 @@ double Seconds(std::chrono::steady_clock::time_point from,
 }  // namespace
 
 absl::Status Trainer::Impl::RunBatches(std::span<const PackedBatch> batches, bool training,
-                                       bool hooks, const Program* planned_step) {
+                                       bool hooks, const PlannedStep* planned) {
   for (size_t i = 0; i < stages.size(); ++i) {
-    const StagePlan& planned = plan.stages[i];
+    const StagePlan& of_stage = plan.stages[i];
     Stage& stage = stages[i];
     parts[i] = {
-        .graph = &planned.model.graph,
-        .actions = training ? &planned.train_actions : &planned.evaluation_actions,
-        .layout = training ? &planned.train_frame : &planned.evaluation_frame,
+        .graph = &of_stage.model.graph,
+        .actions = training ? &of_stage.train_actions : &of_stage.evaluation_actions,
+        .layout = training ? &of_stage.train_frame : &of_stage.evaluation_frame,
         .run = training ? &*stage.run : &*stage.evaluation_run,
         .parameters = hooks || zero() > 1 ? stage.dp.get() : nullptr,
         .local = !hooks,
@@ -40,6 +40,8 @@ absl::Status Trainer::Impl::RunBatches(std::span<const PackedBatch> batches, boo
   }
   STRETTO_RETURN_IF_ERROR(worker->Use(parts));
   worker->SetReplays(training && hooks && replays ? &*replays : nullptr);
+  // Gradients leave behind the last micro-batch, not in it.
+  const bool later = planned != nullptr && !EndsTogether(planned->program, dp_group.index);
   const auto run = [&](const RankProgram& program, size_t first, bool more) -> absl::Status {
     worker->SetBatches(program, batches, first, more);
     return executor->Run(program, *worker);
@@ -51,12 +53,11 @@ absl::Status Trainer::Impl::RunBatches(std::span<const PackedBatch> batches, boo
     return absl::InternalError(absl::StrCat("a step has ", batches.size(), " micro-batches, ",
                                             plan.micro_batches, " were planned"));
   }
-  if (plan.step.stages > 1 && planned_step != nullptr) {
-    const RankProgram program(*planned_step, pp_group.index);
+  if (plan.step.stages > 1 && planned != nullptr) {
+    const RankProgram program(PipelineOf(planned->program, dp_group.index), pp_group.index);
     // Of several stages on a rank one is done while others still have documents that this rank
-    // shares with some that have more to do on the first: gradients that left in between would
-    // stand in the way on one of them and not on the other.
-    return run(program, 0, /*more=*/stages.size() > 1);
+    // shares with some that have more to do on the first.
+    return run(program, 0, /*more=*/stages.size() > 1 || later);
   }
   if (plan.step.stages > 1) {
     if (all_alike) return run(*step_programs.front(), 0, false);
@@ -69,7 +70,7 @@ absl::Status Trainer::Impl::RunBatches(std::span<const PackedBatch> batches, boo
   // Without a pipeline one after the other.
   const size_t count = all_alike ? static_cast<size_t>(plan.micro_batches) : batches.size();
   for (size_t i = 0; i < count; ++i) {
-    STRETTO_RETURN_IF_ERROR(run(*step_programs.front(), i, i + 1 < count));
+    STRETTO_RETURN_IF_ERROR(run(*step_programs.front(), i, i + 1 < count || later));
   }
   return absl::OkStatus();
 }
@@ -228,12 +229,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
       for (const int64_t length : batch.ring.lengths) work.squared_lengths += length * length;
     }
   }
-  Program pipeline;
-  if (planned != nullptr && plan.step.stages > 1) {
-    pipeline = PipelineOf(planned->program, dp_group.index);
-  }
-  STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/true, /*hooks=*/true,
-                                     planned != nullptr ? &pipeline : nullptr));
+  STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/true, /*hooks=*/true, planned));
   // In the order in which backward completes stages, on all ranks alike.
   for (size_t s = stages.size(); s-- > 0;) {
     const TraceScope scope(recorder, {.stage = plan.stages[s].stage});

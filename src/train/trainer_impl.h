@@ -160,9 +160,9 @@ struct Trainer::Impl {
   // Forward and backward, or forward alone, of this rank's micro-batches, and as many empty ones as
   // others have more where they exchange something in each. Without `hooks` gradients stay here and
   // parameters must be complete; those that are not are whatever lies in their buffers.
-  // `program`: this pipeline's part of a step that was planned, else null.
+  // `planned`: the step of these batches, where documents are planned, else null.
   absl::Status RunBatches(std::span<const PackedBatch> batches, bool training, bool hooks,
-                          const Program* program = nullptr);
+                          const PlannedStep* planned = nullptr);
   // The table that the first and the last stage share: its gradients are summed where it is
   // updated, and the copy receives the new values.
   absl::Status SumTiedGradients();

@@ -77,6 +77,12 @@ absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeli
 // what its ranks do with them, in the same places of the one order.
 Program PipelineOf(const Program& program, int pipeline);
 
+// Whether the last item of a pipeline is the last one of all pipelines that share it (true without
+// items). Only then may what all pipelines do together at the end of a step, such as adding up
+// gradients, begin while that item still communicates: where operations of a rank run one after the
+// other, a pipeline with more to do would wait in the item for one that waits for it in the sum.
+bool EndsTogether(const Program& program, int pipeline);
+
 // The wrong way that the comment on MakeProgram tells of: each pipeline for itself. Tests show with
 // it that a hang is noticed.
 absl::StatusOr<Program> MakeProgramWithoutLevels(ScheduleKind kind, int pipelines,

@@ -24,6 +24,7 @@ namespace {
 constexpr int64_t kSmallestWarmUp = 256;                 // bytes
 constexpr int64_t kLargestWarmUp = 16 << 20;             // ... also taken from the device meanwhile
 constexpr auto kLook = std::chrono::milliseconds(250);   // between looks at the other ranks
+constexpr auto kUntilKnown = std::chrono::seconds(3);    // of a death, on all ranks
 constexpr auto kFarewell = std::chrono::seconds(10);     // for the end of a healthy communicator
 constexpr auto kLastKernels = std::chrono::seconds(10);  // ... of kernels that were aborted
 
@@ -104,7 +105,13 @@ absl::Status NcclComms::Apart(const char* what, Clock::time_point end,
 
 absl::Status NcclComms::Conclude(const std::string& phase, absl::Status mine) {
   // Who only noticed that another rank failed leaves it to that one to say why.
-  const bool noticed = absl::IsAborted(mine);
+  bool noticed = absl::IsAborted(mine);
+  // A rank that died breaks NCCL's connections before the control plane knows of its death.
+  const Clock::time_point end = Clock::now() + kUntilKnown;
+  while (!mine.ok() && !noticed && Clock::now() < end) {
+    noticed = OthersGaveUp();
+    if (!noticed) std::this_thread::sleep_for(kLook);
+  }
   if (!mine.ok() && !noticed) world_.store().Set(failed_key_, "1").IgnoreError();
   absl::Status agreed = world_.Agree(phase, noticed ? absl::OkStatus() : mine);
   if (agreed.ok()) agreed = mine;

@@ -65,7 +65,7 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   s.exposed_pipeline_ms = 0.5;
   s.exposed_world_ms = 0.25;
   const Json j = Json::parse(StepStatsJson(s, 1.5e9));
-  EXPECT_EQ(j.size(), 23u);
+  EXPECT_EQ(j.size(), 24u);
   EXPECT_EQ(j["step"], 12);
   EXPECT_EQ(j["loss"].get<double>(), 0.1 + 0.2);  // all digits: curves can be compared bit for bit
   EXPECT_EQ(j["grad_norm"].get<double>(), 1e-300);

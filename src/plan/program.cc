@@ -36,46 +36,11 @@ absl::Status CheckItem(int pipelines, size_t index, const PlanItem& item) {
 using Key = std::tuple<StageWork, int, int>;  // of a schedule's action
 Key KeyOf(const StageAction& a) { return {a.work, a.stage, a.micro_batch}; }
 
-// A place for each action of a schedule, such that every rank's own order and every dependency
-// between ranks is ascending: the order in which they run when each takes as long as any other, of
-// those that run at the same time the later stage first.
-std::map<Key, int64_t> PlacesOf(const Schedule& s) {
+std::map<Key, int64_t> PlacesOf(const Schedule& schedule) {
   std::map<Key, int64_t> places;
-  std::map<std::tuple<bool, int, int>, int64_t>
-      finished;  // forward or backward, stage, micro-batch
-  std::vector<std::tuple<int64_t, int, Key>> starts;
-  std::vector<size_t> next(s.of_rank.size(), 0);
-  std::vector<int64_t> now(s.of_rank.size(), 0);
-  const auto when = [&](bool forward, int stage, int m) -> int64_t {
-    const auto found = finished.find({forward, stage, m});
-    return found == finished.end() ? -1 : found->second;
-  };
-  for (bool moved = true; moved;) {
-    moved = false;
-    for (size_t rank = 0; rank < s.of_rank.size(); ++rank) {
-      for (; next[rank] < s.of_rank[rank].size(); ++next[rank]) {
-        const StageAction& a = s.of_rank[rank][next[rank]];
-        const bool forward = a.work == StageWork::kForward;
-        int64_t ready = 0;
-        if (forward && a.stage > 0) ready = when(true, a.stage - 1, a.micro_batch);
-        if (a.work == StageWork::kBackward || a.work == StageWork::kBackwardInput) {
-          if (a.stage + 1 < s.stages) ready = when(false, a.stage + 1, a.micro_batch);
-        }
-        if (ready < 0) break;
-        const int64_t start = std::max(now[rank], ready);
-        starts.emplace_back(start, -a.stage, KeyOf(a));
-        now[rank] = start + 1;
-        if (a.work != StageWork::kBackwardWeight) {
-          finished[{forward, a.stage, a.micro_batch}] = start + 1;
-        }
-        moved = true;
-      }
-    }
-  }
-  std::sort(starts.begin(), starts.end());
-  for (const auto& [start, stage, key] : starts) {
+  for (const StageAction& a : OneOrder(schedule)) {
     const auto place = static_cast<int64_t>(places.size());
-    places.emplace(key, place);
+    places.emplace(KeyOf(a), place);
   }
   return places;
 }

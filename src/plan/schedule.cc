@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <deque>
 #include <iterator>
+#include <tuple>
 
 #include "absl/strings/str_cat.h"
 
@@ -331,6 +332,54 @@ absl::Status CheckSchedule(const Schedule& s) {
     }
   }
   return absl::OkStatus();
+}
+
+std::vector<StageAction> OneOrder(const Schedule& s) {
+  // When forward and backward of a micro-batch are over, by stage.
+  const auto place = [&](bool forward, int stage, int micro_batch) {
+    return 2 * (static_cast<size_t>(stage) * static_cast<size_t>(s.micro_batches) +
+                static_cast<size_t>(micro_batch)) +
+           (forward ? 1 : 0);
+  };
+  std::vector<int64_t> finished(
+      2 * static_cast<size_t>(s.stages) * static_cast<size_t>(s.micro_batches), -1);
+  struct Start {
+    int64_t at = 0;
+    StageAction action;
+  };
+  std::vector<Start> starts;
+  std::vector<size_t> next(s.of_rank.size(), 0);
+  std::vector<int64_t> now(s.of_rank.size(), 0);
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (size_t rank = 0; rank < s.of_rank.size(); ++rank) {
+      for (; next[rank] < s.of_rank[rank].size(); ++next[rank]) {
+        const StageAction& a = s.of_rank[rank][next[rank]];
+        const bool forward = a.work == StageWork::kForward;
+        int64_t ready = 0;
+        if (forward && a.stage > 0) ready = finished[place(true, a.stage - 1, a.micro_batch)];
+        if (a.work == StageWork::kBackward || a.work == StageWork::kBackwardInput) {
+          if (a.stage + 1 < s.stages) ready = finished[place(false, a.stage + 1, a.micro_batch)];
+        }
+        if (ready < 0) break;
+        const int64_t start = std::max(now[rank], ready);
+        starts.push_back({start, a});
+        now[rank] = start + 1;
+        if (a.work != StageWork::kBackwardWeight) {
+          finished[place(forward, a.stage, a.micro_batch)] = start + 1;
+        }
+        moved = true;
+      }
+    }
+  }
+  const auto key = [](const Start& x) {
+    return std::tuple(x.at, -x.action.stage, x.action.work, x.action.micro_batch);
+  };
+  std::sort(starts.begin(), starts.end(),
+            [&](const Start& a, const Start& b) { return key(a) < key(b); });
+  std::vector<StageAction> order;
+  for (const Start& start : starts) order.push_back(start.action);
+  return order;
 }
 
 std::vector<int> FramesInFlight(const Schedule& s) {

@@ -4,6 +4,7 @@
 #include <limits>
 #include <numeric>
 #include <queue>
+#include <tuple>
 #include <utility>
 
 namespace stretto {
@@ -20,7 +21,7 @@ struct Document {
   int64_t nanoseconds = 0;  // on these
 };
 
-// The largest of `width` neighbours, for all windows, each when it is complete.
+// The largest of so many neighbours, for all windows, each when it is complete.
 class WindowMaximum {
  public:
   explicit WindowMaximum(size_t size) : queue_(size) {}
@@ -28,15 +29,19 @@ class WindowMaximum {
     width_ = width;
     first_ = end_ = 0;
   }
-  int64_t Push(const std::vector<int64_t>& values, int at) {
-    while (end_ > first_ && values[Index(queue_[end_ - 1])] <= values[Index(at)]) --end_;
-    queue_[end_++] = at;
-    if (queue_[first_] <= at - width_) ++first_;
-    return values[Index(queue_[first_])];
+  int64_t Push(int64_t value, int at) {
+    while (end_ > first_ && queue_[end_ - 1].value <= value) --end_;
+    queue_[end_++] = {value, at};
+    if (queue_[first_].at <= at - width_) ++first_;
+    return queue_[first_].value;
   }
 
  private:
-  std::vector<int> queue_;
+  struct Entry {
+    int64_t value = 0;
+    int at = 0;
+  };
+  std::vector<Entry> queue_;
   size_t first_ = 0, end_ = 0;
   int width_ = 1;
 };
@@ -72,6 +77,17 @@ struct Slot {
   }
 };
 
+// How one attempt at a plan goes about it. Times are nanoseconds.
+struct Attempt {
+  int64_t longest = kNever;  // documents get ranks until they take no longer
+  // A ring goes where it leaves least time until then, as things are packed into boxes; where it
+  // would end later everywhere, and with 0, to those that end first.
+  int64_t full = 0;
+  bool widest_first = false;  // rings of most ranks first, else those that last longest
+  // A ring is given only to pipelines that have had as many micro-batches.
+  bool same_level = false;
+};
+
 class Balancer {
  public:
   Balancer(const SequencePlanOptions& options, const SequenceClock& clock)
@@ -79,58 +95,25 @@ class Balancer {
         clock_(clock),
         // What the longest micro-batch of a pipeline costs in its other stages.
         more_stages_(options.method == SequenceMethod::kBalancedPipelines ? options.stages - 1 : 0),
-        ends_(Index(options.pipelines), 0),
-        longest_(Index(options.pipelines), 0),
-        ends_maximum_(ends_.size()),
-        longest_maximum_(ends_.size()) {}
+        pipelines_(Index(options.pipelines)),
+        ends_(pipelines_.size()),
+        longest_(pipelines_.size()),
+        levels_(pipelines_.size()),
+        minus_levels_(pipelines_.size()) {}
 
-  // `documents`, the longest first. Those that would take longer than `target` get more ranks.
-  void Run(const std::vector<Document>& documents, int64_t target) {
-    std::vector<PlacedItem> rings;
-    std::vector<const Document*> short_ones;
-    for (const Document& d : documents) {
-      const auto [ranks, time] = RanksWithin(d, target);
-      if (ranks == 1 && d.length <= o_.capacity) {
-        short_ones.push_back(&d);
-      } else {
-        rings.push_back({.documents = {d.index},
-                         .load = d.load,
-                         .ranks = static_cast<int>(ranks),
-                         .nanoseconds = time});
-      }
-    }
-    std::stable_sort(rings.begin(), rings.end(), [](const PlacedItem& a, const PlacedItem& b) {
-      return a.nanoseconds > b.nanoseconds;
-    });
-    for (PlacedItem& ring : rings) PlaceRing(ring);
-    Fill(short_ones);
-    std::stable_sort(items_.begin(), items_.end(), [](const PlacedItem& a, const PlacedItem& b) {
-      return std::pair(a.start, a.first) < std::pair(b.start, b.first);
-    });
-    for (size_t p = 0; p < ends_.size(); ++p) {
-      makespan_ = std::max(makespan_, ends_[p] + more_stages_ * longest_[p]);
-    }
-  }
-
-  int64_t makespan() const { return makespan_; }
-  std::vector<PlacedItem>& items() { return items_; }
-
- private:
-  int64_t Time(const Load& load, int64_t ranks) const {
-    return clock_.Both(load, ranks, ranks > o_.pipelines_per_machine);
-  }
-
-  // The fewest ranks that are done within the target, or those that are done first.
-  std::pair<int64_t, int64_t> RanksWithin(const Document& d, int64_t target) const {
+  // The fewest ranks that are done within `longest`, or those that are done first; and when.
+  std::pair<int64_t, int64_t> RanksWithin(const Document& d, int64_t longest) const {
     std::pair<int64_t, int64_t> best = {d.ranks, d.nanoseconds};
-    if (d.nanoseconds <= target) return best;
-    int64_t ranks = std::max(d.ranks + 1, d.nanoseconds / target * d.ranks);
-    for (; ranks <= std::min<int64_t>(o_.pipelines, d.length); ++ranks) {
+    if (d.nanoseconds <= longest) return best;
+    const int64_t most = std::min<int64_t>(o_.pipelines, d.length);
+    // Time falls at most as ranks grow, so fewer would not do.
+    int64_t ranks = std::max(d.ranks + 1, d.nanoseconds / longest * d.ranks);
+    for (; ranks <= most; ++ranks) {
       const int64_t time = Time(d.load, ranks);
       if (time < best.second) best = {ranks, time};
-      if (time <= target) break;
-      // No use to count up where the target is far away.
-      ranks = std::max(ranks, std::min<int64_t>(o_.pipelines - 1, ranks * time / target / 2));
+      if (time <= longest) break;
+      // No use to count up where the aim is far away.
+      ranks = std::max(ranks, std::min(most - 1, ranks * time / longest / 2));
     }
     // Rounding must not give a rank more than it has room for.
     const int64_t part = SequenceRoom::LargestPart(d.length, d.ranks);
@@ -142,45 +125,104 @@ class Balancer {
     return best;
   }
 
-  void PlaceRing(PlacedItem& ring) {
-    ends_maximum_.Start(ring.ranks);
-    longest_maximum_.Start(ring.ranks);
+  // `documents`, the longest first. False: this way does not lead to a plan.
+  bool Run(const std::vector<Document>& documents, const Attempt& attempt) {
+    attempt_ = attempt;
+    std::vector<PlacedItem> rings;
+    std::vector<const Document*> short_ones;
+    for (const Document& d : documents) {
+      const auto [ranks, time] = RanksWithin(d, attempt.longest);
+      if (ranks == 1 && d.length <= o_.capacity) {
+        short_ones.push_back(&d);
+      } else {
+        rings.push_back({.documents = {d.index},
+                         .load = d.load,
+                         .ranks = static_cast<int>(ranks),
+                         .nanoseconds = time});
+      }
+    }
+    std::stable_sort(rings.begin(), rings.end(), [&](const PlacedItem& a, const PlacedItem& b) {
+      if (attempt.widest_first && a.ranks != b.ranks) return a.ranks > b.ranks;
+      return a.nanoseconds > b.nanoseconds;
+    });
+    for (PlacedItem& ring : rings) {
+      if (!Place(ring)) return false;
+    }
+    Fill(short_ones);
+    std::stable_sort(items_.begin(), items_.end(), [](const PlacedItem& a, const PlacedItem& b) {
+      return std::pair(a.start, a.first) < std::pair(b.start, b.first);
+    });
+    return true;
+  }
+
+  std::vector<PlacedItem>& items() { return items_; }
+
+ private:
+  struct Pipeline {
+    int64_t end = 0, longest = 0, levels = 0;
+  };
+
+  int64_t Time(const Load& load, int64_t ranks) const {
+    return clock_.Both(load, ranks, ranks > o_.pipelines_per_machine);
+  }
+
+  // Gives a ring to neighbours.
+  bool Place(PlacedItem& ring) {
+    for (WindowMaximum* window : {&ends_, &longest_, &levels_, &minus_levels_}) {
+      window->Start(ring.ranks);
+    }
     const int machine = o_.pipelines_per_machine;
     const int64_t near = clock_.Both(ring.load, ring.ranks, false);
     const int64_t far = clock_.Both(ring.load, ring.ranks, true);
-    // Best of all windows: done first; then with least that waits; then within machines.
-    struct Window {
-      int64_t done = kNever, waits = 0;
-      bool cut = false;
-      int first = 0;
-      int64_t start = 0, time = 0;
-    } best;
-    int64_t sum = 0;
+    // The least wins: first whether it is late; then how it fills time, or when it ends; last
+    // whether it lies across machines without need.
+    using Order = std::tuple<bool, int64_t, int64_t, bool>;
+    Order least = {true, kNever, 0, false};
+    int64_t sum = 0, best_time = 0;
     for (int last = 0; last < o_.pipelines; ++last) {
-      const int64_t start = ends_maximum_.Push(ends_, last);
-      const int64_t longest = longest_maximum_.Push(longest_, last);
-      sum += ends_[Index(last)];
+      const Pipeline& newest = pipelines_[Index(last)];
+      const int64_t start = ends_.Push(newest.end, last);
+      const int64_t longest = longest_.Push(newest.longest, last);
+      sum += newest.end;
       const int first = last - ring.ranks + 1;
+      if (attempt_.same_level) {
+        const int64_t most = levels_.Push(newest.levels, last);
+        const int64_t minus_least = minus_levels_.Push(-newest.levels, last);
+        if (first >= 0 && most != -minus_least) {
+          sum -= pipelines_[Index(first)].end;
+          continue;
+        }
+      }
       if (first < 0) continue;
+      const int64_t waits = start * ring.ranks - sum;
+      sum -= pipelines_[Index(first)].end;
       const bool over = first / machine != last / machine;
       const int64_t time = over ? far : near;
       const int64_t done = start + time + more_stages_ * std::max(longest, time);
-      const int64_t waits = start * ring.ranks - sum;
       const bool cut = ring.ranks <= machine ? over : first % machine != 0;
-      if (std::tuple(done, waits, cut) < std::tuple(best.done, best.waits, best.cut)) {
-        best = {done, waits, cut, first, start, time};
+      const Order order =
+          done <= attempt_.full ? Order(false, waits, -done, cut) : Order(true, done, waits, cut);
+      if (order < least) {
+        least = order;
+        ring.first = first;
+        ring.start = start;
+        best_time = time;
       }
-      sum -= ends_[Index(first)];
     }
-    ring.first = best.first;
-    ring.start = best.start;
+    if (std::get<1>(least) == kNever) return false;
     for (int p = ring.first; p < ring.first + ring.ranks; ++p) {
-      const int64_t gap = best.start - ends_[Index(p)];
-      if (gap > 0) slots_.push_back({.pipeline = p, .start = ends_[Index(p)], .room = gap});
-      ends_[Index(p)] = best.start + best.time;
-      longest_[Index(p)] = std::max(longest_[Index(p)], best.time);
+      Pipeline& own = pipelines_[Index(p)];
+      const int64_t gap = ring.start - own.end;
+      // What is put into a gap is a level more.
+      if (gap > 0 && !attempt_.same_level) {
+        slots_.push_back({.pipeline = p, .start = own.end, .room = gap});
+      }
+      own.end = ring.start + best_time;
+      own.longest = std::max(own.longest, best_time);
+      ++own.levels;
     }
     items_.push_back(std::move(ring));
+    return true;
   }
 
   // Short documents, the longest first: into the time that pipelines would wait for a ring, or to
@@ -191,13 +233,17 @@ class Balancer {
     for (size_t s = 0; s < slots_.size(); ++s) {
       gaps.emplace(slots_[s].room, -static_cast<int64_t>(s));
     }
-    std::vector<Slot> last(ends_.size());
+    std::vector<Slot> last(pipelines_.size());
     // The earliest end first.
     std::priority_queue<std::pair<int64_t, int64_t>> ends;  // -end, -pipeline
-    for (size_t p = 0; p < ends_.size(); ++p) {
+    const auto key = [&](size_t p) {
+      const Pipeline& own = pipelines_[p];
+      return std::pair(-(own.end + more_stages_ * own.longest), -static_cast<int64_t>(p));
+    };
+    for (size_t p = 0; p < pipelines_.size(); ++p) {
       last[p].pipeline = static_cast<int>(p);
-      last[p].start = ends_[p];
-      ends.emplace(-(ends_[p] + more_stages_ * longest_[p]), -static_cast<int64_t>(p));
+      last[p].start = pipelines_[p].end;
+      ends.push(key(p));
     }
     for (const Document* d : documents) {
       const int64_t time = d->nanoseconds - fixed;
@@ -214,9 +260,9 @@ class Balancer {
       const auto p = Index(-ends.top().second);
       ends.pop();
       Slot::Bin* bin = last[p].Find(d->length);
-      ends_[p] += time + (bin == nullptr ? fixed : 0);
+      pipelines_[p].end += time + (bin == nullptr ? fixed : 0);
       last[p].Add(bin, *d, o_.capacity);
-      ends.emplace(-(ends_[p] + more_stages_ * longest_[p]), -static_cast<int64_t>(p));
+      ends.push(key(p));
     }
     for (Slot& slot : slots_) Close(slot);
     for (Slot& slot : last) Close(slot);
@@ -245,19 +291,17 @@ class Balancer {
   const SequencePlanOptions& o_;
   const SequenceClock& clock_;
   const int64_t more_stages_;
-  std::vector<int64_t> ends_, longest_;  // by pipeline
-  WindowMaximum ends_maximum_, longest_maximum_;
+  Attempt attempt_;
+  std::vector<Pipeline> pipelines_;
+  WindowMaximum ends_, longest_, levels_, minus_levels_;
   std::vector<Slot> slots_;
   std::vector<PlacedItem> items_;
-  int64_t makespan_ = 0;
 };
 
-}  // namespace
-
-std::vector<PlacedItem> PlaceBalanced(const std::vector<int64_t>& lengths,
-                                      const SequencePlanOptions& options,
-                                      const SequenceClock& clock, const SequenceRoom& room,
-                                      int64_t lower_bound) {
+// The longest first.
+std::vector<Document> DocumentsOf(const std::vector<int64_t>& lengths,
+                                  const SequencePlanOptions& options, const SequenceClock& clock,
+                                  const SequenceRoom& room) {
   std::vector<Document> documents;
   for (size_t d = 0; d < lengths.size(); ++d) {
     Document document = {.index = static_cast<int64_t>(d),
@@ -270,18 +314,105 @@ std::vector<PlacedItem> PlaceBalanced(const std::vector<int64_t>& lengths,
   }
   std::stable_sort(documents.begin(), documents.end(),
                    [](const Document& a, const Document& b) { return a.length > b.length; });
-  // No document should take longer than a part of the step. Smaller parts are easier to spread, but
-  // rings of more ranks send more: the shortest step tells.
+  return documents;
+}
+
+}  // namespace
+
+// Of no plan in which each document of more than one rank has a ring of its own.
+int64_t BoundOfPlans(const std::vector<int64_t>& lengths, const SequencePlanOptions& options,
+                     const SequenceClock& clock, const SequenceRoom& room) {
+  const std::vector<Document> documents = DocumentsOf(lengths, options, clock, room);
+  if (documents.empty()) return 0;
+  const Balancer balancer(options, clock);
+  // Whether all documents could be done: each with the fewest ranks that come through all stages in
+  // that time (more would only send more), and all of them spread evenly.
+  const auto may_be = [&](int64_t time) {
+    int64_t sum = 0, short_tokens = 0;
+    for (const Document& d : documents) {
+      const auto [ranks, on_each] = balancer.RanksWithin(d, time / options.stages);
+      if (on_each > time / options.stages) return false;
+      sum += ranks * on_each;
+      if (ranks == 1) {
+        sum -= clock.fixed();
+        short_tokens += d.length;
+      }
+    }
+    // As few micro-batches as there can be.
+    sum += clock.fixed() * ((short_tokens + room.most_tokens() - 1) / room.most_tokens());
+    return sum / options.pipelines <= time;
+  };
+  int64_t low = 0, high = options.stages;
+  while (!may_be(high)) {
+    low = high;
+    high *= 2;
+  }
+  while (high - low > high / 2048) {
+    const int64_t middle = low + (high - low) / 2;
+    (may_be(middle) ? high : low) = middle;
+  }
+  return low;
+}
+
+std::vector<PlacedItem> PlaceBalanced(const std::vector<int64_t>& lengths,
+                                      const SequencePlanOptions& options,
+                                      const SequenceClock& clock, const SequenceRoom& room,
+                                      int64_t lower_bound) {
+  const std::vector<Document> documents = DocumentsOf(lengths, options, clock, room);
   std::vector<PlacedItem> best;
-  int64_t best_makespan = kNever;
-  for (const int part : {1, 2, 4, 8}) {
-    const int64_t target =
-        std::max<int64_t>(1, lower_bound / part / (part == 1 ? 1 : options.stages));
+  int64_t shortest = kNever;
+  // How long documents may be and what counts as full, in percent of the bound.
+  const auto attempt = [&](int64_t longest, int64_t full, bool widest_first, bool same_level) {
+    const auto part = [&](int64_t percent) {
+      return lower_bound / 100 * percent + lower_bound % 100 * percent / 100;
+    };
     Balancer balancer(options, clock);
-    balancer.Run(documents, target);
-    if (balancer.makespan() < best_makespan) {
-      best_makespan = balancer.makespan();
-      best = std::move(balancer.items());
+    if (!balancer.Run(documents, {.longest = std::max<int64_t>(1, part(longest) / options.stages),
+                                  .full = part(full),
+                                  .widest_first = widest_first,
+                                  .same_level = same_level})) {
+      return;
+    }
+    const int64_t makespan = MakespanOf(balancer.items(), options, clock);
+    if (makespan >= shortest) return;
+    shortest = makespan;
+    best = std::move(balancer.items());
+  };
+  const auto good = [&] { return shortest <= lower_bound + lower_bound / 200; };
+  // Shorter documents are easier to spread, but their rings send more; wide rings first leave no
+  // holes between them, long ones first leave little at the end. Nothing is best for all batches:
+  // these few come within a percent of a hundred and more.
+  struct Way {
+    int64_t longest, full;
+    bool widest_first, same_level;
+  };
+  constexpr Way kOneStage[] = {{100, 100, true, false},
+                               {100, 0, false, false},
+                               {100, 100, false, false},
+                               {25, 100, true, false},
+                               {6, 100, false, false}};
+  constexpr Way kStages[] = {{76, 102, true, true},  {65, 130, true, false}, {75, 100, false, true},
+                             {15, 120, true, false}, {65, 130, true, true},  {35, 100, true, true},
+                             {70, 140, false, true}, {38, 110, true, true},  {70, 140, true, false},
+                             {75, 100, true, false}, {100, 0, false, false}};
+  if (options.stages > 1 && options.method == SequenceMethod::kBalancedPipelines) {
+    for (const Way& w : kStages) {
+      if (!good()) attempt(w.longest, w.full, w.widest_first, w.same_level);
+    }
+  } else {
+    for (const Way& w : kOneStage) {
+      if (!good()) attempt(w.longest, w.full, w.widest_first, w.same_level);
+    }
+    // What is full only a little later may hold what did not fit.
+    const int64_t base = std::max<int64_t>(1, lower_bound / 100);
+    int64_t low = 100, high = shortest / base;
+    while (!good() && high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      const int64_t before = shortest;
+      // So many of the longest after each other.
+      for (const int in_turn : {1, 2, 4}) attempt(middle / in_turn, middle, true, false);
+      attempt(middle, middle, false, false);
+      (shortest < before ? high : low) = middle;
     }
   }
   for (PlacedItem& item : best) {

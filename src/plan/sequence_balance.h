@@ -55,6 +55,15 @@ bool OverNetwork(const SequencePlanOptions& options, int first, int64_t ranks);
 std::vector<std::vector<int64_t>> PackBestFit(const std::vector<int64_t>& lengths,
                                               std::vector<int64_t> which, int64_t capacity);
 
+// Nanoseconds of items in this order, as the executor runs them: 1F1B over their levels, where a
+// ring starts when all its ranks have come to it.
+int64_t MakespanOf(const std::vector<PlacedItem>& items, const SequencePlanOptions& options,
+                   const SequenceClock& clock);
+
+// No plan takes less, in nanoseconds (SequencePlan::lower_bound).
+int64_t BoundOfPlans(const std::vector<int64_t>& lengths, const SequencePlanOptions& options,
+                     const SequenceClock& clock, const SequenceRoom& room);
+
 // With kBalanced and kBalancedPipelines, in the order of the step. `lower_bound` in nanoseconds.
 std::vector<PlacedItem> PlaceBalanced(const std::vector<int64_t>& lengths,
                                       const SequencePlanOptions& options,

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <limits>
 #include <map>
 #include <numeric>
 #include <utility>
@@ -174,51 +173,17 @@ std::vector<PlacedItem> PlaceDynamic(const std::vector<int64_t>& lengths,
   return items;
 }
 
-// Of the whole batch, in nanoseconds.
-int64_t LowerBound(const std::vector<int64_t>& lengths, const SequencePlanOptions& o,
-                   const SequenceClock& clock, const SequenceRoom& room) {
-  SequenceClock::Load all;
-  int64_t longest = 0;
-  for (const int64_t length : lengths) {
-    const auto load = SequenceClock::LoadOf(length);
-    all.tokens += load.tokens;
-    all.pairs += load.pairs;
-    longest = std::max(longest, length);
-  }
-  if (longest == 0) return 0;
-  // With as few micro-batches as there can be, and nothing sent.
-  const int64_t parts = (all.tokens + room.most_tokens() - 1) / room.most_tokens();
-  const int64_t sum = clock.Both(all, 1, false) + (parts - 1) * clock.fixed();
-  const auto load = SequenceClock::LoadOf(longest);
-  int64_t alone = std::numeric_limits<int64_t>::max();
-  for (int64_t ranks = room.FewestRanks(longest); ranks <= o.pipelines; ++ranks) {
-    alone = std::min(alone, clock.Both(load, ranks, ranks > o.pipelines_per_machine));
-  }
-  return std::max((sum + o.pipelines - 1) / o.pipelines, alone * o.stages);
-}
-
-// Runs the items in their order, each when all its pipelines are free.
-void Estimate(const std::vector<PlacedItem>& placed, SequencePlan* plan) {
-  const auto pipelines = Index(plan->options.pipelines);
-  std::vector<int64_t> busy(pipelines, 0), end(pipelines, 0), longest(pipelines, 0);
+void AddTimes(const std::vector<PlacedItem>& placed, SequencePlan* plan) {
+  std::vector<int64_t> busy(Index(plan->options.pipelines), 0);
   for (size_t i = 0; i < placed.size(); ++i) {
-    const int64_t time = placed[i].nanoseconds;
-    int64_t start = 0;
-    for (const int p : plan->items[i].pipelines) start = std::max(start, end[Index(p)]);
-    for (const int p : plan->items[i].pipelines) {
-      end[Index(p)] = start + time;
-      busy[Index(p)] += time;
-      longest[Index(p)] = std::max(longest[Index(p)], time);
-    }
+    for (const int p : plan->items[i].pipelines) busy[Index(p)] += placed[i].nanoseconds;
   }
-  int64_t makespan = 0, sum = 0;
-  for (size_t p = 0; p < pipelines; ++p) {
-    makespan = std::max(makespan, end[p] + (plan->options.stages - 1) * longest[p]);
-    sum += busy[p];
-    plan->pipeline_seconds.push_back(kNano * static_cast<double>(busy[p]));
+  int64_t sum = 0;
+  for (const int64_t time : busy) {
+    sum += time;
+    plan->pipeline_seconds.push_back(kNano * static_cast<double>(time));
   }
-  plan->makespan = kNano * static_cast<double>(makespan);
-  plan->mean = kNano * static_cast<double>(sum) / static_cast<double>(pipelines);
+  plan->mean = kNano * static_cast<double>(sum) / static_cast<double>(busy.size());
 }
 
 int MostPeers(const SequencePlan& plan) {
@@ -329,7 +294,7 @@ absl::StatusOr<SequencePlan> PlanSequences(const std::vector<int64_t>& lengths,
     }
   }
   SequencePlan plan = {.options = options};
-  const int64_t bound = LowerBound(lengths, options, clock, room);
+  const int64_t bound = BoundOfPlans(lengths, options, clock, room);
   plan.lower_bound = kNano * static_cast<double>(bound);
   std::vector<PlacedItem> placed;
   switch (options.method) {
@@ -365,7 +330,8 @@ absl::StatusOr<SequencePlan> PlanSequences(const std::vector<int64_t>& lengths,
   }
   STRETTO_RETURN_IF_ERROR(AssignLevels(options.pipelines, &plan.items));
   for (const PlanItem& item : plan.items) plan.levels = std::max(plan.levels, item.level + 1);
-  Estimate(placed, &plan);
+  AddTimes(placed, &plan);
+  plan.makespan = kNano * static_cast<double>(MakespanOf(placed, options, clock));
   plan.max_peers = MostPeers(plan);
   return plan;
 }

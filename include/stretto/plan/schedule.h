@@ -63,6 +63,11 @@ absl::StatusOr<Schedule> MakeSchedule(ScheduleKind kind, int ranks, int chunks, 
 // is named.
 absl::Status CheckSchedule(const Schedule& schedule);
 
+// All actions of a schedule that CheckSchedule accepts in one order, in which every rank's own
+// order and every dependency between ranks is ascending: that in which they run when each takes as
+// long as any other, of those that run at the same time the later stage first.
+std::vector<StageAction> OneOrder(const Schedule& schedule);
+
 // The most micro-batches of one stage whose activations a rank holds at the same time, by stage:
 // from the start of forward to the end of the last backward half.
 std::vector<int> FramesInFlight(const Schedule& schedule);

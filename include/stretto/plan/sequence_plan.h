@@ -52,15 +52,16 @@ struct SequencePlan {
   std::vector<PlanItem> items;
   std::vector<double> item_seconds;  // of forward and backward in one stage, on each rank of it
 
-  // By pipeline: what its items take, without waiting.
+  // By pipeline: what its items take in one stage, without waiting.
   std::vector<double> pipeline_seconds;
-  // Until the last pipeline is done. With several stages it is that of a flow shop whose stages are
-  // alike: in each pipeline the sum of its items and, for the other stages, the longest one again.
+  // Until the last rank is done, when they run as the executor does: 1F1B over levels. Of the
+  // program's actions, without what comes once a step.
   double makespan = 0;
   // Of pipeline_seconds.
   double mean = 0;
-  // No plan of this batch is shorter: the computation of all documents spread evenly, with nothing
-  // sent; or the longest document on as many ranks as help it, through all stages.
+  // No plan of this batch in which each document of several ranks has a ring of its own is shorter:
+  // each document has to come through all stages, on as many ranks as that takes, and all of them
+  // together have no more than all ranks' time.
   double lower_bound = 0;
 
   int levels = 0;

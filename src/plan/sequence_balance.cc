@@ -298,19 +298,23 @@ class Balancer {
   std::vector<PlacedItem> items_;
 };
 
+Document DocumentOf(int64_t index, int64_t length, const SequencePlanOptions& options,
+                    const SequenceClock& clock, const SequenceRoom& room) {
+  Document d = {.index = index,
+                .length = length,
+                .load = SequenceClock::LoadOf(length),
+                .ranks = room.FewestRanks(length)};
+  d.nanoseconds = clock.Both(d.load, d.ranks, d.ranks > options.pipelines_per_machine);
+  return d;
+}
+
 // The longest first.
 std::vector<Document> DocumentsOf(const std::vector<int64_t>& lengths,
                                   const SequencePlanOptions& options, const SequenceClock& clock,
                                   const SequenceRoom& room) {
   std::vector<Document> documents;
   for (size_t d = 0; d < lengths.size(); ++d) {
-    Document document = {.index = static_cast<int64_t>(d),
-                         .length = lengths[d],
-                         .load = SequenceClock::LoadOf(lengths[d]),
-                         .ranks = room.FewestRanks(lengths[d])};
-    document.nanoseconds =
-        clock.Both(document.load, document.ranks, document.ranks > options.pipelines_per_machine);
-    documents.push_back(document);
+    documents.push_back(DocumentOf(static_cast<int64_t>(d), lengths[d], options, clock, room));
   }
   std::stable_sort(documents.begin(), documents.end(),
                    [](const Document& a, const Document& b) { return a.length > b.length; });
@@ -319,7 +323,13 @@ std::vector<Document> DocumentsOf(const std::vector<int64_t>& lengths,
 
 }  // namespace
 
-// Of no plan in which each document of more than one rank has a ring of its own.
+int64_t RanksWithin(int64_t length, int64_t longest, const SequencePlanOptions& options,
+                    const SequenceClock& clock, const SequenceRoom& room) {
+  return Balancer(options, clock)
+      .RanksWithin(DocumentOf(0, length, options, clock, room), longest)
+      .first;
+}
+
 int64_t BoundOfPlans(const std::vector<int64_t>& lengths, const SequencePlanOptions& options,
                      const SequenceClock& clock, const SequenceRoom& room) {
   const std::vector<Document> documents = DocumentsOf(lengths, options, clock, room);

@@ -47,6 +47,11 @@ class SequenceRoom {
   std::vector<int64_t> most_tokens_;  // of a rank, by offload ratio
 };
 
+// The fewest ranks that have room for the document and are done within `longest` nanoseconds in one
+// stage, or those that are done first.
+int64_t RanksWithin(int64_t length, int64_t longest, const SequencePlanOptions& options,
+                    const SequenceClock& clock, const SequenceRoom& room);
+
 // Whether a ring reaches over machines.
 bool OverNetwork(const SequencePlanOptions& options, int first, int64_t ranks);
 

@@ -144,18 +144,21 @@ std::vector<PlacedItem> PlaceStatic(const std::vector<int64_t>& lengths,
 }
 
 std::vector<PlacedItem> PlaceDynamic(const std::vector<int64_t>& lengths,
-                                     const SequencePlanOptions& o, const SequenceRoom& room) {
+                                     const SequencePlanOptions& o, const SequenceClock& clock,
+                                     const SequenceRoom& room, int64_t bound) {
+  const int64_t longest = std::max<int64_t>(1, bound / o.stages);
   std::vector<PlacedItem> items;
   std::vector<int64_t> short_ones;
   for (size_t d = 0; d < lengths.size(); ++d) {
     const auto document = static_cast<int64_t>(d);
-    const int64_t ranks = room.FewestRanks(lengths[d]);
+    const int64_t ranks = o.ranks_from_memory ? room.FewestRanks(lengths[d])
+                                              : RanksWithin(lengths[d], longest, o, clock, room);
     if (ranks == 1 && lengths[d] <= o.capacity) {
       short_ones.push_back(document);
     } else {
       items.push_back({.documents = {document},
                        .ranks = static_cast<int>(ranks),
-                       .offload = room.Offload(lengths[d], ranks)});
+                       .offload = std::max(0, room.Offload(lengths[d], ranks))});
     }
   }
   for (std::vector<int64_t>& pack : PackBestFit(lengths, std::move(short_ones), o.capacity)) {
@@ -302,7 +305,7 @@ absl::StatusOr<SequencePlan> PlanSequences(const std::vector<int64_t>& lengths,
       placed = PlaceStatic(lengths, options);
       break;
     case SequenceMethod::kDynamic:
-      placed = PlaceDynamic(lengths, options, room);
+      placed = PlaceDynamic(lengths, options, clock, room, bound);
       break;
     case SequenceMethod::kBalanced:
     case SequenceMethod::kBalancedPipelines:

@@ -54,9 +54,8 @@ double SequenceSimulation::mean() const {
 absl::StatusOr<SequenceSimulation> SimulateSequences(const SequencePlan& plan) {
   const SequencePlanOptions& o = plan.options;
   SequenceSimulation simulation;
-  STRETTO_ASSIGN_OR_RETURN(
-      simulation.program,
-      MakeProgram(ScheduleKind::kOneF1B, o.pipelines, o.stages, /*chunks=*/1, plan.items));
+  STRETTO_ASSIGN_OR_RETURN(simulation.program, MakeProgram(ScheduleKind::kOneF1B, o.pipelines,
+                                                           o.stages, /*chunks=*/1, plan.items));
   SequenceTimes times(plan);
   STRETTO_ASSIGN_OR_RETURN(simulation.timeline, Simulate(simulation.program, times));
   return simulation;
@@ -103,7 +102,8 @@ std::string DrawSequences(const SequenceSimulation& simulation, const std::strin
       "font-family=\"sans-serif\" font-size=\"12\">\n"
       "<rect width=\"100%%\" height=\"100%%\" fill=\"#ffffff\"/>\n"
       "<text x=\"%.0f\" y=\"18\">%s: %.4g s, simulated</text>\n"
-      "<rect x=\"%.0f\" y=\"%.0f\" width=\"%.0f\" height=\"%.0f\" fill=\"none\" stroke=\"#999\"/>\n",
+      "<rect x=\"%.0f\" y=\"%.0f\" width=\"%.0f\" height=\"%.0f\" fill=\"none\" "
+      "stroke=\"#999\"/>\n",
       kWidth + 2 * kLeft, kTop + kHeight + 30, kLeft, title, seconds, kLeft, kTop, kWidth, kHeight);
   for (int r = 0; r < rows; ++r) {
     const int pipeline = static_cast<int>(int64_t{r} * program.pipelines / rows);

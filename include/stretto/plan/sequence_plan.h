@@ -19,8 +19,9 @@ enum class SequenceMethod : uint8_t {
   // up to context * capacity tokens, every pack is shared by one group, and the groups take packs
   // in turn.
   kStatic,
-  // Each document has the fewest ranks that have room for it, short ones are packed for one rank;
-  // pipelines take them in the order of the batch (ByteScale, algorithm 1).
+  // Each document has the fewest ranks that have room for it and are done within the step, short
+  // ones are packed for one rank; pipelines take them in the order of the batch (ByteScale,
+  // algorithm 1).
   kDynamic,
   // The longest ones first, each to the ranks that end first, with as many ranks as make the step
   // short; then short documents fill up what ranks have left.
@@ -39,6 +40,9 @@ struct SequencePlanOptions {
   int64_t capacity = 0;  // tokens of a rank in a micro-batch
   SequenceMethod method = SequenceMethod::kBalanced;
   int context = 1;  // ranks of each ring with kStatic; divides `pipelines`
+  // kDynamic: ranks from memory alone, as ByteScale's equation 3 has it, even where a document then
+  // takes longer than all others together.
+  bool ranks_from_memory = false;
   // Pipelines with neighbouring numbers whose ranks lie on one machine.
   int pipelines_per_machine = 1;
   SequenceCost cost;

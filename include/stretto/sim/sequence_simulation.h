@@ -24,8 +24,8 @@ struct SequenceSimulation {
 // 1F1B over the plan's levels; every rank of a ring takes its item's time.
 absl::StatusOr<SequenceSimulation> SimulateSequences(const SequencePlan& plan);
 
-// One transformer layer of LLaMA-7B with 8 key heads on `tensor` ranks, by the times and messages in
-// ByteScale's figures (arXiv 2502.21231). Nobody measured them here:
+// One transformer layer of LLaMA-7B with 8 key heads on `tensor` ranks, by the times and messages
+// in ByteScale's figures (arXiv 2502.21231). Nobody measured them here:
 // - forward takes 0.355 s + 0.00969 s^2 milliseconds for s Ki tokens on 8 tensor ranks (fit of the
 //   figure of times by length; that it is for 8 follows from its FLOPs), backward twice that;
 // - a step of a ring takes 1.43 ms and 0.0588 ms for each Ki tokens a rank has (1.9 ms on 39 ranks
@@ -33,8 +33,8 @@ absl::StatusOr<SequenceSimulation> SimulateSequences(const SequencePlan& plan);
 //   and goes at 150 GB/s (assumed).
 SequenceCost ByteScaleCost(int tensor);
 // Activations of it for each token: 34 bytes a feature (Korthikanti et al. 2022, arXiv 2205.05198,
-// table 2, without attention's matrix), spread over the tensor ranks; a host link of 25 GB/s, shared
-// by nobody (assumed).
+// table 2, without attention's matrix), spread over the tensor ranks; a host link of 25 GB/s,
+// shared by nobody (assumed).
 SequenceMemory ByteScaleMemory(int tensor);
 
 // A picture of who works when: one row for each of at most 64 pipelines, rings in colours by their

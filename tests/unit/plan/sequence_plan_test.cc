@@ -18,6 +18,8 @@
 namespace stretto {
 namespace {
 
+using ::testing::HasSubstr;
+
 constexpr SequenceMethod kMethods[] = {SequenceMethod::kStatic, SequenceMethod::kDynamic,
                                        SequenceMethod::kBalanced,
                                        SequenceMethod::kBalancedPipelines};
@@ -191,6 +193,221 @@ TEST_P(EveryPlan, IsTheSameAgainAndTakesNoLessThanTheBound) {
     EXPECT_GE(plan->makespan + grain, plan->lower_bound);
     EXPECT_GE(plan->makespan + grain, plan->mean);
   }
+}
+
+// A token takes a microsecond in forward and two in backward, nothing else counts.
+SequencePlanOptions Linear(int pipelines, int64_t capacity, SequenceMethod method) {
+  SequencePlanOptions o = {.pipelines = pipelines, .capacity = capacity, .method = method};
+  o.cost.forward.per_token = 1e-6;
+  o.cost.backward.per_token = 2e-6;
+  return o;
+}
+
+// "0 1-2: 3 4" for each item: level, pipelines, documents.
+std::string Text(const std::vector<int64_t>& lengths, const SequencePlanOptions& options) {
+  const auto plan = PlanSequences(lengths, options);
+  if (!plan.ok()) return std::string(plan.status().message());
+  std::string text;
+  for (const PlanItem& item : plan->items) {
+    text += std::to_string(item.level) + " " + std::to_string(item.pipelines.front());
+    if (item.pipelines.size() > 1) text += "-" + std::to_string(item.pipelines.back());
+    text += ":";
+    for (const int64_t d : item.documents) text += " " + std::to_string(d);
+    text += "\n";
+  }
+  return text;
+}
+
+TEST(PlanSequences, StaticFillsRingsInTurn) {
+  SequencePlanOptions o = Linear(4, 10, SequenceMethod::kStatic);
+  o.context = 2;
+  // 20 tokens a ring: 16 + 4, 12 + 8, 10 + 6.
+  EXPECT_EQ(Text({16, 10, 4, 12, 8, 6}, o), "0 0-1: 0 2\n0 2-3: 3 4\n1 0-1: 1 5\n");
+}
+
+TEST(PlanSequences, DynamicGoesRoundInTheOrderOfTheBatch) {
+  // 25 needs 3 ranks; 4 and 6 are a pack; 12 goes on behind it and over the end.
+  SequencePlanOptions o = Linear(5, 10, SequenceMethod::kDynamic);
+  EXPECT_EQ(Text({25, 4, 12, 6}, o), "0 0-2: 0\n0 3: 1 3\n1 0-4: 2\n");
+}
+
+TEST(PlanSequences, BalancedGivesTheRestToThoseWhoEndFirst) {
+  // 16 on two ranks takes as long as 8 on one.
+  SequencePlanOptions o = Linear(4, 10, SequenceMethod::kBalanced);
+  const auto plan = PlanSequences({3, 16, 8, 5}, o);
+  ASSERT_TRUE(plan.ok()) << plan.status().message();
+  EXPECT_EQ(Text({3, 16, 8, 5}, o), "0 0-1: 1\n0 2: 2\n0 3: 0 3\n");
+  EXPECT_DOUBLE_EQ(plan->makespan, 24e-6);
+  EXPECT_DOUBLE_EQ(plan->mean, 24e-6);
+  EXPECT_THAT(plan->pipeline_seconds, ::testing::Each(::testing::DoubleEq(24e-6)));
+}
+
+TEST(PlanSequences, TheTimeOfAStepAsksForMoreRanksThanMemory) {
+  // Attention alone counts: 100 tokens on one rank last as long as all others together.
+  SequencePlanOptions o = Linear(8, 100, SequenceMethod::kBalanced);
+  o.cost.forward = {.per_pair = 1e-9};
+  o.cost.backward = {.per_pair = 2e-9};
+  std::vector<int64_t> lengths(40, 10);
+  lengths.push_back(100);
+  const auto plan = PlanSequences(lengths, o);
+  ASSERT_TRUE(plan.ok());
+  EXPECT_GT(plan->items.front().pipelines.size(), 4u);
+  EXPECT_LT(plan->makespan, 1.3 * plan->lower_bound);
+  // By memory alone it is on one.
+  o.method = SequenceMethod::kDynamic;
+  o.ranks_from_memory = true;
+  const auto published = PlanSequences(lengths, o);
+  ASSERT_TRUE(published.ok());
+  for (const PlanItem& item : published->items) EXPECT_EQ(item.pipelines.size(), 1u);
+  EXPECT_GT(published->makespan, 4 * published->lower_bound);
+}
+
+TEST(PlanSequences, HostMemoryMakesRingsSmaller) {
+  SequencePlanOptions o = Linear(16, 10, SequenceMethod::kDynamic);
+  o.cost.layers = 32;
+  o.ranks_from_memory = true;
+  o.memory = {.bytes_per_token = 1, .offload = true, .host_bytes_per_second = 1e9};
+  const auto ranks = [&] {
+    const auto plan = PlanSequences({160}, o);
+    EXPECT_TRUE(plan.ok()) << plan.status().message();
+    return plan->items.front();
+  };
+  // 2 of 32 layers stay: one rank has room for 160 tokens.
+  EXPECT_EQ(ranks().pipelines.size(), 1u);
+  EXPECT_EQ(ranks().offload, 1.0);
+  // A link that copies a quarter of the activations within forward: 8 + 24 / 32 layers stay.
+  o.memory.host_bytes_per_second = 0.25e6;
+  EXPECT_EQ(ranks().pipelines.size(), 13u);
+  o.memory.offload = false;
+  EXPECT_EQ(ranks().pipelines.size(), 16u);
+  EXPECT_EQ(ranks().offload, 0.0);
+}
+
+TEST(PlanSequences, RoundingCounts) {
+  // 2 ranks of 5 cannot share 10 tokens as parts 2 3 2 3 make 2 + 3 and 3 + 2: they can; 11 would
+  // be 6.
+  EXPECT_EQ(SequenceClock::PairsOf(4), 10);
+  SequencePlanOptions o = Linear(3, 5, SequenceMethod::kDynamic);
+  EXPECT_EQ(Text({10}, o), "0 0-1: 0\n");
+  EXPECT_EQ(Text({11}, o), "0 0-2: 0\n");
+}
+
+TEST(PlanSequences, RingsStayOnMachinesWhereTheyCan) {
+  SequencePlanOptions o = Linear(12, 10, SequenceMethod::kBalanced);
+  o.pipelines_per_machine = 4;
+  const auto plan = PlanSequences({30, 30, 30, 9, 9, 9}, o);
+  ASSERT_TRUE(plan.ok());
+  for (const PlanItem& item : plan->items) {
+    EXPECT_EQ(item.pipelines.front() / 4, item.pipelines.back() / 4);
+  }
+  EXPECT_LE(plan->max_peers, 1);
+}
+
+TEST(PlanSequences, NamesWhatIsWrong) {
+  const auto error = [](const std::vector<int64_t>& lengths, const SequencePlanOptions& options) {
+    const auto plan = PlanSequences(lengths, options);
+    EXPECT_FALSE(plan.ok());
+    return std::string(plan.status().message());
+  };
+  const SequencePlanOptions good = Linear(4, 10, SequenceMethod::kBalanced);
+  EXPECT_THAT(error({5, 41}, good),
+              HasSubstr("document 1 has 41 tokens, 4 ranks with room for 10 each"));
+  EXPECT_THAT(error({5, 41}, good), HasSubstr("raise the capacity"));
+  EXPECT_THAT(error({5, 0}, good), HasSubstr("document 1 has 0 tokens"));
+  SequencePlanOptions o = good;
+  o.capacity = 0;
+  EXPECT_THAT(error({5}, o), HasSubstr("capacity of a rank"));
+  o = good;
+  o.pipelines = 0;
+  EXPECT_THAT(error({5}, o), HasSubstr("pipelines, not 0"));
+  o = good;
+  o.method = SequenceMethod::kStatic;
+  o.context = 3;
+  EXPECT_THAT(error({5}, o), HasSubstr("rings of 3 do not divide 4 pipelines"));
+  o.context = 2;
+  EXPECT_THAT(error({21}, o), HasSubstr("document 0 has 21 tokens, 2 ranks of a ring"));
+  o = good;
+  o.cost.layers = 2;
+  o.memory = {.bytes_per_token = 3, .device_bytes = 59};
+  EXPECT_THAT(error({5}, o),
+              HasSubstr("take 60 bytes, a rank has 59 for them; lower the capacity to 9"));
+  o = good;
+  o.memory.offload = true;
+  EXPECT_THAT(error({5}, o), HasSubstr("bytes per second"));
+  o = good;
+  o.cost.forward.per_pair = -1;
+  EXPECT_THAT(error({5}, o), HasSubstr("seconds of a pair"));
+  o.cost.forward.per_pair = std::nan("");
+  EXPECT_THAT(error({5}, o), HasSubstr("seconds of a pair"));
+  o = good;
+  o.cost.machine.bytes_per_second = 1;
+  EXPECT_THAT(error({5}, o), HasSubstr("bytes per second of 1"));
+  EXPECT_THAT(std::string(ParseSequenceMethod("best").status().message()), HasSubstr("'best'"));
+}
+
+TEST(PlanSequences, AnEmptyBatchIsAnEmptyPlan) {
+  for (const SequenceMethod method : kMethods) {
+    const auto plan = PlanSequences({}, Linear(4, 10, method));
+    ASSERT_TRUE(plan.ok()) << plan.status().message();
+    EXPECT_TRUE(plan->items.empty());
+    EXPECT_EQ(plan->makespan, 0);
+    EXPECT_EQ(*ParseSequenceMethod(Name(method)), method);
+  }
+}
+
+// Rings send what was counted: all tokens' keys and values to all others of the ring.
+TEST(PlanSequences, CountsTheBytesOfRings) {
+  SequencePlanOptions o = Linear(4, 10, SequenceMethod::kDynamic);
+  o.cost.layers = 3;
+  o.cost.ring_bytes_per_token = 100;
+  const auto plan = PlanSequences({30, 7}, o);
+  ASSERT_TRUE(plan.ok());
+  EXPECT_EQ(plan->ring_bytes, int64_t{3} * (3 - 1) * 30 * 100 * 3);
+}
+
+TEST(SequenceClock, HidesMessagesOrAddsThem) {
+  SequenceCost cost;
+  cost.forward = {.fixed = 1e-6, .per_token = 1e-6, .per_pair = 1e-8};
+  cost.ring_bytes_per_token = 1000;
+  cost.machine = {.latency = 2e-6, .bytes_per_second = 1e9};
+  cost.network = {.latency = 100e-6, .bytes_per_second = 1e9};
+  const auto load = SequenceClock::LoadOf(100);  // 5050 pairs
+  const SequenceClock clock(cost, 1);
+  EXPECT_EQ(clock.Forward(load, 1, false), 1000 + 100000 + 50500);
+  // Steps of 12.625 us hide none of the 52 us that 50 tokens' message takes.
+  EXPECT_EQ(clock.Forward(load, 2, false), 1000 + 50000 + 52000 + 12625);
+  EXPECT_EQ(clock.Forward(load, 2, true), 1000 + 50000 + 150000 + 12625);
+  cost.overlapped = false;
+  EXPECT_EQ(SequenceClock(cost, 1).Forward(load, 2, false), 1000 + 50000 + 52000 + 2 * 12625);
+  cost.overlapped = true;
+  cost.forward.per_pair = 1e-7;  // steps of 126.25 us hide all of it
+  EXPECT_EQ(SequenceClock(cost, 1).Forward(load, 2, false), 1000 + 50000 + 2 * 126250);
+  // The slowest stage has two of three layers.
+  cost.layers = 3;
+  EXPECT_EQ(SequenceClock(cost, 2).Forward(load, 1, false), 2 * (1000 + 100000 + 505000));
+}
+
+TEST(SequenceCostOf, TakesBlocksAndLinksOfAFit) {
+  CostModel model;
+  model.forward = {{.fixed = 1, .per_token = 2, .per_pair = 3}};
+  model.backward_input = {{.fixed = 10, .per_token = 20, .per_pair = 30}};
+  model.backward_weight = {{.fixed = 100, .per_token = 200, .per_pair = 300}};
+  model.link_latency = 7;
+  // A single stage is the whole model.
+  SequenceCost cost = SequenceCostOf(model, 2, 5);
+  EXPECT_EQ(cost.forward.per_token, 1);
+  EXPECT_EQ(cost.backward.per_pair, 165);
+  EXPECT_EQ(cost.network.latency, 7);
+  EXPECT_EQ(cost.layers, 2);
+  EXPECT_EQ(cost.ring_bytes_per_token, 5);
+  model.parts.emplace();
+  model.parts->machine.point_to_point.latency = 3;
+  cost = SequenceCostOf(model, 2, 5);
+  EXPECT_EQ(cost.forward.per_token, 2);
+  EXPECT_EQ(cost.machine.latency, 3);
+  EXPECT_EQ(cost.network.latency, 3);
+  model.parts->network.emplace().point_to_point.latency = 4;
+  EXPECT_EQ(SequenceCostOf(model, 2, 5).network.latency, 4);
 }
 
 }  // namespace

@@ -77,6 +77,31 @@ struct Slot {
   }
 };
 
+// The fewest ranks that are done within `longest`, or those that are done first; and when.
+std::pair<int64_t, int64_t> RanksWithin(const Document& d, int64_t longest,
+                                        const SequencePlanOptions& o, const SequenceClock& clock) {
+  std::pair<int64_t, int64_t> best = {d.ranks, d.nanoseconds};
+  if (d.nanoseconds <= longest) return best;
+  const int64_t most = std::min<int64_t>(o.pipelines, d.length);
+  // Time falls at most as ranks grow, so fewer would not do.
+  int64_t ranks = std::max(d.ranks + 1, d.nanoseconds / longest * d.ranks);
+  for (; ranks <= most; ++ranks) {
+    const int64_t time = clock.Both(d.load, ranks, ranks > o.pipelines_per_machine);
+    if (time < best.second) best = {ranks, time};
+    if (time <= longest) break;
+    // No use to count up where the aim is far away.
+    ranks = std::max(ranks, std::min(most - 1, ranks * time / longest / 2));
+  }
+  // Rounding must not give a rank more than it has room for.
+  const int64_t part = SequenceRoom::LargestPart(d.length, d.ranks);
+  while (best.first <= o.pipelines && SequenceRoom::LargestPart(d.length, best.first) > part) {
+    ++best.first;
+  }
+  if (best.first > o.pipelines) return {d.ranks, d.nanoseconds};
+  best.second = clock.Both(d.load, best.first, best.first > o.pipelines_per_machine);
+  return best;
+}
+
 // How one attempt at a plan goes about it. Times are nanoseconds.
 struct Attempt {
   int64_t longest = kNever;  // documents get ranks until they take no longer
@@ -101,37 +126,13 @@ class Balancer {
         levels_(pipelines_.size()),
         minus_levels_(pipelines_.size()) {}
 
-  // The fewest ranks that are done within `longest`, or those that are done first; and when.
-  std::pair<int64_t, int64_t> RanksWithin(const Document& d, int64_t longest) const {
-    std::pair<int64_t, int64_t> best = {d.ranks, d.nanoseconds};
-    if (d.nanoseconds <= longest) return best;
-    const int64_t most = std::min<int64_t>(o_.pipelines, d.length);
-    // Time falls at most as ranks grow, so fewer would not do.
-    int64_t ranks = std::max(d.ranks + 1, d.nanoseconds / longest * d.ranks);
-    for (; ranks <= most; ++ranks) {
-      const int64_t time = Time(d.load, ranks);
-      if (time < best.second) best = {ranks, time};
-      if (time <= longest) break;
-      // No use to count up where the aim is far away.
-      ranks = std::max(ranks, std::min(most - 1, ranks * time / longest / 2));
-    }
-    // Rounding must not give a rank more than it has room for.
-    const int64_t part = SequenceRoom::LargestPart(d.length, d.ranks);
-    while (best.first <= o_.pipelines && SequenceRoom::LargestPart(d.length, best.first) > part) {
-      ++best.first;
-    }
-    if (best.first > o_.pipelines) return {d.ranks, d.nanoseconds};
-    best.second = Time(d.load, best.first);
-    return best;
-  }
-
   // `documents`, the longest first. False: this way does not lead to a plan.
   bool Run(const std::vector<Document>& documents, const Attempt& attempt) {
     attempt_ = attempt;
     std::vector<PlacedItem> rings;
     std::vector<const Document*> short_ones;
     for (const Document& d : documents) {
-      const auto [ranks, time] = RanksWithin(d, attempt.longest);
+      const auto [ranks, time] = RanksWithin(d, attempt.longest, o_, clock_);
       if (ranks == 1 && d.length <= o_.capacity) {
         short_ones.push_back(&d);
       } else {
@@ -161,10 +162,6 @@ class Balancer {
   struct Pipeline {
     int64_t end = 0, longest = 0, levels = 0;
   };
-
-  int64_t Time(const Load& load, int64_t ranks) const {
-    return clock_.Both(load, ranks, ranks > o_.pipelines_per_machine);
-  }
 
   // Gives a ring to neighbours.
   bool Place(PlacedItem& ring) {
@@ -325,22 +322,19 @@ std::vector<Document> DocumentsOf(const std::vector<int64_t>& lengths,
 
 int64_t RanksWithin(int64_t length, int64_t longest, const SequencePlanOptions& options,
                     const SequenceClock& clock, const SequenceRoom& room) {
-  return Balancer(options, clock)
-      .RanksWithin(DocumentOf(0, length, options, clock, room), longest)
-      .first;
+  return RanksWithin(DocumentOf(0, length, options, clock, room), longest, options, clock).first;
 }
 
 int64_t BoundOfPlans(const std::vector<int64_t>& lengths, const SequencePlanOptions& options,
                      const SequenceClock& clock, const SequenceRoom& room) {
   const std::vector<Document> documents = DocumentsOf(lengths, options, clock, room);
   if (documents.empty()) return 0;
-  const Balancer balancer(options, clock);
   // Whether all documents could be done: each with the fewest ranks that come through all stages in
   // that time (more would only send more), and all of them spread evenly.
   const auto may_be = [&](int64_t time) {
     int64_t sum = 0, short_tokens = 0;
     for (const Document& d : documents) {
-      const auto [ranks, on_each] = balancer.RanksWithin(d, time / options.stages);
+      const auto [ranks, on_each] = RanksWithin(d, time / options.stages, options, clock);
       if (on_each > time / options.stages) return false;
       sum += ranks * on_each;
       if (ranks == 1) {

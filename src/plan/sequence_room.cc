@@ -13,6 +13,7 @@ namespace {
 
 using Wide = __int128;
 constexpr size_t Index(int64_t i) { return static_cast<size_t>(i); }
+constexpr double kGrain = 1024;  // of a byte
 
 }  // namespace
 
@@ -23,7 +24,6 @@ SequenceRoom::SequenceRoom(const SequencePlanOptions& options, const SequenceClo
       most_tokens_(kParts + 1, options.capacity) {
   // Equation 3's numerator: two layers as a whole, of the others what does not wait in host memory.
   // Whole numbers of 1 / 1024 bytes.
-  constexpr double kGrain = 1024;
   const Wide a = std::llround(kGrain * memory_.bytes_per_token);
   const Wide b = std::llround(kGrain * memory_.bytes_fixed);
   const Wide layers = options.cost.layers;
@@ -53,12 +53,15 @@ int64_t SequenceRoom::RanksFor(int64_t length, int64_t most_tokens) const {
 
 int SequenceRoom::HiddenOffload(int64_t length) const {
   if (!memory_.offload) return 0;
-  // On a ring both sides are divided by its ranks, so one rank tells.
-  const double seconds =
-      1e-9 * static_cast<double>(clock_.LayerForward(SequenceClock::LoadOf(length)));
-  const double copied = seconds * memory_.host_bytes_per_second;
-  const double bytes = memory_.bytes_per_token * static_cast<double>(length);
-  return static_cast<int>(std::min(1.0, copied / bytes) * kParts);
+  // On a ring both sides are divided by its ranks, so one rank tells. Whole numbers again: bytes
+  // that are copied within the layer's forward, of those that there are.
+  const Wide rate = std::llround(std::min(memory_.host_bytes_per_second, 1e15));
+  const Wide copied = rate * clock_.LayerForward(SequenceClock::LoadOf(length));
+  const Wide bytes = Wide{std::llround(kGrain * memory_.bytes_per_token)} * length;
+  constexpr Wide kNanosInSecond = 1000000000;
+  return static_cast<int>(std::min<Wide>(
+      kParts,
+      copied * kParts / kNanosInSecond * static_cast<int>(kGrain) / std::max(bytes, Wide{1})));
 }
 
 int64_t SequenceRoom::FewestRanks(int64_t length) const {

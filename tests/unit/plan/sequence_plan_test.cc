@@ -268,28 +268,35 @@ TEST(PlanSequences, HostMemoryMakesRingsSmaller) {
   o.ranks_from_memory = true;
   o.memory = {.bytes_per_token = 1, .offload = true, .host_bytes_per_second = 1e9};
   const auto ranks = [&] {
-    const auto plan = PlanSequences({160}, o);
+    const auto plan = PlanSequences({156}, o);
     EXPECT_TRUE(plan.ok()) << plan.status().message();
     return plan->items.front();
   };
-  // 2 of 32 layers stay: one rank has room for 160 tokens.
+  // 2 of 32 layers stay: one rank has room for 160 tokens (156 are easier to share).
   EXPECT_EQ(ranks().pipelines.size(), 1u);
   EXPECT_EQ(ranks().offload, 1.0);
-  // A link that copies a quarter of the activations within forward: 8 + 24 / 32 layers stay.
+  // A link that copies a quarter of the activations within forward: 2 + 30 * 3 / 4 of 32 layers
+  // stay.
   o.memory.host_bytes_per_second = 0.25e6;
-  EXPECT_EQ(ranks().pipelines.size(), 13u);
+  EXPECT_EQ(ranks().pipelines.size(), 12u);  // of 13 tokens
   o.memory.offload = false;
   EXPECT_EQ(ranks().pipelines.size(), 16u);
   EXPECT_EQ(ranks().offload, 0.0);
 }
 
 TEST(PlanSequences, RoundingCounts) {
-  // 2 ranks of 5 cannot share 10 tokens as parts 2 3 2 3 make 2 + 3 and 3 + 2: they can; 11 would
-  // be 6.
-  EXPECT_EQ(SequenceClock::PairsOf(4), 10);
+  // Of 10 tokens the parts are 2 3 2 3, two ranks have 5 each; of 9 tokens on four ranks some
+  // has 3.
+  EXPECT_EQ(SequencePlan::TokensOf({.lengths = {9}, .pipelines = {0, 1, 2, 3}}, 0), 3);
   SequencePlanOptions o = Linear(3, 5, SequenceMethod::kDynamic);
+  o.ranks_from_memory = true;
   EXPECT_EQ(Text({10}, o), "0 0-1: 0\n");
   EXPECT_EQ(Text({11}, o), "0 0-2: 0\n");
+  // 9 / 4 < 2.5, yet four ranks of 2 are too few, and so are those with room for 8 of 9 tokens.
+  o = Linear(8, 2, SequenceMethod::kDynamic);
+  o.ranks_from_memory = true;
+  EXPECT_EQ(Text({8}, o), "0 0-3: 0\n");
+  EXPECT_EQ(Text({9}, o), "0 0-4: 0\n");
 }
 
 TEST(PlanSequences, RingsStayOnMachinesWhereTheyCan) {
@@ -358,6 +365,7 @@ TEST(PlanSequences, AnEmptyBatchIsAnEmptyPlan) {
 // Rings send what was counted: all tokens' keys and values to all others of the ring.
 TEST(PlanSequences, CountsTheBytesOfRings) {
   SequencePlanOptions o = Linear(4, 10, SequenceMethod::kDynamic);
+  o.ranks_from_memory = true;
   o.cost.layers = 3;
   o.cost.ring_bytes_per_token = 100;
   const auto plan = PlanSequences({30, 7}, o);

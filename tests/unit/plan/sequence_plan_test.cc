@@ -29,12 +29,13 @@ struct Case {
   SequencePlanOptions options;
   std::vector<int64_t> lengths;
 };
-Case Draw(uint64_t seed) {
+Case Draw(uint64_t seed, SequenceMethod method) {
   const Rng rng(seed, "sequence plan test");
   uint64_t next = 0;
   const auto below = [&](uint64_t n) { return static_cast<int64_t>(rng.Below(next++, n)); };
   Case c;
   SequencePlanOptions& o = c.options;
+  o.method = method;
   o.context = 1 + static_cast<int>(below(4));
   o.pipelines = o.context * (1 + static_cast<int>(below(6)));
   o.pipelines_per_machine = 1 + static_cast<int>(below(4));
@@ -54,8 +55,9 @@ Case Draw(uint64_t seed) {
   o.memory.host_bytes_per_second = 1e8;
   const int64_t documents = below(60);
   for (int64_t d = 0; d < documents; ++d) {
-    // What a ring of `context` can hold in any case; most are short.
-    const int64_t most = std::max<int64_t>(1, o.context * (o.capacity - 1));
+    // What the largest ring can hold in any case; most are short.
+    const int ranks = method == SequenceMethod::kStatic ? o.context : o.pipelines;
+    const int64_t most = std::max<int64_t>(1, ranks * (o.capacity - 2));
     const double part = std::pow(rng.Uniform(next++), 4);
     c.lengths.push_back(1 + static_cast<int64_t>(part * static_cast<double>(most - 1)));
   }
@@ -74,8 +76,7 @@ constexpr uint64_t kCases = 300;
 TEST_P(EveryPlan, HasEveryDocumentOnce) {
   for (uint64_t seed = 0; seed < kCases; ++seed) {
     SCOPED_TRACE(seed);
-    Case c = Draw(seed);
-    c.options.method = GetParam();
+    Case c = Draw(seed, GetParam());
     const auto plan = PlanSequences(c.lengths, c.options);
     ASSERT_TRUE(plan.ok()) << plan.status().message();
     std::vector<int> times(c.lengths.size(), 0);
@@ -98,9 +99,8 @@ TEST_P(EveryPlan, HasEveryDocumentOnce) {
 TEST_P(EveryPlan, KeepsTheCapacityOfEachRank) {
   for (uint64_t seed = 0; seed < kCases; ++seed) {
     SCOPED_TRACE(seed);
-    Case c = Draw(seed);
+    Case c = Draw(seed, GetParam());
     const SequencePlanOptions& o = c.options;
-    c.options.method = GetParam();
     const auto plan = PlanSequences(c.lengths, o);
     ASSERT_TRUE(plan.ok()) << plan.status().message();
     const double layers = static_cast<double>(o.cost.layers);
@@ -137,8 +137,7 @@ TEST_P(EveryPlan, KeepsTheCapacityOfEachRank) {
 TEST_P(EveryPlan, HasRingsOfNeighboursInAscendingOrder) {
   for (uint64_t seed = 0; seed < kCases; ++seed) {
     SCOPED_TRACE(seed);
-    Case c = Draw(seed);
-    c.options.method = GetParam();
+    Case c = Draw(seed, GetParam());
     const auto plan = PlanSequences(c.lengths, c.options);
     ASSERT_TRUE(plan.ok()) << plan.status().message();
     for (const PlanItem& item : plan->items) {
@@ -163,8 +162,7 @@ TEST_P(EveryPlan, HasRingsOfNeighboursInAscendingOrder) {
 TEST_P(EveryPlan, HasLevelsOfTheItemsInTheirOrder) {
   for (uint64_t seed = 0; seed < kCases; ++seed) {
     SCOPED_TRACE(seed);
-    Case c = Draw(seed);
-    c.options.method = GetParam();
+    Case c = Draw(seed, GetParam());
     const auto plan = PlanSequences(c.lengths, c.options);
     ASSERT_TRUE(plan.ok()) << plan.status().message();
     std::vector<PlanItem> again = plan->items;
@@ -181,8 +179,7 @@ TEST_P(EveryPlan, HasLevelsOfTheItemsInTheirOrder) {
 TEST_P(EveryPlan, IsTheSameAgainAndTakesNoLessThanTheBound) {
   for (uint64_t seed = 0; seed < kCases; ++seed) {
     SCOPED_TRACE(seed);
-    Case c = Draw(seed);
-    c.options.method = GetParam();
+    Case c = Draw(seed, GetParam());
     const auto plan = PlanSequences(c.lengths, c.options);
     const auto again = PlanSequences(c.lengths, c.options);
     ASSERT_TRUE(plan.ok() && again.ok());
@@ -292,11 +289,22 @@ TEST(PlanSequences, RoundingCounts) {
   o.ranks_from_memory = true;
   EXPECT_EQ(Text({10}, o), "0 0-1: 0\n");
   EXPECT_EQ(Text({11}, o), "0 0-2: 0\n");
-  // 9 / 4 < 2.5, yet four ranks of 2 are too few, and so are those with room for 8 of 9 tokens.
+  // 8 parts of 11 tokens are 1 1 2 1 1 2 1 2, so the third of four ranks would have 4 of them.
+  o = Linear(8, 3, SequenceMethod::kDynamic);
+  o.ranks_from_memory = true;
+  EXPECT_EQ(Text({12}, o), "0 0-3: 0\n");
+  EXPECT_EQ(Text({11}, o), "0 0-4: 0\n");
   o = Linear(8, 2, SequenceMethod::kDynamic);
   o.ranks_from_memory = true;
   EXPECT_EQ(Text({8}, o), "0 0-3: 0\n");
   EXPECT_EQ(Text({9}, o), "0 0-4: 0\n");
+}
+
+// 3 tokens are 1 1 1 on three ranks, but 1 0 2 0 on four, which would be done sooner.
+TEST(PlanSequences, MoreRanksForTimeDoNotBreakTheCapacity) {
+  SequencePlanOptions o = Linear(4, 1, SequenceMethod::kBalanced);
+  o.cost.forward = {.per_pair = 1e-6};
+  EXPECT_EQ(Text({3}, o), "0 0-2: 0\n");
 }
 
 TEST(PlanSequences, RingsStayOnMachinesWhereTheyCan) {

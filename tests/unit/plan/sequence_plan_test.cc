@@ -300,11 +300,14 @@ TEST(PlanSequences, RoundingCounts) {
   EXPECT_EQ(Text({9}, o), "0 0-4: 0\n");
 }
 
-// 3 tokens are 1 1 1 on three ranks, but 1 0 2 0 on four, which would be done sooner.
+// 18 tokens are 3 for each of six ranks, but one of seven would have 4, which would be done sooner.
 TEST(PlanSequences, MoreRanksForTimeDoNotBreakTheCapacity) {
-  SequencePlanOptions o = Linear(4, 1, SequenceMethod::kBalanced);
+  SequencePlanOptions o = Linear(7, 3, SequenceMethod::kBalanced);
   o.cost.forward = {.per_pair = 1e-6};
-  EXPECT_EQ(Text({3}, o), "0 0-2: 0\n");
+  EXPECT_EQ(Text({18}, o), "0 0-5: 0\n");
+  // Eight have room again.
+  o.pipelines = 8;
+  EXPECT_EQ(Text({18}, o), "0 0-7: 0\n");
 }
 
 TEST(PlanSequences, RingsStayOnMachinesWhereTheyCan) {

@@ -67,7 +67,7 @@ absl::StatusOr<SequencePlanOptions> PlanOptions(const Options& o) {
     return absl::InvalidArgumentError(
         absl::StrCat("--", name, " must be 1 to ", most, ", not ", value));
   };
-  STRETTO_RETURN_IF_ERROR(range("pipelines", o.pipelines, 1 << 16));
+  STRETTO_RETURN_IF_ERROR(range("pipelines", o.pipelines, 1 << 15));
   STRETTO_RETURN_IF_ERROR(range("stages", o.stages, 1 << 10));
   STRETTO_RETURN_IF_ERROR(range("tensor", o.tensor, 8));
   STRETTO_RETURN_IF_ERROR(range("steps", o.steps, 10000));

@@ -11,6 +11,7 @@ namespace stretto {
 namespace {
 
 using Load = SequenceClock::Load;
+using Wide = __int128;
 constexpr size_t Index(int64_t i) { return static_cast<size_t>(i); }
 constexpr int64_t kNever = std::numeric_limits<int64_t>::max() / 4;
 
@@ -175,7 +176,8 @@ class Balancer {
     // whether it lies across machines without need.
     using Order = std::tuple<bool, int64_t, int64_t, bool>;
     Order least = {true, kNever, 0, false};
-    int64_t sum = 0, best_time = 0;
+    Wide sum = 0;
+    int64_t best_time = 0;
     for (int last = 0; last < o_.pipelines; ++last) {
       const Pipeline& newest = pipelines_[Index(last)];
       const int64_t start = ends_.Push(newest.end, last);
@@ -191,7 +193,8 @@ class Balancer {
         }
       }
       if (first < 0) continue;
-      const int64_t waits = start * ring.ranks - sum;
+      const auto waits =
+          static_cast<int64_t>(std::min<Wide>(Wide{start} * ring.ranks - sum, kNever));
       sum -= pipelines_[Index(first)].end;
       const bool over = first / machine != last / machine;
       const int64_t time = over ? far : near;
@@ -332,18 +335,19 @@ int64_t BoundOfPlans(const std::vector<int64_t>& lengths, const SequencePlanOpti
   // Whether all documents could be done: each with the fewest ranks that come through all stages in
   // that time (more would only send more), and all of them spread evenly.
   const auto may_be = [&](int64_t time) {
-    int64_t sum = 0, short_tokens = 0;
+    Wide sum = 0;
+    int64_t short_tokens = 0;
     for (const Document& d : documents) {
       const auto [ranks, on_each] = RanksWithin(d, time / options.stages, options, clock);
       if (on_each > time / options.stages) return false;
-      sum += ranks * on_each;
+      sum += Wide{ranks} * on_each;
       if (ranks == 1) {
         sum -= clock.fixed();
         short_tokens += d.length;
       }
     }
     // As few micro-batches as there can be.
-    sum += clock.fixed() * ((short_tokens + room.most_tokens() - 1) / room.most_tokens());
+    sum += Wide{clock.fixed()} * ((short_tokens + room.most_tokens() - 1) / room.most_tokens());
     return sum / options.pipelines <= time;
   };
   int64_t low = 0, high = options.stages;

@@ -52,7 +52,7 @@ absl::Status SequenceClock::Check(const SequenceCost& cost) {
     return absl::InvalidArgumentError(
         absl::StrCat("the cost of a sequence has ", name, " ", value, "; give 0 to ", most));
   };
-  // Within these bounds sums of a batch stay below 2^63 nanoseconds.
+  // Within these bounds products stay below 2^127 of 1e-18 seconds.
   for (const StageCost* half : {&cost.forward, &cost.backward}) {
     STRETTO_RETURN_IF_ERROR(number("seconds of a layer", half->fixed, 1));
     STRETTO_RETURN_IF_ERROR(number("seconds of a token", half->per_token, 1e-3));

@@ -24,7 +24,7 @@ absl::Status CheckOptions(const SequencePlanOptions& o) {
   const auto error = [](const auto&... parts) {
     return absl::InvalidArgumentError(absl::StrCat(parts...));
   };
-  constexpr int kMostPipelines = 1 << 16, kMostStages = 1 << 10;
+  constexpr int kMostPipelines = 1 << 15, kMostStages = 1 << 10;
   if (o.pipelines < 1 || o.pipelines > kMostPipelines) {
     return error("a plan of sequences is for 1 to ", kMostPipelines, " pipelines, not ",
                  o.pipelines);
@@ -69,6 +69,34 @@ absl::Status CheckOptions(const SequencePlanOptions& o) {
         o.capacity, needed, m.device_bytes, std::max(0.0, std::floor(tokens))));
   }
   return absl::OkStatus();
+}
+
+// Sums of nanoseconds must stay below 2^63, whoever adds them up.
+absl::Status CheckTimes(const std::vector<int64_t>& lengths, const SequencePlanOptions& o) {
+  double tokens = 0, pairs = 0;
+  for (const int64_t length : lengths) {
+    const auto n = static_cast<double>(length);
+    tokens += n;
+    pairs += 0.5 * n * (n + 1);
+  }
+  const auto documents = static_cast<double>(lengths.size());
+  double seconds = 0;
+  for (const StageCost* half : {&o.cost.forward, &o.cost.backward}) {
+    seconds += documents * half->fixed + tokens * half->per_token + pairs * half->per_pair;
+  }
+  for (const OperationCost* link : {&o.cost.machine, &o.cost.network}) {
+    if (o.pipelines == 1) break;
+    const double bytes = o.cost.ring_bytes_per_token * tokens * (1 + o.cost.backward_messages);
+    seconds += 2 * documents * o.pipelines * link->latency;
+    if (link->bytes_per_second > 0) seconds += bytes / link->bytes_per_second;
+  }
+  seconds *= static_cast<double>(o.cost.layers);
+  constexpr double kMost = 4e6;
+  if (seconds <= kMost) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrFormat(
+      "by these costs the documents could take %.3g seconds one after the other, more "
+      "than %.0g; plan fewer at a time or check the costs",
+      seconds, kMost));
 }
 
 // Documents in ring order with their exact parts: whether `capacity` tokens of each rank hold them.
@@ -277,14 +305,17 @@ std::string SequencePlan::Describe() const {
 absl::StatusOr<SequencePlan> PlanSequences(const std::vector<int64_t>& lengths,
                                            const SequencePlanOptions& options) {
   STRETTO_RETURN_IF_ERROR(CheckOptions(options));
-  const SequenceClock clock(options.cost, options.stages);
-  const SequenceRoom room(options, clock);
   constexpr int64_t kMostLength = int64_t{1} << 31;
   for (size_t d = 0; d < lengths.size(); ++d) {
     if (lengths[d] < 1 || lengths[d] > kMostLength) {
       return absl::InvalidArgumentError(absl::StrCat("document ", d, " has ", lengths[d],
                                                      " tokens; lengths are 1 to ", kMostLength));
     }
+  }
+  STRETTO_RETURN_IF_ERROR(CheckTimes(lengths, options));
+  const SequenceClock clock(options.cost, options.stages);
+  const SequenceRoom room(options, clock);
+  for (size_t d = 0; d < lengths.size(); ++d) {
     const bool fixed = options.method == SequenceMethod::kStatic;
     const int64_t ranks = fixed ? options.context : options.pipelines;
     const bool fits = fixed ? SequenceRoom::LargestPart(lengths[d], ranks) <= options.capacity

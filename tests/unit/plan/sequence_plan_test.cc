@@ -357,6 +357,9 @@ TEST(PlanSequences, NamesWhatIsWrong) {
   EXPECT_THAT(error({5}, o), HasSubstr("seconds of a pair"));
   o.cost.forward.per_pair = std::nan("");
   EXPECT_THAT(error({5}, o), HasSubstr("seconds of a pair"));
+  o.cost.forward.per_pair = 1e-6;
+  o.capacity = int64_t{1} << 31;
+  EXPECT_THAT(error({int64_t{1} << 31}, o), HasSubstr("seconds one after the other"));
   o = good;
   o.cost.machine.bytes_per_second = 1;
   EXPECT_THAT(error({5}, o), HasSubstr("bytes per second of 1"));

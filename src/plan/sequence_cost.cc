@@ -58,6 +58,12 @@ absl::Status SequenceClock::Check(const SequenceCost& cost) {
     STRETTO_RETURN_IF_ERROR(number("seconds of a token", half->per_token, 1e-3));
     STRETTO_RETURN_IF_ERROR(number("seconds of a pair", half->per_pair, 1e-6));
   }
+  if (cost.forward.per_token + cost.forward.per_pair + cost.backward.per_token +
+          cost.backward.per_pair ==
+      0) {
+    return absl::InvalidArgumentError(
+        "the cost of a sequence says that its tokens take no time; fit it (stretto-bench fit)");
+  }
   for (const OperationCost* link : {&cost.machine, &cost.network}) {
     STRETTO_RETURN_IF_ERROR(number("a latency of", link->latency, 1));
     STRETTO_RETURN_IF_ERROR(number("bytes per second of", link->bytes_per_second, 1e18));

@@ -91,7 +91,12 @@ absl::Status CheckTimes(const std::vector<int64_t>& lengths, const SequencePlanO
     if (link->bytes_per_second > 0) seconds += bytes / link->bytes_per_second;
   }
   seconds *= static_cast<double>(o.cost.layers);
-  constexpr double kMost = 4e6;
+  constexpr double kMost = 4e6, kMostPairs = 4e18;
+  if (pairs > kMostPairs) {
+    return absl::InvalidArgumentError(absl::StrFormat(
+        "the documents have %.3g pairs of a query and a key, more than %.0g; plan fewer at a time",
+        pairs, kMostPairs));
+  }
   if (seconds <= kMost) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrFormat(
       "by these costs the documents could take %.3g seconds one after the other, more "

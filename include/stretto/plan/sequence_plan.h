@@ -69,7 +69,8 @@ struct SequencePlan {
   double lower_bound = 0;
 
   int levels = 0;
-  int64_t max_tokens = 0;  // that a rank has in an item
+  int64_t max_tokens = 0;  // that a rank has in an item; above `capacity` only where some wait in
+                           // host memory
   int64_t ring_bytes = 0;  // that all ranks send in rings
   int max_peers = 0;       // most pipelines that one pipeline sends to
 
@@ -81,8 +82,8 @@ struct SequencePlan {
   std::string Describe() const;
 };
 
-// The plan of a batch of documents with these lengths. Pure: the same on every machine. Within an
-// item documents ascend, unless it is a ring's (one document), and pipelines ascend.
+// The plan of a batch of documents with these lengths. Pure: the same on every machine. Documents
+// and pipelines of an item ascend.
 // INVALID_ARGUMENT when an option or a length is out of bounds, or a document is too long for all
 // ranks together: names it and what to do.
 absl::StatusOr<SequencePlan> PlanSequences(const std::vector<int64_t>& lengths,

@@ -361,6 +361,12 @@ TEST(PlanSequences, NamesWhatIsWrong) {
   o.capacity = int64_t{1} << 31;
   EXPECT_THAT(error({int64_t{1} << 31}, o), HasSubstr("seconds one after the other"));
   o = good;
+  o.cost = {};
+  EXPECT_THAT(error({5}, o), HasSubstr("take no time; fit it"));
+  o = good;
+  o.capacity = int64_t{1} << 31;
+  EXPECT_THAT(error({int64_t{1} << 31, int64_t{1} << 31}, o), HasSubstr("pairs of a query"));
+  o = good;
   o.cost.machine.bytes_per_second = 1;
   EXPECT_THAT(error({5}, o), HasSubstr("bytes per second of 1"));
   EXPECT_THAT(std::string(ParseSequenceMethod("best").status().message()), HasSubstr("'best'"));

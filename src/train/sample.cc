@@ -125,6 +125,7 @@ absl::StatusOr<std::string> Trainer::Sample(const std::string& prompt, int64_t t
         told[0] = Draw(values, temperature, top_k, rng.Uniform(static_cast<uint64_t>(i)), &order);
       }
       STRETTO_RETURN_IF_ERROR(tell(&told));
+      t.progress.Beat("sample", t.state.step);
       const auto next = static_cast<int32_t>(told[0]);
       if (next == t.tokenizer->end_of_text()) break;
       ids.push_back(next);

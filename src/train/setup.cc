@@ -1,5 +1,6 @@
 // Trainer::Create, part by part.
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <limits>
 #include <thread>
@@ -630,13 +631,44 @@ absl::Status Trainer::Impl::WarmUp() {
   return measured;
 }
 
+void Trainer::Impl::OpenProgress() {
+  const char* directory = std::getenv(kProgressVariable);
+  if (directory == nullptr || *directory == '\0') return;
+  absl::StatusOr<ProgressFile> file = ProgressFile::Create(directory, world.rank());
+  if (!file.ok()) {
+    LogWarning(absl::StrCat(kProgressVariable, ": ", std::string(file.status().message())));
+    return;
+  }
+  progress = *std::move(file);
+  progress.Met();
+}
+
+void Trainer::Impl::WriteFacts() const {
+  const char* directory = std::getenv(kProgressVariable);
+  if (directory == nullptr || *directory == '\0' || world.rank() != 0) return;
+  std::error_code ignored;
+  const absl::Status written = WriteJobFacts(
+      directory, {.output = std::filesystem::absolute(config.output, ignored).string(),
+                  .flight_directory =
+                      std::filesystem::absolute(config.metrics.flight_directory, ignored).string(),
+                  .dp = config.parallel.dp,
+                  .pp = config.parallel.pp,
+                  .tp = config.parallel.tp,
+                  .dp_fixed = dp_fixed});
+  if (!written.ok()) LogWarning(std::string(written.message()));
+}
+
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const TrainConfig& config) {
   auto impl = std::make_unique<Impl>(world, config);
+  impl->dp_fixed = config.parallel.dp != 0;
+  impl->OpenProgress();
   STRETTO_RETURN_IF_ERROR(world.Agree("setting up the runtime", impl->SetUpRuntime()));
   STRETTO_RETURN_IF_ERROR(world.Agree("planning and building the model", impl->SetUpModel()));
+  impl->WriteFacts();
   STRETTO_RETURN_IF_ERROR(world.Agree("opening the data", impl->SetUpData()));
   STRETTO_RETURN_IF_ERROR(world.Agree("measuring the device", impl->MeasurePeak()));
   STRETTO_RETURN_IF_ERROR(world.Agree("restoring a checkpoint", impl->Restore()));
+  impl->progress.Restored(impl->state.step);
   STRETTO_RETURN_IF_ERROR(world.Agree("warming up", impl->WarmUp()));
   return std::unique_ptr<Trainer>(new Trainer(std::move(impl)));
 }

@@ -343,6 +343,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
           stats.step, consecutive_skips, stats.loss, stats.grad_norm));
     }
   }
+  progress.Step(state.step);
   return stats;
 }
 
@@ -367,6 +368,7 @@ absl::StatusOr<double> Trainer::Impl::Evaluate() {
     STRETTO_RETURN_IF_ERROR(RunBatches(begin == end ? no_batch : evaluation_batch,
                                        /*training=*/false, /*hooks=*/true));
     STRETTO_RETURN_IF_ERROR(stream->Synchronize());  // the batch is about to be overwritten
+    progress.Beat("evaluate", state.step);
   }
   STRETTO_RETURN_IF_ERROR(executor->Finish());
   STRETTO_RETURN_IF_ERROR(SumOverRanks(evaluation_total, "evaluation"));
@@ -390,12 +392,14 @@ absl::Status Trainer::Save() {
   Impl& t = *impl_;
   STRETTO_RETURN_IF_ERROR(t.WaitParameters());
   STRETTO_RETURN_IF_ERROR(t.stream->Synchronize());
+  t.progress.Beat("save", t.state.step);
   t.registry.SetEpoch(t.state.step);
   return t.checkpoints->Save(t.state.step, t.registry, ToJson(t.state));
 }
 
 absl::Status Trainer::Finish() {
   Impl& t = *impl_;
+  t.progress.Beat("finish", t.state.step);
   absl::Status status = t.WaitParameters();
   status.Update(t.stream->Synchronize());
   if (status.ok()) status = t.WriteTrace();  // of a window that the run did not reach the end of

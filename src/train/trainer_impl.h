@@ -19,6 +19,7 @@
 #include "stretto/data/plan_loader.h"
 #include "stretto/data/tokenizer.h"
 #include "stretto/model/float8.h"
+#include "stretto/observe/progress.h"
 #include "stretto/observe/signals.h"
 #include "stretto/observe/step_trace.h"
 #include "stretto/optim/optimizer.h"
@@ -119,6 +120,8 @@ struct Trainer::Impl {
   std::vector<std::unique_ptr<MetricsSink>> sinks;
   std::chrono::steady_clock::time_point last_step_end;
   bool clock_started = false;
+  ProgressFile progress;  // where STRETTO_PROGRESS says
+  bool dp_fixed = false;  // by the configuration as it was asked for
 
   // Last, so that they end first: whatever is in flight reads and writes the memory above.
   std::unique_ptr<Stream> stream;
@@ -132,6 +135,9 @@ struct Trainer::Impl {
   ops::Context ops() const { return {stream.get(), kernels}; }
   // The parts of Create, in order; each ends in an agreement of all ranks.
   absl::Status SetUpRuntime();
+  // For who watches from outside. A failure is a warning.
+  void OpenProgress();
+  void WriteFacts() const;
   absl::Status SetUpModel();
   absl::Status SetUpData();
   absl::Status Restore();

@@ -1,0 +1,215 @@
+#include "tools/run/guard.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "src/observe/file.h"
+#include "stretto/comm/world.h"
+#include "stretto/observe/progress.h"
+#include "tools/run/fate.h"
+#include "tools/run/process.h"
+
+namespace stretto {
+namespace {
+
+constexpr size_t kSaid = 2000;  // bytes of standard error that are kept for the report
+// What the launcher's end becomes: a signal that nobody else sends.
+const int kOrphaned = SIGRTMIN + 5;
+
+// Passes on what the program writes, line by line where lines are marked.
+class Stream {
+ public:
+  Stream(int from, int to, std::string prefix) : from_(from), to_(to), prefix_(std::move(prefix)) {
+    fcntl(from_, F_SETFL, O_NONBLOCK);
+  }
+  int from() const { return from_; }
+  // False at the end.
+  bool Pump() {
+    std::array<char, 65536> buffer;
+    while (true) {
+      const ssize_t n = read(from_, buffer.data(), buffer.size());
+      if (n < 0 && errno == EINTR) continue;
+      if (n < 0 && errno == EAGAIN) return true;
+      if (n <= 0) {
+        Flush();
+        close(from_);
+        from_ = -1;
+        return false;
+      }
+      Take(std::string(buffer.data(), static_cast<size_t>(n)));
+    }
+  }
+  void Flush() {
+    if (!line_.empty()) Write(prefix_ + line_);
+    line_.clear();
+  }
+  const std::string& said() const { return said_; }
+
+ private:
+  void Take(const std::string& text) {
+    said_ += text;
+    if (said_.size() > kSaid) said_.erase(0, said_.size() - kSaid);
+    if (prefix_.empty()) return Write(text);
+    line_ += text;
+    size_t begin = 0;
+    std::string out;
+    for (size_t end; (end = line_.find('\n', begin)) != std::string::npos; begin = end + 1) {
+      absl::StrAppend(&out, prefix_, line_.substr(begin, end - begin), "\n");
+    }
+    line_.erase(0, begin);
+    Write(out);
+  }
+  // Whoever reads may be gone; the program need not end for that.
+  void Write(const std::string& text) {
+    (void)observe_internal::WriteAll(to_, "output", text).ok();
+  }
+  int from_, to_;
+  std::string prefix_, line_, said_;
+};
+
+class Events {
+ public:
+  Events(const std::string& directory, int rank)
+      : descriptor_(open(EventsPath(directory, rank).c_str(),
+                         O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0644)) {}
+  bool open_for_writing() const { return descriptor_ >= 0; }
+  void Write(RankEvent event) {
+    event.time = observe_internal::UnixSeconds();
+    (void)observe_internal::WriteAll(descriptor_, "events", ToLine(event)).ok();
+  }
+
+ private:
+  int descriptor_;
+};
+
+}  // namespace
+
+int RunGuard(const GuardOptions& options, const std::vector<std::string>& command) {
+  const auto fail = [](const std::string& what) {
+    std::fprintf(stderr, "stretto-run: %s\n", what.c_str());
+    return 1;
+  };
+  const absl::StatusOr<RankInfo> info = ResolveRank();
+  if (!info.ok()) return fail(std::string(info.status().message()));
+  Events events(options.directory, info->rank);
+  if (!events.open_for_writing()) {
+    return fail(absl::StrCat("rank ", info->rank, " cannot write ",
+                             EventsPath(options.directory, info->rank), ": ", std::strerror(errno),
+                             "; --directory must be a folder that all machines share"));
+  }
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (const int s : {SIGCHLD, SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, kOrphaned}) {
+    sigaddset(&signals, s);
+  }
+  sigprocmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+  const int arrived = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+  if (arrived < 0) return fail(absl::StrCat("signalfd failed: ", std::strerror(errno)));
+  BecomeReaper();
+  const pid_t launcher = getppid();
+  prctl(PR_SET_PDEATHSIG, kOrphaned);
+  if (launcher == 1 || getppid() != launcher) return fail("the launcher is gone");
+
+  int error[2], output[2] = {-1, -1};
+  if (pipe2(error, O_CLOEXEC) != 0 || (options.prefix && pipe2(output, O_CLOEXEC) != 0)) {
+    return fail(absl::StrCat("no pipe for the output: ", std::strerror(errno)));
+  }
+  SpawnOptions spawn = {.environment = {{kProgressVariable, options.directory}},
+                        .output = output[1],
+                        .error = error[1],
+                        .parent_death = SIGKILL};
+  if (!options.keepers.empty()) {
+    // The ranks of a node stand side by side.
+    const size_t share =
+        static_cast<size_t>(info->rank) * options.keepers.size() / static_cast<size_t>(info->size);
+    spawn.environment.emplace_back("STRETTO_KEEPER", options.keepers[share]);
+  }
+  const absl::StatusOr<pid_t> started = Spawn(command, spawn);
+  if (!started.ok()) return fail(std::string(started.status().message()));
+  const pid_t program = *started;
+  close(error[1]);
+  if (output[1] >= 0) close(output[1]);
+  std::array<char, 256> host = {};
+  gethostname(host.data(), host.size() - 1);
+  events.Write({.kind = RankEvent::Kind::kStarted, .pid = program, .host = host.data()});
+
+  const std::string prefix = options.prefix ? absl::StrCat("[", info->rank, "] ") : "";
+  Stream errors(error[0], STDERR_FILENO, prefix);
+  std::vector<Stream*> streams = {&errors};
+  Stream outputs(output[0], STDOUT_FILENO, prefix);
+  if (options.prefix) streams.push_back(&outputs);
+
+  int ended = 0;
+  bool running = true;
+  while (running) {
+    std::vector<struct pollfd> watched = {{.fd = arrived, .events = POLLIN, .revents = 0}};
+    for (const Stream* s : streams) {
+      if (s->from() >= 0) watched.push_back({.fd = s->from(), .events = POLLIN, .revents = 0});
+    }
+    if (poll(watched.data(), watched.size(), -1) < 0 && errno != EINTR) break;
+    for (Stream* s : streams) {
+      if (s->from() >= 0) s->Pump();
+    }
+    struct signalfd_siginfo received;
+    while (read(arrived, &received, sizeof(received)) == sizeof(received)) {
+      const int which = static_cast<int>(received.ssi_signo);
+      if (which == kOrphaned) {
+        events.Write({.kind = RankEvent::Kind::kAsked, .signal = SIGKILL});
+        kill(program, SIGKILL);
+      } else if (which == SIGUSR2) {
+        kill(-program, which);
+      } else if (which != SIGCHLD) {
+        events.Write({.kind = RankEvent::Kind::kAsked, .signal = which});
+        kill(-program, which);
+      }
+    }
+    int status = 0;
+    for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG | WUNTRACED | WCONTINUED)) > 0;) {
+      if (pid != program) continue;
+      if (WIFSTOPPED(status)) {
+        events.Write({.kind = RankEvent::Kind::kStopped, .signal = WSTOPSIG(status)});
+      } else if (WIFCONTINUED(status)) {
+        events.Write({.kind = RankEvent::Kind::kContinued});
+      } else {
+        ended = status;
+        running = false;
+      }
+    }
+  }
+  for (Stream* s : streams) {
+    if (s->from() >= 0) s->Pump();
+    s->Flush();
+  }
+  RankEvent end = {.kind = RankEvent::Kind::kEnded, .said = errors.said()};
+  if (WIFSIGNALED(ended)) {
+    end.signal = WTERMSIG(ended);
+  } else {
+    end.code = WEXITSTATUS(ended);
+  }
+  events.Write(end);
+  KillDescendants({});
+  if (end.signal == 0) return end.code;
+  // As a shell does it, so that the launcher sees what happened. Its core, if any, is written.
+  signal(end.signal, SIG_DFL);
+  sigset_t none;
+  sigemptyset(&none);
+  sigprocmask(SIG_SETMASK, &none, nullptr);
+  prctl(PR_SET_DUMPABLE, 0);
+  raise(end.signal);
+  return 128 + end.signal;
+}
+
+}  // namespace stretto

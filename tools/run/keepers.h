@@ -1,0 +1,58 @@
+// The keepers of a job: processes that hold snapshots in memory while trainers come and go.
+#ifndef STRETTO_TOOLS_RUN_KEEPERS_H_
+#define STRETTO_TOOLS_RUN_KEEPERS_H_
+
+#include <sys/types.h>
+
+#include <set>
+#include <string>
+#include <vector>
+
+#include "stretto/core/status.h"
+
+namespace stretto {
+
+struct KeeperOptions {
+  int64_t count = 0;  // keepers, all on this machine; 0: none
+  std::string program = "stretto-keeper";
+  std::string job;                 // what tells this job's keepers from others'
+  std::string directory = "none";  // where they may spill
+  int64_t data = 0, parity = 0;    // of the erasure code; 0: the keeper's default
+};
+
+class Keepers {
+ public:
+  Keepers() = default;
+  // Starts them and waits until all are ready. DEADLINE_EXCEEDED or UNAVAILABLE names the one that
+  // is not. STRETTO_JOB_TOKEN must be set.
+  static absl::StatusOr<Keepers> Start(const KeeperOptions& options);
+  ~Keepers();  // SIGTERM, and SIGKILL where that does not help
+  Keepers(Keepers&& other) noexcept { *this = std::move(other); }
+  Keepers& operator=(Keepers&& other) noexcept {
+    options_.swap(other.options_);
+    nodes_.swap(other.nodes_);
+    return *this;
+  }
+
+  // To be told of each child of this process that has ended; the number of a keeper, or -1.
+  int Ended(pid_t pid);
+  // Starts those again that have ended: they are empty then, and ask the others.
+  absl::Status Restart();
+
+  std::vector<std::string> addresses() const;
+  std::set<pid_t> pids() const;
+
+ private:
+  struct Node {
+    pid_t pid = -1;  // -1: ended
+    int port = 0;
+    int output = -1;
+  };
+  absl::Status StartNode(size_t n);
+  std::vector<KeeperOptions> options_;  // one
+  std::vector<Node> nodes_;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_TOOLS_RUN_KEEPERS_H_

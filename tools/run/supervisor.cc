@@ -1,0 +1,470 @@
+#include "tools/run/supervisor.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "src/comm/socket.h"
+#include "src/observe/file.h"
+#include "tools/files.h"
+#include "tools/run/flight.h"
+#include "tools/run/incident.h"
+#include "tools/run/process.h"
+
+namespace stretto {
+namespace {
+
+using observe_internal::UnixSeconds;
+
+constexpr long kTick = 100'000'000;  // nanoseconds between looks
+constexpr int kKeeperEnds = 10;      // that are made good
+constexpr double kFarewell = 3;      // seconds in which ranks leave by themselves, and dump records
+
+double Monotonic() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void Say(const std::string& text) {
+  std::fprintf(stderr, "stretto-run: %s\n", text.c_str());
+  std::fflush(stderr);
+}
+
+class Supervisor {
+ public:
+  explicit Supervisor(const SupervisorOptions& options)
+      : options_(options), policy_(options.restart) {}
+  int Run();
+
+ private:
+  enum class Ending { kDone, kRequested, kFailed, kInterrupted };
+
+  absl::Status SetUp();
+  void TakeSignals();
+  // Handles signals and ends of children until `until` holds or `seconds` are over or, but for
+  // `hurry`, it is asked to stop at once.
+  void WaitFor(double seconds, const std::function<bool()>& until);
+  void Collect();
+  absl::Status StartJob();
+  Ending Watch();
+  void EndJob(bool stalled);
+  Ending Judge(bool stalled);
+  void AskToSave();
+  // Fills in what the restart after the newest incident has shown so far.
+  void FollowUp(const std::vector<RankProgress>& progress);
+  void Report(Ending ending);
+  void Write(const Incident& incident) const;
+  std::string FolderOf(int64_t number) const {
+    return absl::StrFormat("%s/incident-%04d", options_.directory, number);
+  }
+  int Finish(int code, const std::string& how);
+
+  SupervisorOptions options_;
+  RestartPolicy policy_;
+  std::string live_;  // where the job's files are while it runs
+  std::optional<Keepers> keepers_;
+  int keeper_ends_ = 0;
+  std::set<pid_t> earlier_;  // children from before
+  std::optional<Job> job_;
+  sigset_t signals_ = {};
+
+  int stop_signal_ = 0;       // asked to stop and save
+  bool asked_ = false;        // the ranks were told
+  double save_deadline_ = 0;  // Monotonic
+  bool interrupted_ = false;
+  double noticed_ = 0;  // Unix seconds
+  bool warned_of_layout_ = false;
+
+  std::vector<Incident> incidents_;
+  bool following_ = false;  // the newest incident is not complete
+  double gone_ = 0;         // Unix seconds when nothing of the failed job was left
+  Decision decision_;
+  int failed_code_ = 0;
+};
+
+absl::Status Supervisor::SetUp() {
+  std::error_code error;
+  std::filesystem::create_directories(options_.directory, error);
+  if (error) {
+    return absl::UnavailableError(absl::StrCat("cannot make the directory ", options_.directory,
+                                               ": ", error.message(), "; see --directory"));
+  }
+  options_.directory = std::filesystem::absolute(options_.directory).string();
+  live_ = absl::StrCat(options_.directory, "/live-", getpid());
+  sigemptyset(&signals_);
+  for (const int s : {SIGCHLD, SIGTERM, SIGUSR1, SIGINT, SIGHUP}) sigaddset(&signals_, s);
+  sigprocmask(SIG_BLOCK, &signals_, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+  earlier_ = Descendants(getpid());
+  BecomeReaper();
+  if (options_.keepers.count > 0) {
+    // Keepers and ranks know each other by it.
+    setenv("STRETTO_JOB_TOKEN", net::RandomToken().c_str(), /*overwrite=*/0);
+    STRETTO_ASSIGN_OR_RETURN(keepers_, Keepers::Start(options_.keepers));
+  }
+  return absl::OkStatus();
+}
+
+void Supervisor::Collect() {
+  int status = 0;
+  for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
+    if (job_) job_->Ended(pid, status);
+    const int keeper = keepers_ ? keepers_->Ended(pid) : -1;
+    if (keeper >= 0) {
+      const bool again = ++keeper_ends_ <= kKeeperEnds;
+      Say(absl::StrCat("keeper ", keeper, " has ended",
+                       again ? "; it starts again, empty" : ", too often to be started again"));
+      const absl::Status started = again ? keepers_->Restart() : absl::OkStatus();
+      if (!started.ok()) Say(std::string(started.message()));
+    }
+  }
+}
+
+void Supervisor::TakeSignals() {
+  const struct timespec tick = {0, kTick};
+  const int s = sigtimedwait(&signals_, nullptr, &tick);
+  Collect();
+  if (s == SIGTERM || s == SIGUSR1 || s == SIGHUP) {
+    if (stop_signal_ == 0) Say(absl::StrCat("got ", SignalName(s), ": the job is to save and end"));
+    stop_signal_ = s;
+  } else if (s == SIGINT) {
+    if (!interrupted_) Say("got SIGINT: the job is ended");
+    interrupted_ = true;
+  }
+}
+
+void Supervisor::WaitFor(double seconds, const std::function<bool()>& until) {
+  const double deadline = Monotonic() + seconds;
+  while (!until() && Monotonic() < deadline && !interrupted_) TakeSignals();
+}
+
+absl::Status Supervisor::StartJob() {
+  std::error_code error;
+  std::filesystem::remove_all(live_, error);
+  if (mkdir(live_.c_str(), 0700) != 0) {
+    return absl::UnavailableError(
+        absl::StrCat("cannot make the directory ", live_, ": ", std::strerror(errno)));
+  }
+  if (keepers_) {
+    // Not as an argument, which everybody can read.
+    const int token =
+        open((live_ + "/token").c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    const absl::Status written =
+        observe_internal::WriteAll(token, live_ + "/token", std::getenv("STRETTO_JOB_TOKEN"));
+    if (token >= 0) close(token);
+    STRETTO_RETURN_IF_ERROR(written);
+  }
+  asked_ = false;
+  STRETTO_ASSIGN_OR_RETURN(
+      job_, Job::Start(options_.launch, policy_.ranks(), policy_.restarts(), live_,
+                       keepers_ ? keepers_->addresses() : std::vector<std::string>()));
+  return absl::OkStatus();
+}
+
+void Supervisor::AskToSave() {
+  // mpirun passes SIGUSR1 on to all ranks; SIGTERM would make it end them.
+  if (!asked_) {
+    job_->Signal(SIGUSR1);
+    save_deadline_ = Monotonic() + options_.save;
+  }
+  asked_ = true;
+}
+
+Supervisor::Ending Supervisor::Watch() {
+  std::vector<double> beats;
+  double changed = Monotonic();
+  while (true) {
+    TakeSignals();
+    if (interrupted_) {
+      EndJob(false);
+      return Ending::kInterrupted;
+    }
+    if (stop_signal_ != 0) AskToSave();
+    const std::vector<RankProgress> progress = job_->Progress();
+    FollowUp(progress);
+    if (!job_->running()) return Judge(false);
+    // A stopped rank may go on: a debugger, a person. That nothing moves is what counts.
+    const Cause::Kind trouble = FindCause(job_->Fates(), kSaved).kind;
+    if (trouble != Cause::Kind::kUnknown && trouble != Cause::Kind::kStopped) {
+      noticed_ = UnixSeconds();
+      EndJob(false);
+      return Judge(false);
+    }
+    std::vector<double> now;
+    bool stepped = false, any = false;
+    for (const RankProgress& p : progress) {
+      now.push_back(p.beat + p.met);
+      stepped = stepped || p.first_step > 0;
+      any = any || p.met > 0;
+    }
+    if (now != beats) changed = Monotonic();
+    beats = std::move(now);
+    const double limit = stepped ? options_.stall : options_.stall_start;
+    const bool stalled = any && limit > 0 && Monotonic() - changed > limit;
+    const bool late = asked_ && Monotonic() > save_deadline_;
+    if (stalled || late) {
+      noticed_ = UnixSeconds();
+      Say(stalled ? absl::StrFormat("no sign of life of any rank for %g s", limit)
+                  : absl::StrFormat("the job did not save and end within %g s", options_.save));
+      EndJob(true);
+      return Judge(true);
+    }
+  }
+}
+
+void Supervisor::EndJob(bool stalled) {
+  const auto gone = [&] { return !job_->running(); };
+  const std::optional<JobFacts> facts = ReadJobFacts(live_);
+  if (stalled && facts) {
+    // Ranks that hang still answer this with their flight records.
+    const double asked = UnixSeconds();
+    job_->Signal(SIGUSR2);
+    std::vector<std::string> records;
+    for (const RankFate& fate : job_->Fates()) {
+      if (fate.state != RankFate::State::kRunning) continue;
+      records.push_back(absl::StrCat(facts->flight_directory, "/flight-rank", fate.rank, ".json"));
+    }
+    WaitFor(kFarewell, [&] {
+      return std::all_of(records.begin(), records.end(), [&](const std::string& path) {
+        struct stat info;
+        return stat(path.c_str(), &info) == 0 &&
+               static_cast<double>(info.st_mtim.tv_sec) >= std::floor(asked);
+      });
+    });
+  } else if (!stalled) {
+    WaitFor(kFarewell, gone);
+  }
+  if (!gone()) job_->Signal(SIGTERM);
+  WaitFor(options_.launch.grace, gone);
+  std::set<pid_t> spared = earlier_;
+  if (keepers_) spared.merge(keepers_->pids());
+  // Ends that are collected here belong to a job that is over.
+  const std::set<pid_t> left = KillDescendants(spared);
+  if (!left.empty()) Say(absl::StrCat("process ", *left.begin(), " does not end, even by SIGKILL"));
+  Collect();
+}
+
+Supervisor::Ending Supervisor::Judge(bool stalled) {
+  if (noticed_ == 0) noticed_ = UnixSeconds();
+  std::set<pid_t> spared = earlier_;
+  if (keepers_) spared.merge(keepers_->pids());
+  KillDescendants(spared);  // what a rank that is gone left behind
+  gone_ = UnixSeconds();
+  const std::vector<RankProgress> progress = job_->Progress();
+  FollowUp(progress);
+  if (following_) Write(incidents_.back());
+
+  Incident incident;
+  incident.fates = job_->Fates();
+  incident.cause = FindCause(incident.fates, kSaved);
+  bool done = true, saved = false;
+  for (const RankFate& fate : incident.fates) {
+    const bool left = fate.state == RankFate::State::kExited;
+    done = done && left && fate.code == 0;
+    saved = saved || (left && fate.code == kSaved);
+  }
+  Cause& cause = incident.cause;
+  if (cause.kind == Cause::Kind::kUnknown && !stalled) {
+    if (done) return Ending::kDone;
+    if (saved || stop_signal_ != 0) return saved ? Ending::kRequested : Ending::kInterrupted;
+    cause.code = job_->code();
+    cause.signal = job_->signal();
+    const bool ended = std::any_of(incident.fates.begin(), incident.fates.end(), [](const auto& f) {
+      return f.state == RankFate::State::kExited && f.asked == 0;
+    });
+    if (!ended && (cause.code != 0 || cause.signal != 0)) cause.kind = Cause::Kind::kLauncher;
+  }
+  incident.ranks = job_->ranks();
+  incident.restarts = policy_.restarts();
+  incident.noticed = noticed_;
+  double last_sign = 0;
+  for (const RankProgress& p : progress) {
+    if (p.step >= 0) incident.last_step = std::max(incident.last_step.value_or(0), p.step);
+    last_sign = std::max(last_sign, p.beat);
+  }
+  const std::optional<JobFacts> facts = ReadJobFacts(live_);
+  std::vector<FlightNote> notes;
+  std::vector<std::string> records;
+  if (facts) {
+    for (int rank = 0; rank < job_->ranks(); ++rank) {
+      const std::string path = absl::StrCat(facts->flight_directory, "/flight-rank", rank, ".json");
+      struct stat info;
+      // Of this job, not of one before it.
+      if (stat(path.c_str(), &info) != 0 ||
+          static_cast<double>(info.st_mtim.tv_sec) +
+                  1e-9 * static_cast<double>(info.st_mtim.tv_nsec) <
+              job_->started()) {
+        continue;
+      }
+      const absl::StatusOr<std::string> text = ReadTextFile(path);
+      std::optional<FlightNote> note = text.ok() ? ParseFlight(*text) : std::nullopt;
+      if (!note || note->rank != rank) continue;
+      records.push_back(path);
+      incident.flights[rank] = *note;
+      notes.push_back(*std::move(note));
+    }
+  }
+  if (cause.kind == Cause::Kind::kUnknown && stalled) {
+    cause.kind = Cause::Kind::kHung;
+    cause.time = last_sign;
+    cause.ranks = Behind(notes, job_->ranks(), "all");
+    // With the data axis alone its group holds all ranks, too.
+    if (cause.ranks.empty() && facts && facts->dp == job_->ranks()) {
+      cause.ranks = Behind(notes, job_->ranks(), "dp");
+    }
+  }
+  if (cause.time > 0) incident.detect = std::max(noticed_ - cause.time, 0.0);
+  incident.end = gone_ - noticed_;
+
+  // Its folder takes what the job has left.
+  do {
+    ++incident.number;
+  } while (mkdir(FolderOf(incident.number).c_str(), 0755) != 0 && errno == EEXIST);
+  std::error_code ignored;
+  const std::string folder = FolderOf(incident.number);
+  for (const std::string& path : records) {
+    std::filesystem::copy_file(path, folder + "/" + std::filesystem::path(path).filename().string(),
+                               ignored);
+  }
+
+  Failure failure;
+  failure.what = Describe(cause);
+  if (cause.kind == Cause::Kind::kExited) failure.exit_code = cause.code;
+  if (cause.kind == Cause::Kind::kLauncher && cause.code > 125) failure.exit_code = cause.code;
+  failure.step = incident.last_step;
+  if (cause.kind == Cause::Kind::kKilled || cause.kind == Cause::Kind::kStopped) {
+    failure.lost = cause.ranks;
+  }
+  failed_code_ = failure.exit_code;
+  if (stop_signal_ != 0) {
+    decision_ = {.reason = "it was asked to stop"};
+  } else {
+    decision_ = policy_.OnFailure(failure, facts, Monotonic());
+  }
+  incident.restarting = decision_.restart;
+  incident.decision =
+      decision_.restart
+          ? absl::StrFormat("restart %d with %d %s in %g s%s%s", policy_.restarts(),
+                            decision_.ranks, decision_.ranks == 1 ? "rank" : "ranks",
+                            decision_.delay, decision_.reason.empty() ? "" : "; ", decision_.reason)
+          : absl::StrCat("no restart: ", decision_.reason);
+  std::filesystem::rename(live_, folder + "/ranks", ignored);
+  const std::string after = incident.last_step ? absl::StrCat(" after step ", *incident.last_step)
+                                               : std::string(" before any step");
+  Write(incident);
+  Say(absl::StrCat(failure.what, after, "; ", incident.decision, "; see ", folder, "/report.txt"));
+  incidents_.push_back(std::move(incident));
+  following_ = decision_.restart;
+  return stop_signal_ != 0 ? Ending::kInterrupted : Ending::kFailed;
+}
+
+void Supervisor::Write(const Incident& incident) const {
+  const std::string folder = FolderOf(incident.number);
+  for (const auto& [name, text] :
+       {std::pair<std::string, std::string>("report.json", ToJson(incident)),
+        {"report.txt", ToText(incident)}}) {
+    const absl::Status written = observe_internal::ReplaceFile(folder + "/" + name, text);
+    if (!written.ok()) Say(std::string(written.message()));
+  }
+}
+
+void Supervisor::FollowUp(const std::vector<RankProgress>& progress) {
+  if (!following_) return;
+  Incident& incident = incidents_.back();
+  double met = 0, restored = 0, stepped = 0;
+  bool all_met = true, all_restored = true, all_stepped = true;
+  for (const RankProgress& p : progress) {
+    all_met = all_met && p.met > 0;
+    all_restored = all_restored && p.restored > 0;
+    all_stepped = all_stepped && p.first_step > 0;
+    met = std::max(met, p.met);
+    restored = std::max(restored, p.restored);
+    stepped = std::max(stepped, p.first_step);
+    if (p.restored_step >= 0) incident.restored_step = p.restored_step;
+  }
+  if (all_met) incident.start = met - job_->started();
+  if (all_met && all_restored) incident.load = restored - met;
+  if (!all_stepped || !all_restored) return;
+  incident.first_step = stepped - restored;
+  following_ = false;
+  Write(incident);
+  const std::optional<int64_t> steps = incident.StepsLost();
+  const std::optional<double> seconds = incident.SecondsLost();
+  Say(absl::StrCat(
+      "the job goes on from step ", *incident.restored_step, ": ",
+      steps ? absl::StrCat(*steps) : std::string("an unknown number of"),
+      steps && *steps == 1 ? " step" : " steps", " and ",
+      seconds ? absl::StrFormat("%.1f", *seconds) : std::string("an unknown number of"),
+      " s lost"));
+}
+
+int Supervisor::Finish(int code, const std::string& how) {
+  if (following_) Write(incidents_.back());
+  std::error_code ignored;
+  std::filesystem::remove_all(live_, ignored);
+  if (incidents_.empty()) std::filesystem::remove(options_.directory, ignored);  // when empty
+  keepers_.reset();
+  Say(absl::StrCat(how, "; ", History(incidents_)));
+  return code;
+}
+
+int Supervisor::Run() {
+  const absl::Status ready = SetUp();
+  if (!ready.ok()) {
+    Say(std::string(ready.message()));
+    return kGaveUp;
+  }
+  while (true) {
+    noticed_ = 0;
+    const absl::Status started = StartJob();
+    if (!started.ok()) return Finish(kGaveUp, std::string(started.message()));
+    if (following_) incidents_.back().back_off = job_->started() - gone_;
+    const Ending ending = Watch();
+    if (following_ && ending != Ending::kFailed) Write(incidents_.back());
+    switch (ending) {
+      case Ending::kDone:
+        return Finish(kDone, "the job is done");
+      case Ending::kRequested:
+        return Finish(kSaved, "the job was asked to stop and has saved");
+      case Ending::kInterrupted:
+        if (interrupted_) return Finish(kInterrupted, "interrupted");
+        return Finish(kNotSaved, "the job was asked to stop and ended without saving");
+      case Ending::kFailed:
+        break;
+    }
+    if (!decision_.restart) {
+      const std::vector<int>& fatal = options_.restart.fatal_codes;
+      const bool is_fatal = std::find(fatal.begin(), fatal.end(), failed_code_) != fatal.end();
+      return Finish(is_fatal && failed_code_ != 0 ? failed_code_ : kGaveUp,
+                    "gave up: " + decision_.reason);
+    }
+    WaitFor(decision_.delay, [&] { return stop_signal_ != 0; });
+    if (interrupted_) return Finish(kInterrupted, "interrupted");
+    if (stop_signal_ != 0) {
+      return Finish(kSaved, "asked to stop while no rank ran: what is saved stays");
+    }
+  }
+}
+
+}  // namespace
+
+int Supervise(const SupervisorOptions& options) { return Supervisor(options).Run(); }
+
+}  // namespace stretto

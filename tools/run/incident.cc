@@ -170,7 +170,7 @@ std::string History(const std::vector<Incident>& incidents) {
   std::vector<std::pair<std::string, int>> kinds;  // in the order in which they came
   int64_t steps = 0;
   double seconds = 0;
-  bool steps_known = true, seconds_known = true;
+  bool restarted = false, steps_known = true, seconds_known = true;
   for (const Incident& i : incidents) {
     const std::string what = Describe(i.cause);
     const auto known = std::find_if(kinds.begin(), kinds.end(),
@@ -180,6 +180,8 @@ std::string History(const std::vector<Incident>& incidents) {
     } else {
       ++known->second;
     }
+    if (!i.restarting) continue;  // what the job would have lost nobody knows
+    restarted = true;
     steps_known = steps_known && i.StepsLost();
     seconds_known = seconds_known && i.SecondsLost();
     steps += i.StepsLost().value_or(0);
@@ -191,6 +193,7 @@ std::string History(const std::vector<Incident>& incidents) {
     absl::StrAppend(&text, k == 0 ? "" : ", ", kinds[k].first);
     if (kinds[k].second > 1) absl::StrAppend(&text, " (", kinds[k].second, " times)");
   }
+  if (!restarted) return text;
   absl::StrAppendFormat(&text, "; %s%d %s and %s%.1f s lost", steps_known ? "" : "at least ", steps,
                         steps == 1 ? "step" : "steps", seconds_known ? "" : "at least ", seconds);
   return text;

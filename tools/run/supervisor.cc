@@ -36,6 +36,7 @@ using observe_internal::UnixSeconds;
 
 constexpr long kTick = 100'000'000;  // nanoseconds between looks
 constexpr int kKeeperEnds = 10;      // that are made good
+constexpr double kAfterRanks = 0.5;  // seconds in which a launcher follows its ranks
 constexpr double kFarewell = 3;      // seconds in which ranks leave by themselves, and dump records
 
 double Monotonic() {
@@ -45,6 +46,12 @@ double Monotonic() {
 void Say(const std::string& text) {
   std::fprintf(stderr, "stretto-run: %s\n", text.c_str());
   std::fflush(stderr);
+}
+
+bool AllEnded(const std::vector<RankFate>& fates) {
+  return std::all_of(fates.begin(), fates.end(), [](const RankFate& fate) {
+    return fate.state == RankFate::State::kExited || fate.state == RankFate::State::kKilled;
+  });
 }
 
 class Supervisor {
@@ -189,7 +196,7 @@ void Supervisor::AskToSave() {
 
 Supervisor::Ending Supervisor::Watch() {
   std::vector<double> beats;
-  double changed = Monotonic();
+  double changed = Monotonic(), ended = 0;
   while (true) {
     TakeSignals();
     if (interrupted_) {
@@ -201,9 +208,17 @@ Supervisor::Ending Supervisor::Watch() {
     FollowUp(progress);
     if (!job_->running()) return Judge(false);
     // A stopped rank may go on: a debugger, a person. That nothing moves is what counts.
-    const Cause::Kind trouble = FindCause(job_->Fates(), kSaved).kind;
+    const std::vector<RankFate> fates = job_->Fates();
+    const Cause::Kind trouble = FindCause(fates, kSaved).kind;
     if (trouble != Cause::Kind::kUnknown && trouble != Cause::Kind::kStopped) {
       noticed_ = UnixSeconds();
+      EndJob(false);
+      return Judge(false);
+    }
+    const bool over = AllEnded(fates);
+    if (!over) ended = 0;
+    if (over && ended == 0) ended = Monotonic();
+    if (over && Monotonic() - ended > kAfterRanks) {
       EndJob(false);
       return Judge(false);
     }
@@ -230,7 +245,8 @@ Supervisor::Ending Supervisor::Watch() {
 }
 
 void Supervisor::EndJob(bool stalled) {
-  const auto gone = [&] { return !job_->running(); };
+  // mpirun waits for as long as ranks may take to end, also when they have ended.
+  const auto gone = [&] { return !job_->running() || AllEnded(job_->Fates()); };
   const std::optional<JobFacts> facts = ReadJobFacts(live_);
   if (stalled && facts) {
     // Ranks that hang still answer this with their flight records.
@@ -253,6 +269,7 @@ void Supervisor::EndJob(bool stalled) {
   }
   if (!gone()) job_->Signal(SIGTERM);
   WaitFor(options_.launch.grace, gone);
+  WaitFor(kAfterRanks, [&] { return !job_->running(); });
   std::set<pid_t> spared = earlier_;
   if (keepers_) spared.merge(keepers_->pids());
   // Ends that are collected here belong to a job that is over.

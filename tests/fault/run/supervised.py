@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Harms a training job that stretto-run supervises, and sees what becomes of it.
+
+usage: supervised.py CASE mpi|env STRETTO_RUN GPT_PROGRAM TOKENIZE_PROGRAM
+"""
+import glob
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from support import prepare, running  # noqa: E402
+
+CASE, LAUNCHER, STRETTO_RUN, GPT, TOKENIZE = sys.argv[1:6]
+STEPS = 60
+MARK = f"STRETTO_TEST_MARK={os.getpid()}-{time.time()}"
+
+
+def check(condition, text):
+    if not condition:
+        sys.exit(f"{CASE} with {LAUNCHER}: {text}")
+
+
+def wait_for(condition, what, seconds=60):
+    deadline = time.time() + seconds
+    while time.time() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.005)
+    check(False, f"waited {seconds} s for {what}")
+
+
+def marked():
+    """The processes that came of this test's jobs."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as f:
+                if MARK.encode() in f.read().split(b"\0") and running(int(pid)):
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+class Job:
+    def __init__(self, scratch, name, *options, settings=(), program=(GPT,)):
+        self.output, self.incidents = f"{scratch}/{name}", f"{scratch}/{name} incidents"
+        self.log = open(f"{scratch}/{name}.log", "w+")
+        sets = [f"output={self.output}", f"steps={STEPS}", *settings]
+        command = [STRETTO_RUN, "--ranks", "2", "--launcher", LAUNCHER, "--directory",
+                   self.incidents, "--delay", "0.1", "--grace", "2", "--mpirun",
+                   "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1",
+                   *options, "--", *program, f"{scratch}/config.json"]
+        command += [word for s in sets for word in ("--set", s)]
+        self.process = subprocess.Popen(
+            command, stdout=self.log, stderr=self.log, start_new_session=True,
+            env={**os.environ, **dict([MARK.split("=")]), "TMPDIR": scratch})
+
+    def text(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def end(self, code):
+        """Waits for the end, which must have this code and leave no process."""
+        try:
+            self.process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            check(False, f"stretto-run does not end:\n{self.text()}")
+        left = marked()
+        check(not left, f"processes {left} are left:\n{self.text()}")
+        check(self.process.returncode == code,
+              f"ended with {self.process.returncode}, not {code}:\n{self.text()}")
+        check(not glob.glob(f"{self.incidents}/live-*"), "the live directory is left")
+
+    def step(self):
+        """Steps that rank 0 has done since its last start."""
+        try:
+            with open(glob.glob(f"{self.incidents}/live-*/rank-0.progress")[0]) as f:
+                name, _, step = f.read()[192:].split()
+                return int(step) if name == "step" else 0
+        except (IndexError, OSError, ValueError):
+            return 0
+
+    def pid(self, rank):
+        path = glob.glob(f"{self.incidents}/live-*/rank-{rank}.events")[0]
+        with open(path) as f:
+            return json.loads(f.readline())["pid"]
+
+    def harm(self, which, rank=1, step=11):
+        wait_for(lambda: self.step() >= step or self.process.poll() is not None,
+                 f"step {step}:\n{self.text()}")
+        check(self.process.poll() is None, f"ended before it was harmed:\n{self.text()}")
+        os.kill(self.pid(rank), which)
+
+    def records(self):
+        with open(f"{self.output}/metrics.jsonl") as lines:
+            records = [json.loads(line) for line in lines]
+        steps = [r["step"] for r in records]
+        check(steps == list(range(1, STEPS + 1)), f"metrics have the steps {steps}")
+        return [(r["loss"], r["grad_norm"], r.get("eval_loss")) for r in records]
+
+    def reports(self):
+        reports = []
+        for path in sorted(glob.glob(f"{self.incidents}/incident-*/report.json")):
+            with open(path) as f:
+                reports.append(json.load(f))
+            check(os.path.getsize(path.replace(".json", ".txt")) > 100, "the text is short")
+        return reports
+
+
+def undisturbed(scratch):
+    job = Job(scratch, "undisturbed")
+    job.end(0)
+    check(not os.path.exists(job.incidents), "an incident without a failure")
+    return job.records()
+
+
+def check_recovered(job, expected, kind, signal_name):
+    """One failure of rank 1, and nothing in the losses tells of it."""
+    check(job.records() == expected, "the losses differ from those of an undisturbed run")
+    reports = job.reports()
+    check(len(reports) == 1, f"{len(reports)} incidents:\n{job.text()}")
+    report = reports[0]
+    check(report["kind"] == kind and report["first"] == [1] and report["signal"] == signal_name,
+          f"the report blames the wrong one: {report}")
+    check(report["last_step"] >= 11, f"last step {report['last_step']}")
+    check(report["restored_step"] == report["last_step"] - report["steps_lost"]
+          and report["restored_step"] % 3 == 0, f"restored step {report['restored_step']}")
+    check(all(isinstance(s, float) and s >= 0 for s in report["seconds"].values()),
+          f"seconds {report['seconds']}")
+    check("1 incident: rank 1 was " in job.text().splitlines()[-1], f"history:\n{job.text()}")
+    return report
+
+
+def killed(scratch):
+    expected = undisturbed(scratch)
+    job = Job(scratch, "killed")
+    job.harm(signal.SIGKILL)
+    job.end(0)
+    report = check_recovered(job, expected, "killed", "SIGKILL")
+    # The dead rank took its record along, the other one says what it waited for.
+    check(report["ranks"][1]["operation"] == "unknown", f"{report['ranks'][1]}")
+    check("(" in report["ranks"][0]["last_operation"], f"{report['ranks'][0]}")
+    check("rank 1" in report["ranks"][0]["said"], f"{report['ranks'][0]}")
+
+
+def stopped(scratch):
+    expected = undisturbed(scratch)
+    job = Job(scratch, "stopped", "--stall", "2")
+    job.harm(signal.SIGSTOP)
+    job.end(0)
+    report = check_recovered(job, expected, "stopped", "SIGSTOP")
+    check(report["seconds"]["detect"] >= 1, f"{report['seconds']}")
+    check(report["ranks"][0]["operation"].startswith(("all_", "reduce_")), f"{report['ranks'][0]}")
+
+
+def asked(scratch):
+    expected = undisturbed(scratch)
+    job = Job(scratch, "asked")
+    wait_for(lambda: job.step() >= 11, "step 11")
+    job.process.send_signal(signal.SIGTERM)
+    job.end(75)
+    with open(f"{job.output}/metrics.jsonl") as lines:
+        steps = sum(1 for _ in lines)
+    check(steps < STEPS, "the job was done before it was asked to stop")
+    check(os.path.exists(f"{job.output}/checkpoints/step-{steps:08}"), f"step {steps} is not saved")
+    check(not job.reports(), "being asked to stop is no incident")
+    job = Job(scratch, "asked")
+    job.end(0)
+    check(job.records() == expected, "the losses differ from those of an undisturbed run")
+
+
+def orphaned(scratch):
+    """SIGKILL to stretto-run itself."""
+    job = Job(scratch, "orphaned")
+    wait_for(lambda: job.step() >= 3, "step 3")
+    check(len(marked()) >= 5, "two ranks, two guards and stretto-run were expected")
+    job.process.kill()
+    job.process.wait()
+    wait_for(lambda: not marked(), f"the end of {marked()}", seconds=10)
+
+
+def misconfigured(scratch):
+    job = Job(scratch, "misconfigured", settings=["parallel.dp=3"])
+    job.end(2)
+    reports = job.reports()
+    check(len(reports) == 1 and reports[0]["code"] == 2, f"{reports}")
+    check(reports[0]["decision"].startswith("no restart: exit code 2"), reports[0]["decision"])
+    check(job.text().count("parallel.dp is 3 but 2 ranks run") == 1,
+          f"the reason is not said once:\n{job.text()}")
+
+
+def repeated(scratch):
+    """Fails after the same step each time."""
+    job = Job(scratch, "repeated", settings=["spikes.max_loss=0.1", "spikes.max_skipped=4"])
+    job.end(1)
+    reports = job.reports()
+    check([r["kind"] for r in reports] == ["exited"] * 3, f"{[r['kind'] for r in reports]}")
+    check([r["last_step"] for r in reports] == [3] * 3, f"{[r['last_step'] for r in reports]}")
+    check("gave up: the same failure came 3 times after step 3" in job.text(), job.text())
+
+
+def fewer(scratch):
+    """Rank 1 of 2 is lost again and again."""
+    expected = undisturbed(scratch)
+    program = f"{scratch}/program"
+    with open(program, "w") as f:
+        f.write("#!/bin/sh\n"
+                "[ $WORLD_SIZE$RANK = 21 ] && [ $STRETTO_RESTARTS -gt 0 ] && kill -9 $$\n"
+                f'exec {GPT} "$@"\n')
+    os.chmod(program, 0o755)
+    job = Job(scratch, "fewer", "--min-ranks", "1", program=(program,))
+    job.harm(signal.SIGKILL)
+    job.end(0)
+    for step, (a, b) in enumerate(zip(expected, job.records()), 1):
+        check(abs(a[0] - b[0]) <= 1e-5 * abs(a[0]), f"step {step} has loss {b[0]}, not {a[0]}")
+    reports = job.reports()
+    check([r["size"] for r in reports] == [2, 2], f"{[r['size'] for r in reports]}")
+    check("on with 1 of 2 ranks" in reports[1]["decision"], reports[1]["decision"])
+
+
+def keepers(scratch):
+    """They outlive the ranks, and end with the job."""
+    program = f"{scratch}/keeper"
+    with open(program, "w") as f:
+        f.write(f"#!{sys.executable}\n"
+                "import signal, sys, os\n"
+                "options = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+                "assert os.environ['STRETTO_JOB_TOKEN']\n"
+                "peers = options['--peers'].split(',')\n"
+                "assert len(peers) == int(options['--nodes'])\n"
+                f"open('{scratch}/started', 'a').write(f'{{os.getpid()}}\\n')\n"
+                "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+                "print('ready', peers[int(options['--node'])].split(':')[1], flush=True)\n"
+                "while True: signal.pause()\n")
+    os.chmod(program, 0o755)
+    trainer = f"{scratch}/trainer"
+    with open(trainer, "w") as f:
+        f.write(f"#!/bin/sh\necho $RANK $STRETTO_KEEPER >> '{scratch}/found'\n"
+                f'[ -n "$STRETTO_JOB_TOKEN" ] && exec {GPT} "$@"\n')
+    os.chmod(trainer, 0o755)
+    job = Job(scratch, "keepers", "--keepers", "2", "--keeper", program, program=(trainer,))
+    job.harm(signal.SIGKILL)
+    job.end(0)
+    with open(f"{scratch}/started") as f:
+        check(len(f.readlines()) == 2, "the keepers did not outlive the ranks")
+    with open(f"{scratch}/found") as f:
+        found = sorted(f.read().split("\n"))[1:]
+    check(len(found) == 4 and found[0] == found[1] and found[2] == found[3]
+          and found[0][2:] != found[2][2:], f"the ranks found {found}")
+
+
+def main():
+    scratch = tempfile.mkdtemp(prefix="stretto run ")
+    random.seed(1)
+    try:
+        prepare(TOKENIZE, scratch, {
+            "model": {"family": "llama", "layers": 2, "hidden": 48, "heads": 4,
+                      "max_positions": 64},
+            "data": {"sequence_length": 64, "train": f"{scratch}/text.train.bin",
+                     "validation": f"{scratch}/text.validation.bin"},
+            "batch": {"global": 6, "micro": 2},
+            "optimizer": {"schedule": "constant", "lr": 1e-3},
+            "runtime": {"threads": 1, "device": "cpu"},
+            "evaluate": {"every": 10, "samples": 8},
+            "checkpoint": {"every": 3, "keep": 2},
+        }, words=lambda: random.choice(["beer", "milk", "ink"]))
+        {f.__name__: f for f in (killed, stopped, asked, orphaned, misconfigured, repeated, fewer,
+                                 keepers)}[CASE](scratch)
+    finally:
+        for pid in marked():
+            os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+main()

@@ -18,7 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from support import prepare, running  # noqa: E402
 
 CASE, LAUNCHER, STRETTO_RUN, GPT, TOKENIZE = sys.argv[1:6]
-STEPS = 60
+STEPS = 40
 MARK = f"STRETTO_TEST_MARK={os.getpid()}-{time.time()}"
 
 

@@ -111,17 +111,18 @@ int RunGuard(const GuardOptions& options, const std::vector<std::string>& comman
   }
   sigset_t signals;
   sigemptyset(&signals);
-  for (const int s : {SIGCHLD, SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, kOrphaned}) {
+  for (const int s : {SIGCHLD, SIGTERM, SIGINT, SIGUSR1, SIGUSR2, kOrphaned}) {
     sigaddset(&signals, s);
   }
   sigprocmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGCHLD, SIG_DFL);
   const int arrived = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
   if (arrived < 0) return fail(absl::StrCat("signalfd failed: ", std::strerror(errno)));
   BecomeReaper();
   const pid_t launcher = getppid();
   prctl(PR_SET_PDEATHSIG, kOrphaned);
-  if (launcher == 1 || getppid() != launcher) return fail("the launcher is gone");
+  if (getppid() != launcher) return fail("the launcher is gone");
 
   int error[2], output[2] = {-1, -1};
   if (pipe2(error, O_CLOEXEC) != 0 || (options.prefix && pipe2(output, O_CLOEXEC) != 0)) {

@@ -97,7 +97,6 @@ class Supervisor {
   double save_deadline_ = 0;  // Monotonic
   bool interrupted_ = false;
   double noticed_ = 0;  // Unix seconds
-  bool warned_of_layout_ = false;
 
   std::vector<Incident> incidents_;
   bool following_ = false;  // the newest incident is not complete
@@ -116,7 +115,11 @@ absl::Status Supervisor::SetUp() {
   options_.directory = std::filesystem::absolute(options_.directory).string();
   live_ = absl::StrCat(options_.directory, "/live-", getpid());
   sigemptyset(&signals_);
-  for (const int s : {SIGCHLD, SIGTERM, SIGUSR1, SIGINT, SIGHUP}) sigaddset(&signals_, s);
+  for (const int s : {SIGCHLD, SIGTERM, SIGUSR1, SIGINT}) sigaddset(&signals_, s);
+  struct sigaction hang_up;  // nohup has it ignored
+  sigaction(SIGHUP, nullptr, &hang_up);
+  if (hang_up.sa_handler != SIG_IGN) sigaddset(&signals_, SIGHUP);
+  signal(SIGCHLD, SIG_DFL);
   sigprocmask(SIG_BLOCK, &signals_, nullptr);
   signal(SIGPIPE, SIG_IGN);
   earlier_ = Descendants(getpid());

@@ -329,6 +329,69 @@ TEST_F(RunProgram, NothingStaysBehindARank) {
   EXPECT_NE(Run("kill -0 $(cat child) 2>&1").code, 0);
 }
 
+// A program that marks its start and then does nothing. With `flight` it answers SIGUSR2 as
+// trainers do, and rank 0 is one collective ahead.
+std::string Hanging(bool flight) {
+  std::string program =
+      "printf '%-63s\\n' 'met 1700000000000000 0' > $STRETTO_PROGRESS/rank-$RANK.progress\n";
+  if (flight) {
+    program +=
+        "f=$PWD/flight-rank$RANK.json; rm -f $f\n"
+        "echo '{\"output\":\"o\",\"flight_directory\":\"'$PWD'\",\"dp\":2,\"pp\":1,\"tp\":1,"
+        "\"dp_fixed\":false}' > $STRETTO_PROGRESS/job.json\n"
+        "trap 'echo \"{\\\"rank\\\":$RANK,\\\"records\\\":[{\\\"op\\\":\\\"all_reduce\\\","
+        "\\\"group_name\\\":\\\"all\\\",\\\"sequence\\\":$((7 - RANK)),"
+        "\\\"state\\\":\\\"started\\\"}]}\" > $f' USR2\n";
+  }
+  return program + "while true; do sleep 0.05; done\n";
+}
+
+TEST_F(RunProgram, AHangIsNoticed) {
+  WriteText("hang.sh", Hanging(false));
+  const Result r = Run(STRETTO_RUN
+                       " --launcher env --ranks 2 --restarts 0 --stall-start 0.3 --grace 0.1 "
+                       "-- sh hang.sh 2>&1");
+  EXPECT_EQ(r.code, 1) << r.output;
+  const nlohmann::json j =
+      nlohmann::json::parse(ReadText("incidents/incident-0001/report.json"), nullptr, false);
+  ASSERT_TRUE(j.is_object()) << r.output;
+  EXPECT_EQ(j["kind"], "hung");
+  EXPECT_EQ(j["first"], "unknown");
+  EXPECT_EQ(j["ranks"][0]["operation"], "unknown");
+}
+
+TEST_F(RunProgram, FlightRecordsSayWhoHeldItUp) {
+  WriteText("hang.sh", Hanging(true));
+  const Result r = Run(STRETTO_RUN
+                       " --launcher env --ranks 2 --restarts 0 --stall-start 0.3 --grace 0.1 "
+                       "-- sh hang.sh 2>&1");
+  EXPECT_EQ(r.code, 1) << r.output;
+  const nlohmann::json j =
+      nlohmann::json::parse(ReadText("incidents/incident-0001/report.json"), nullptr, false);
+  ASSERT_TRUE(j.is_object()) << r.output;
+  EXPECT_EQ(j["first"], nlohmann::json::array({1})) << j;
+  EXPECT_EQ(j["ranks"][1]["operation"], "all_reduce(all) seq 6");
+  EXPECT_THAT(ReadText("incidents/incident-0001/flight-rank0.json"), HasSubstr("\"sequence\":7"));
+}
+
+TEST_F(RunProgram, IsStoppedWhileItWaits) {
+  const Result r = Run("{ " STRETTO_RUN
+                       " --launcher env --delay 60 -- sh -c 'exit 3' > log 2>&1 & "
+                       "until grep -qs 'restart 1' log; do sleep 0.01; done; kill -TERM $!; "
+                       "wait $!; echo $?; cat log; }");
+  EXPECT_EQ(r.output.substr(0, 3), "75\n") << r.output;
+  EXPECT_THAT(r.output, HasSubstr("asked to stop while no rank ran"));
+}
+
+TEST_F(RunProgram, CtrlCEndsItAtOnce) {
+  WriteText("stubborn.sh", "trap : TERM INT\necho $$ > child\nwhile true; do sleep 0.05; done\n");
+  const Result r = Run("{ " STRETTO_RUN
+                       " --launcher env --grace 60 -- sh stubborn.sh > log 2>&1 & "
+                       "until [ -s child ]; do sleep 0.01; done; kill -INT $!; wait $!; echo $?; "
+                       "kill -0 $(cat child) 2> /dev/null || echo gone; cat log; }");
+  EXPECT_EQ(r.output.substr(0, 9), "130\ngone\n") << r.output;
+}
+
 TEST_F(RunProgram, AProgramThatIsNotThereIsNotTriedAgain) {
   const Result r = Run(STRETTO_RUN " --launcher env -- ./missing 2>&1");
   EXPECT_EQ(r.code, 127) << r.output;

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <thread>
 
 #include "absl/strings/numbers.h"
@@ -89,6 +90,12 @@ absl::Status Keepers::StartNode(size_t n) {
 absl::StatusOr<Keepers> Keepers::Start(const KeeperOptions& options) {
   Keepers keepers;
   keepers.options_.push_back(options);
+  if (std::string& program = keepers.options_[0].program; program.empty()) {
+    const std::filesystem::path beside =
+        std::filesystem::path(OwnPath()).replace_filename("stretto-keeper");
+    std::error_code ignored;
+    program = std::filesystem::exists(beside, ignored) ? beside.string() : "stretto-keeper";
+  }
   keepers.nodes_.resize(static_cast<size_t>(options.count));
   STRETTO_ASSIGN_OR_RETURN(const std::vector<int> ports,
                            FreePorts(static_cast<int>(options.count)));

@@ -13,8 +13,8 @@
 namespace stretto {
 
 struct KeeperOptions {
-  int64_t count = 0;  // keepers, all on this machine; 0: none
-  std::string program = "stretto-keeper";
+  int64_t count = 0;               // keepers, all on this machine; 0: none
+  std::string program;             // empty: the stretto-keeper beside this program, or in PATH
   std::string job;                 // what tells this job's keepers from others'
   std::string directory = "none";  // where they may spill
   int64_t data = 0, parity = 0;    // of the erasure code; 0: the keeper's default

@@ -115,7 +115,9 @@ int Main(int argc, char** argv) {
                 &options.save);
   arguments.Add("keepers", "N", "processes that keep snapshots in memory, on this machine; 0: none",
                 &options.keepers.count);
-  arguments.Add("keeper", "FILE", "their program", &options.keepers.program);
+  arguments.Add("keeper", "FILE",
+                "their program; empty: stretto-keeper beside this program, or in PATH",
+                &options.keepers.program);
   arguments.Add("keeper-dir", "DIR", "where they may spill, or none", &options.keepers.directory);
   arguments.Add("data", "N", "parts of their erasure code; 0: their default",
                 &options.keepers.data);

@@ -198,7 +198,8 @@ def orphaned(scratch):
         check(len(marked()) >= 5, "two ranks, two guards and stretto-run were expected")
         job.process.kill()
 
-    job = harmed(scratch, "orphaned", kill, step=3)
+    # Longer than this waits: they must not end by being done.
+    job = harmed(scratch, "orphaned", kill, step=3, settings=["steps=1000000"])
     job.process.wait()
     wait_for(lambda: not marked(), f"the end of {marked()}", seconds=10)
 

@@ -346,6 +346,17 @@ std::string Hanging(bool flight) {
   return program + "while true; do sleep 0.05; done\n";
 }
 
+// What ranks had started, in sessions of their own, goes with a stretto-run that cannot do it
+// itself.
+TEST_F(RunProgram, NothingStaysBehindStrettoRun) {
+  const Result r = Run("{ " STRETTO_RUN
+                       " --launcher env -- sh -c 'setsid sleep 300 & echo $! > child; wait' & "
+                       "until [ -s child ]; do sleep 0.01; done; kill -9 $!; wait $!; "
+                       "i=0; while kill -0 $(cat child) && [ $i -lt 500 ]; do sleep 0.01; "
+                       "i=$((i + 1)); done; [ $i -lt 500 ]; } 2> /dev/null");
+  EXPECT_EQ(r.code, 0);
+}
+
 TEST_F(RunProgram, AHangIsNoticed) {
   WriteText("hang.sh", Hanging(false));
   const Result r = Run(STRETTO_RUN

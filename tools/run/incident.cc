@@ -100,8 +100,10 @@ std::string ToJson(const Incident& i) {
   for (const RankFate& fate : i.fates) {
     Json rank;
     rank["rank"] = fate.rank;
-    rank["fate"] = Describe(fate);
-    rank["time"] = fate.since > 0 ? Json(fate.since) : Json("unknown");
+    // At the time of a report nothing runs any more.
+    const bool known_end = fate.state != RankFate::State::kRunning;
+    rank["fate"] = known_end ? Describe(fate) : "unknown";
+    rank["time"] = known_end && fate.since > 0 ? Json(fate.since) : Json("unknown");
     rank["asked_by"] = fate.asked != 0 ? Json(SignalName(fate.asked)) : Json(nullptr);
     rank["host"] = OrUnknown(fate.host);
     rank["pid"] = fate.pid > 0 ? Json(fate.pid) : Json("unknown");

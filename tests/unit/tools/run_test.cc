@@ -262,6 +262,11 @@ TEST(Incident, WhatIsNotKnownSaysSo) {
   EXPECT_EQ(j["ranks"][0]["said"], "rank 1 died");
   EXPECT_EQ(j["ranks"][1]["operation"], "unknown");
   EXPECT_EQ(j["ranks"][1]["host"], "unknown");
+  Incident no_record = incident;
+  no_record.fates[0].state = State::kRunning;
+  const nlohmann::json other = nlohmann::json::parse(ToJson(no_record));
+  EXPECT_EQ(other["ranks"][0]["fate"], "unknown");
+  EXPECT_EQ(other["ranks"][0]["time"], "unknown");
   EXPECT_EQ(ToText(incident).find("incident 3 at 1970-01-01T00:01:40.500Z: rank 1 was killed by"),
             0u);
   EXPECT_THAT(ToText(incident), HasSubstr("went on from          unknown, an unknown number of"));

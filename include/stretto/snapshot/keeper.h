@@ -1,0 +1,62 @@
+// A keeper: the process of a node that owns the memory of its ranks' snapshots and outlives them.
+// Trainers reach it over a Unix socket, keepers reach each other over TCP; it uses neither MPI nor
+// a GPU. What it agrees on with the others is commit.h, what a slot looks like slot.h.
+#ifndef STRETTO_SNAPSHOT_KEEPER_H_
+#define STRETTO_SNAPSHOT_KEEPER_H_
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "stretto/core/status.h"
+
+namespace stretto {
+
+struct KeeperOptions {
+  std::string job;    // letters, digits, '.', '_' and '-', at most 64
+  std::string token;  // who does not know it is turned away
+  int node = 0;
+  int nodes = 1;
+  // host:port of all nodes' keepers, by node; port 0 of one's own picks one. May be empty for one
+  // node.
+  std::vector<std::string> peers;
+  // Groups of nodes for the erasure code: any `parity` of data + parity nodes may be lost.
+  // Negative: one node of all may be lost (none where there is only one).
+  int data = -1;
+  int parity = -1;
+  std::string socket;         // for trainers; empty: KeeperSocketPath
+  std::string directory;      // committed snapshots are written there in the background; empty: not
+  int keep = 2;               // of these
+  int64_t memory_bytes = -1;  // budget for slots and parity; -1: no limit
+  int prefault_threads = 2;
+  // A keeper that says nothing for so long is taken for gone until it comes back.
+  std::chrono::milliseconds silence = std::chrono::seconds(10);
+};
+
+// Where a keeper of this user listens for trainers unless told otherwise:
+// /tmp/stretto-<user id>/<job>-<node>.sock, which STRETTO_KEEPER tells trainers.
+std::string KeeperSocketPath(const std::string& job, int node);
+
+class Keeper {
+ public:
+  // Takes the node's place (one keeper of a job and node on a machine), removes what an earlier one
+  // left and listens. INVALID_ARGUMENT for options that make no sense.
+  static absl::StatusOr<std::unique_ptr<Keeper>> Start(KeeperOptions options);
+  ~Keeper();  // unlinks its shared memory
+
+  int port() const;
+  // Serves until Stop is called, from any thread or a signal handler.
+  absl::Status Run();
+  void Stop();
+
+ private:
+  struct Impl;
+  explicit Keeper(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_SNAPSHOT_KEEPER_H_

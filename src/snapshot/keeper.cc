@@ -1,0 +1,564 @@
+#include "stretto/snapshot/keeper.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "src/core/start_thread.h"
+#include "src/snapshot/file_io.h"
+#include "src/snapshot/keeper_impl.h"
+#include "stretto/core/log.h"
+
+namespace stretto {
+
+using snapshot_internal::HostPort;
+using snapshot_internal::IoError;
+using snapshot_internal::KeeperRole;
+using snapshot_internal::KeeperSlots;
+using snapshot_internal::KeeperWork;
+using snapshot_internal::ParseHostPort;
+
+namespace {
+
+constexpr auto kBeat = std::chrono::seconds(1);
+constexpr auto kConnectTimeout = std::chrono::milliseconds(300);
+constexpr auto kHelloTimeout = std::chrono::seconds(10);
+constexpr uint32_t kMostHello = 4096;
+
+bool SameToken(const std::string& a, const std::string& b) {
+  unsigned difference = a.size() == b.size() ? 0 : 1;
+  for (size_t i = 0; i < a.size() && i < b.size(); ++i) {
+    difference |= static_cast<unsigned char>(a[i]) ^ static_cast<unsigned char>(b[i]);
+  }
+  return difference == 0;
+}
+
+absl::Status CheckOptions(const KeeperOptions& o) {
+  const bool name =
+      !o.job.empty() && o.job.size() <= 64 && o.job[0] != '.' &&
+      std::all_of(o.job.begin(), o.job.end(), [](char c) {
+        return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '.' || c == '_' || c == '-';
+      });
+  if (!name) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the job \"", o.job, "\" must be 1 to 64 letters, digits, '.', '_' and '-'"));
+  }
+  if (o.nodes < 1 || o.node < 0 || o.node >= o.nodes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("node ", o.node, " is not one of ", o.nodes, " nodes"));
+  }
+  if (o.nodes > 1 && static_cast<int>(o.peers.size()) != o.nodes) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "there are ", o.nodes, " nodes and ", o.peers.size(), " peers; name host:port of all"));
+  }
+  if (o.token.empty() && o.nodes > 1) {
+    return absl::InvalidArgumentError(
+        "keepers of several nodes need a job token (STRETTO_JOB_TOKEN), so that strangers are "
+        "turned away");
+  }
+  return absl::OkStatus();
+}
+
+// Where trainers of this user connect.
+absl::StatusOr<net::Fd> ListenLocally(const std::string& path) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat("the socket's path ", path, " is longer than ",
+                                                   sizeof(address.sun_path) - 1,
+                                                   " characters; choose a shorter one"));
+  }
+  std::memcpy(address.sun_path, path.c_str(), path.size());
+  net::Fd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  unlink(path.c_str());
+  const mode_t before = umask(0177);
+  const bool bound = fd.valid() &&
+                     bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0 &&
+                     listen(fd.get(), 1024) == 0;
+  const int error = errno;
+  umask(before);
+  if (!bound) return IoError(error, "listen at", path);
+  return fd;
+}
+
+}  // namespace
+
+std::string KeeperSocketPath(const std::string& job, int node) {
+  return absl::StrCat("/tmp/stretto-", getuid(), "/", job, "-", node, ".sock");
+}
+
+Keeper::Impl::Impl(KeeperOptions o, ParityLayout l)
+    : options(std::move(o)),
+      layout(l),
+      budget(options.memory_bytes, -1, -1),
+      protocol(options.node, l) {}
+
+Keeper::Impl::~Impl() {
+  stop = true;
+  work.reset();
+  if (connector.joinable()) connector.join();
+  if (spiller.joinable()) spiller.join();
+  for (Server& server : servers) server.thread.join();
+  if (unix_socket.valid()) unlink(options.socket.c_str());
+}
+
+absl::Status Keeper::Impl::Start(const ErasureCode& code) {
+  if (options.socket.empty()) {
+    options.socket = KeeperSocketPath(options.job, options.node);
+    const std::string directory = std::filesystem::path(options.socket).parent_path().string();
+    struct stat info = {};
+    mkdir(directory.c_str(), 0700);
+    if (lstat(directory.c_str(), &info) != 0 || !S_ISDIR(info.st_mode) || info.st_uid != getuid() ||
+        (info.st_mode & 0077) != 0) {
+      return absl::PermissionDeniedError(
+          absl::StrCat(directory,
+                       " must be a directory that only this user can enter; remove it or give a "
+                       "--socket"));
+    }
+  }
+  // One keeper of a node. The file stays: removing it would let two others lock two of them.
+  const std::string lock_path = options.socket + ".lock";
+  lock = net::Fd(open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+  if (!lock.valid()) return IoError(errno, "open", lock_path);
+  if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
+    return absl::AlreadyExistsError(absl::StrCat("a keeper of job ", options.job, ", node ",
+                                                 options.node, " runs already (", lock_path,
+                                                 " is locked)"));
+  }
+  HostPort mine{"127.0.0.1", 0};
+  if (!options.peers.empty()) {
+    STRETTO_ASSIGN_OR_RETURN(mine, ParseHostPort(options.peers[options.node]));
+    for (const std::string& peer : options.peers) {
+      STRETTO_RETURN_IF_ERROR(ParseHostPort(peer).status());
+    }
+  }
+  // A node may be known to others under an address that it cannot bind.
+  const std::string bind = net::IsLoopback(mine.host) ? mine.host : "0.0.0.0";
+  STRETTO_ASSIGN_OR_RETURN(tcp, net::Listen(bind, mine.port, &port));
+  if (options.peers.empty()) options.peers = {absl::StrCat(mine.host, ":", port)};
+  options.peers[options.node] = absl::StrCat(mine.host, ":", port);
+  STRETTO_ASSIGN_OR_RETURN(unix_socket, ListenLocally(options.socket));
+  wake = net::Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!wake.valid()) return absl::ResourceExhaustedError("cannot create an event descriptor");
+  slots =
+      std::make_unique<KeeperSlots>(options.job, options.node, &budget, options.prefault_threads);
+  work = std::make_unique<KeeperWork>(
+      KeeperWork::Options{options.node, options.peers, options.token, options.job}, layout, code,
+      slots.get(), [this](const KeeperWork::Task& task, const absl::Status& status) {
+        Post([this, task, status] { Done(task, status); });
+      });
+  STRETTO_RETURN_IF_ERROR(work->Start());
+  protocol.Start();
+  Act();
+  return absl::OkStatus();
+}
+
+void Keeper::Impl::Post(std::function<void()> task) {
+  {
+    const std::lock_guard<std::mutex> guard(mutex);
+    posted.push_back(std::move(task));
+  }
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t written = write(wake.get(), &one, sizeof(one));
+}
+
+absl::Status Keeper::Impl::Loop() {
+  while (!stop) {
+    Poll();
+    std::vector<std::function<void()>> tasks;
+    {
+      const std::lock_guard<std::mutex> guard(mutex);
+      tasks.swap(posted);
+    }
+    for (const auto& task : tasks) task();
+    Beat();
+    PrepareFree();
+    AnswerWaiting();
+    for (auto c = connections.begin(); c != connections.end();) {
+      const auto next = std::next(c);
+      if (c->broken) Remove(c);
+      c = next;
+    }
+    for (auto server = servers.begin(); server != servers.end();) {
+      if (*server->done) {
+        server->thread.join();
+        server = servers.erase(server);
+      } else {
+        ++server;
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+void Keeper::Impl::Poll() {
+  std::vector<pollfd> polled = {
+      {wake.get(), POLLIN, 0}, {tcp.get(), POLLIN, 0}, {unix_socket.get(), POLLIN, 0}};
+  std::vector<Connection*> order;
+  bool waits = false;
+  for (Connection& c : connections) {
+    const short events = c.out.empty() ? POLLIN : POLLIN | POLLOUT;
+    polled.push_back({c.fd.get(), events, 0});
+    order.push_back(&c);
+    waits |= c.waits;
+  }
+  if (poll(polled.data(), polled.size(), waits ? 50 : 500) < 0 && errno != EINTR) return;
+  if (polled[0].revents != 0) {
+    uint64_t count = 0;
+    [[maybe_unused]] const ssize_t got = read(wake.get(), &count, sizeof(count));
+  }
+  for (size_t i = 0; i < order.size(); ++i) {
+    const short events = polled[i + 3].revents;
+    if ((events & POLLOUT) != 0) Flush(*order[i]);
+    if ((events & (POLLIN | POLLHUP | POLLERR)) != 0) Read(*order[i]);
+  }
+  if (polled[1].revents != 0) AcceptAll(tcp, false);
+  if (polled[2].revents != 0) AcceptAll(unix_socket, true);
+}
+
+void Keeper::Impl::AcceptAll(const net::Fd& listener, bool local) {
+  while (true) {
+    net::Fd fd(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+    if (!fd.valid()) return;
+    Connection& c = connections.emplace_back();
+    c.fd = std::move(fd);
+    c.local = local;
+    c.since = c.heard = net::Clock::now();
+  }
+}
+
+void Keeper::Impl::Read(Connection& c) {
+  char buffer[65536];
+  const ssize_t got = recv(c.fd.get(), buffer, sizeof(buffer), 0);
+  if (got <= 0) {
+    c.broken = c.broken || got == 0 || (errno != EAGAIN && errno != EINTR);
+    return;
+  }
+  c.heard = net::Clock::now();
+  c.in.append(buffer, static_cast<size_t>(got));
+  size_t at = 0;
+  while (!c.broken && c.fd.valid() && c.in.size() - at >= sizeof(uint32_t)) {
+    uint32_t length = 0;
+    std::memcpy(&length, c.in.data() + at, sizeof(length));
+    if (length > (c.role ? wire::kMaxFrame : kMostHello)) {
+      c.broken = true;
+      return;
+    }
+    if (c.in.size() - at - sizeof(length) < length) break;
+    wire::Reader frame(c.in.data() + at + sizeof(length), length);
+    at += sizeof(length) + length;
+    Handle(c, frame);
+  }
+  c.in.erase(0, at);
+}
+
+void Keeper::Impl::Flush(Connection& c) {
+  size_t at = 0;
+  while (at < c.out.size()) {
+    const ssize_t sent = send(c.fd.get(), c.out.data() + at, c.out.size() - at, MSG_NOSIGNAL);
+    if (sent < 0 && errno == EINTR) continue;
+    if (sent < 0) {
+      c.broken = c.broken || (errno != EAGAIN && errno != EWOULDBLOCK);
+      break;
+    }
+    at += static_cast<size_t>(sent);
+  }
+  c.out.erase(0, at);
+}
+
+void Keeper::Impl::Send(Connection& c, wire::Writer& frame) {
+  if (c.broken || !c.fd.valid()) return;
+  c.out += frame.Frame();
+  Flush(c);
+}
+
+void Keeper::Impl::Refuse(Connection& c, const absl::Status& status) {
+  wire::Writer out;
+  out.Int(Kind::kError);
+  snapshot_internal::Put(out, status);
+  Send(c, out);
+}
+
+void Keeper::Impl::Greet(Connection& c, wire::Reader& frame) {
+  const bool ours = frame.Int<uint32_t>() == snapshot_internal::kKeeperMagic;
+  const uint32_t version = frame.Int<uint32_t>();
+  const auto role = frame.Int<KeeperRole>();
+  const std::string token = frame.Text(), job = frame.Text();
+  absl::Status refused;
+  if (!ours || !frame.ok()) {
+    c.broken = true;  // not one of us
+    return;
+  }
+  if (!SameToken(token, options.token)) {
+    refused = absl::PermissionDeniedError(
+        "the keeper has another job token (STRETTO_JOB_TOKEN); another job may use this port");
+  } else if (version != snapshot_internal::kKeeperVersion ||
+             (job != options.job && role != KeeperRole::kTrainer)) {
+    refused = absl::FailedPreconditionError(
+        absl::StrCat("this is a keeper of job ", options.job, ", version ",
+                     snapshot_internal::kKeeperVersion, ", not of ", job, ", version ", version));
+  } else if (role == KeeperRole::kKeeper) {
+    c.node = frame.Int<int32_t>();
+    const int nodes = frame.Int<int32_t>(), data = frame.Int<int32_t>(),
+              parity = frame.Int<int32_t>();
+    if (c.node < 1 || c.node >= layout.nodes() || options.node != 0 || nodes != layout.nodes() ||
+        data != layout.data() || parity != layout.parity()) {
+      refused = absl::FailedPreconditionError(
+          absl::StrCat("the keeper of node ", c.node, " was started for ", nodes, " nodes with ",
+                       data, " + ", parity, ", that of node ", options.node, " for ",
+                       layout.nodes(), " with ", layout.data(), " + ", layout.parity()));
+    }
+  } else if (role == KeeperRole::kTrainer && !c.local) {
+    refused = absl::PermissionDeniedError("trainers connect over the keeper's Unix socket");
+  }
+  if (!refused.ok()) {
+    if (role == KeeperRole::kKeeper) LogWarning(std::string(refused.message()));
+    Refuse(c, refused);
+    c.broken = true;
+    return;
+  }
+  wire::Writer ok;
+  ok.Int(Kind::kOk);
+  if (role == KeeperRole::kReader) {
+    const auto done = std::make_shared<std::atomic<bool>>(false);
+    Send(c, ok);
+    auto fd = std::make_shared<net::Fd>(std::move(c.fd));
+    c.broken = true;
+    absl::StatusOr<std::thread> thread = StartThread("a reader of snapshots", [this, fd, done] {
+      Serve(std::move(*fd));
+      *done = true;
+    });
+    if (thread.ok()) servers.push_back({*std::move(thread), done});
+    return;
+  }
+  if (role == KeeperRole::kKeeper) {
+    // The old one's end is told before the new one's beginning.
+    if (Connection* const old = PeerOf(c.node); old != nullptr) {
+      old->broken = true;
+      old->role.reset();
+      protocol.Disconnected(c.node);
+    }
+  }
+  c.role = role;
+  if (role == KeeperRole::kTrainer) {
+    ok.Text(options.job).Int(static_cast<int32_t>(options.node));
+    ok.Int(static_cast<int32_t>(layout.nodes()));
+  }
+  Send(c, ok);
+  if (role == KeeperRole::kKeeper) {
+    LogInfo(absl::StrCat("the keeper of node ", c.node, " has come"));
+    protocol.Connected(c.node);
+    Act();
+  }
+}
+
+void Keeper::Impl::Handle(Connection& c, wire::Reader& frame) {
+  const auto kind = frame.Int<Kind>();
+  if (!c.role) {
+    if (kind != Kind::kHello) {
+      c.broken = true;
+    } else {
+      Greet(c, frame);
+    }
+    return;
+  }
+  if (*c.role == KeeperRole::kTrainer) {
+    HandleTrainer(c, kind, frame);
+    return;
+  }
+  switch (kind) {
+    case Kind::kHeartbeat:
+      return;
+    case Kind::kCommit: {
+      const CommitMessage message = snapshot_internal::GetCommit(frame);
+      if (!frame.ok()) {
+        c.broken = true;
+        return;
+      }
+      protocol.Receive(c.node, message);
+      Act();
+      return;
+    }
+    case Kind::kSpill: {
+      const SnapshotId id = snapshot_internal::GetId(frame);
+      if (frame.ok()) SpillMine(id);
+      return;
+    }
+    case Kind::kSpilled:
+      Spilled(c.node, frame);
+      return;
+    default:
+      c.broken = true;
+  }
+}
+
+// Reads of other keepers and of trainers elsewhere, until they leave.
+void Keeper::Impl::Serve(net::Fd fd) {
+  std::string frame;
+  std::vector<std::byte> bytes;
+  while (!stop) {
+    pollfd wait = {fd.get(), POLLIN, 0};
+    if (poll(&wait, 1, 200) == 0) continue;
+    uint32_t length = 0;
+    const net::Deadline deadline = net::After(std::chrono::seconds(30));
+    if (!net::ReceiveAll(fd, &length, sizeof(length), deadline).ok() || length > kMostHello) return;
+    frame.resize(length);
+    if (!net::ReceiveAll(fd, frame.data(), length, deadline).ok()) return;
+    wire::Reader in(frame.data(), frame.size());
+    if (in.Int<Kind>() != Kind::kRead) return;
+    const SnapshotId id = snapshot_internal::GetId(in);
+    const auto least = in.Int<SlotState>();
+    const auto what = in.Int<int32_t>();
+    const auto offset = in.Int<int64_t>(), size = in.Int<int64_t>();
+    if (!in.ok() || size < 0 || size > snapshot_internal::kMostReadBytes) return;
+    bytes.resize(static_cast<size_t>(size));
+    const absl::Status read = slots->Read(id, least, what, offset, size, bytes.data());
+    wire::Writer out;
+    if (read.ok()) {
+      const auto total = static_cast<uint32_t>(sizeof(Kind) + bytes.size());
+      char head[sizeof(total) + sizeof(Kind)];
+      std::memcpy(head, &total, sizeof(total));
+      head[sizeof(total)] = static_cast<char>(Kind::kOk);
+      if (!net::SendAll(fd, head, sizeof(head), deadline).ok() ||
+          !net::SendAll(fd, bytes.data(), bytes.size(), deadline).ok()) {
+        return;
+      }
+    } else {
+      out.Int(Kind::kError);
+      snapshot_internal::Put(out, read);
+      if (!snapshot_internal::SendFrame(fd, out, deadline).ok()) return;
+    }
+  }
+}
+
+Keeper::Impl::Connection* Keeper::Impl::PeerOf(int node) {
+  for (Connection& c : connections) {
+    if (c.role == KeeperRole::kKeeper && c.node == node && !c.broken) return &c;
+  }
+  return nullptr;
+}
+
+void Keeper::Impl::Remove(std::list<Connection>::iterator c) {
+  const std::optional<KeeperRole> role = c->role;
+  const int node = c->node, rank = c->rank;
+  const bool current = role == KeeperRole::kTrainer && c->attempt == attempt && rank >= 0;
+  connections.erase(c);
+  if (role == KeeperRole::kKeeper) {
+    LogWarning(absl::StrCat("the keeper of node ", node, " is gone"));
+    protocol.Disconnected(node);
+  }
+  if (role == KeeperRole::kTrainer && rank >= 0) {
+    LetGo(rank, /*sealed=*/false);
+    if (current) attached.erase(rank);
+  }
+  Act();
+}
+
+// Node 0 is the leader; the others find it, again and again.
+void Keeper::Impl::ConnectToLeader() {
+  const auto connect = [this]() -> absl::StatusOr<net::Fd> {
+    STRETTO_ASSIGN_OR_RETURN(const HostPort to, ParseHostPort(options.peers[0]));
+    // Short, since it is tried again at once, and an end waits for it.
+    STRETTO_ASSIGN_OR_RETURN(net::Fd fd,
+                             net::Connect(to.host, to.port, net::After(kConnectTimeout)));
+    const net::Deadline deadline = net::After(std::chrono::seconds(2));
+    wire::Writer hello = snapshot_internal::Hello(KeeperRole::kKeeper, options.token, options.job);
+    hello.Int(static_cast<int32_t>(options.node)).Int(static_cast<int32_t>(layout.nodes()));
+    hello.Int(static_cast<int32_t>(layout.data())).Int(static_cast<int32_t>(layout.parity()));
+    STRETTO_RETURN_IF_ERROR(snapshot_internal::SendFrame(fd, hello, deadline));
+    STRETTO_RETURN_IF_ERROR(snapshot_internal::ReceiveAnswer(fd, deadline).status());
+    return fd;
+  };
+  absl::StatusOr<net::Fd> fd = connect();
+  if (!fd.ok()) {
+    const std::string why(fd.status().message());
+    Post([this, why] {
+      if (trouble != why) LogWarning(absl::StrCat("node 0's keeper: ", why));
+      trouble = why;
+      connecting = false;
+    });
+    return;
+  }
+  const auto shared = std::make_shared<net::Fd>(*std::move(fd));
+  Post([this, shared] {
+    Connection c;
+    c.fd = std::move(*shared);
+    c.role = KeeperRole::kKeeper;
+    c.node = 0;
+    Adopt(std::move(c));
+    connecting = false;
+  });
+}
+
+void Keeper::Impl::Adopt(Connection c) {
+  c.since = c.heard = net::Clock::now();
+  connections.push_back(std::move(c));
+  trouble.clear();
+  protocol.Connected(0);
+  Act();
+}
+
+// Once a second: say that this keeper lives, and notice who does not.
+void Keeper::Impl::Beat() {
+  const auto now = net::Clock::now();
+  for (Connection& c : connections) {
+    if (!c.role && now - c.since > kHelloTimeout) c.broken = true;
+    if (c.role == KeeperRole::kKeeper && now - c.heard > options.silence) c.broken = true;
+  }
+  if (options.node != 0 && PeerOf(0) == nullptr && !connecting &&
+      now - last_connect > std::chrono::milliseconds(200)) {
+    if (connector.joinable()) connector.join();
+    last_connect = now;
+    connecting = true;
+    absl::StatusOr<std::thread> thread =
+        StartThread("a keeper's connection", [this] { ConnectToLeader(); });
+    if (thread.ok()) connector = *std::move(thread);
+    connecting = thread.ok();
+  }
+  if (now - last_beat < kBeat) return;
+  last_beat = now;
+  for (Connection& c : connections) {
+    if (c.role != KeeperRole::kKeeper) continue;
+    wire::Writer beat;
+    beat.Int(Kind::kHeartbeat);
+    Send(c, beat);
+  }
+}
+
+Keeper::Keeper(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Keeper::~Keeper() = default;
+
+absl::StatusOr<std::unique_ptr<Keeper>> Keeper::Start(KeeperOptions options) {
+  STRETTO_RETURN_IF_ERROR(CheckOptions(options));
+  if (options.parity < 0) options.parity = options.nodes > 1 ? 1 : 0;
+  if (options.data < 0) options.data = options.parity == 0 ? 1 : options.nodes - options.parity;
+  STRETTO_ASSIGN_OR_RETURN(const ParityLayout layout,
+                           ParityLayout::Create(options.nodes, options.data, options.parity));
+  STRETTO_ASSIGN_OR_RETURN(const ErasureCode code,
+                           ErasureCode::Create(options.data, options.parity));
+  auto impl = std::make_unique<Impl>(std::move(options), layout);
+  STRETTO_RETURN_IF_ERROR(impl->Start(code));
+  return std::unique_ptr<Keeper>(new Keeper(std::move(impl)));
+}
+
+int Keeper::port() const { return impl_->port; }
+absl::Status Keeper::Run() { return impl_->Loop(); }
+void Keeper::Stop() {
+  impl_->stop = true;
+  const uint64_t one = 1;
+  [[maybe_unused]] const ssize_t written = write(impl_->wake.get(), &one, sizeof(one));
+}
+
+}  // namespace stretto

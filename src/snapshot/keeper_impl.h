@@ -1,0 +1,139 @@
+// The keeper's main thread: connections, and the commit protocol between them.
+#ifndef STRETTO_SRC_SNAPSHOT_KEEPER_IMPL_H_
+#define STRETTO_SRC_SNAPSHOT_KEEPER_IMPL_H_
+
+#include <atomic>
+#include <functional>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "src/comm/socket.h"
+#include "src/snapshot/keeper_slots.h"
+#include "src/snapshot/keeper_wire.h"
+#include "src/snapshot/keeper_work.h"
+#include "stretto/core/budget.h"
+#include "stretto/snapshot/commit.h"
+#include "stretto/snapshot/keeper.h"
+
+namespace stretto {
+
+struct Keeper::Impl {
+  using Kind = snapshot_internal::KeeperKind;
+
+  struct Connection {
+    net::Fd fd;
+    std::string in, out;
+    std::optional<snapshot_internal::KeeperRole> role;  // since its hello
+    int node = -1;                                      // of a keeper
+    bool local = false;                                 // over the Unix socket
+    bool broken = false;
+    net::Clock::time_point since, heard;
+    // Of a trainer.
+    int rank = -1;
+    uint64_t attempt = 0;
+    bool waits = false;  // for what can be restored
+  };
+
+  // What this node's trainers do. A slot that is being written is given up only when no pen is on
+  // it any more, for the next writer may be another process.
+  struct Writing {
+    int64_t epoch = -1;    // the last that was begun or passed over
+    int64_t refused = -1;  // the last that was passed over because this one was being written
+    int slot = -1;         // of it
+    std::set<int> pens;    // ranks that write
+    std::set<int> done;    // ranks that have
+    bool doomed = false;
+  };
+
+  Impl(KeeperOptions o, ParityLayout l);
+  ~Impl();
+  absl::Status Start(const ErasureCode& code);
+  absl::Status Loop();
+
+  // keeper.cc: connections.
+  void Poll();
+  void AcceptAll(const net::Fd& listener, bool local);
+  void Read(Connection& c);
+  void Flush(Connection& c);
+  void Handle(Connection& c, wire::Reader& frame);
+  void Greet(Connection& c, wire::Reader& frame);
+  void Serve(net::Fd fd);  // a reader, in a thread of its own
+  void Send(Connection& c, wire::Writer& frame);
+  void Refuse(Connection& c, const absl::Status& status);
+  void Remove(std::list<Connection>::iterator c);
+  void Adopt(Connection c);
+  void ConnectToLeader();  // in a thread
+  Connection* PeerOf(int node);
+  void Post(std::function<void()> work);  // from any thread, to be run by the main one
+  void Beat();
+
+  // keeper_trainers.cc: trainers.
+  void HandleTrainer(Connection& c, Kind kind, wire::Reader& frame);
+  void Attach(Connection& c, wire::Reader& frame);
+  void Begin(Connection& c, int64_t epoch);
+  void Seal(Connection& c, wire::Reader& frame);
+  void LetGo(int rank, bool sealed);  // a rank's pen
+  void AnswerWaiting();
+  bool MemoryIsReady(int slot);
+  void PrepareFree();
+  std::string Describe() const;
+
+  // Does what the protocol wants, and publishes the state of the slots.
+  void Act();
+  void Done(const snapshot_internal::KeeperWork::Task& task, const absl::Status& status);
+
+  // keeper_spill.cc: snapshots on disk.
+  void Spill(const SnapshotId& id);
+  void SpillMine(const SnapshotId& id);
+  void Spilled(int node, wire::Reader& frame);
+
+  KeeperOptions options;
+  ParityLayout layout;
+  Budget budget;
+  CommitProtocol protocol;
+  std::unique_ptr<snapshot_internal::KeeperSlots> slots;
+  std::unique_ptr<snapshot_internal::KeeperWork> work;
+  net::Fd lock, tcp, unix_socket, wake;
+  int port = 0;
+  std::atomic<bool> stop = false;
+  std::list<Connection> connections;
+  net::Clock::time_point last_beat, last_connect;
+  std::string trouble;  // why nothing can be restored or protected at present
+  int64_t committed = 0, passed = 0;
+
+  uint64_t attempt = 0;
+  int local_ranks = 0;
+  std::map<int, snapshot_internal::RankPart> attached;  // sizes are set by Seal
+  snapshot_internal::KeeperSlots::Capacities capacities;
+  Writing writing;
+
+  std::mutex mutex;
+  std::vector<std::function<void()>> posted;
+  std::thread connector;
+  std::atomic<bool> connecting = false;
+  struct Server {
+    std::thread thread;
+    std::shared_ptr<std::atomic<bool>> done;
+  };
+  std::list<Server> servers;
+
+  // Of a snapshot on its way to disk.
+  struct Spilling {
+    SnapshotId id;
+    int slot = -1;
+    std::map<int, std::string> reports;  // node 0: what the nodes have written
+  };
+  std::optional<Spilling> spilling;
+  std::thread spiller;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_SRC_SNAPSHOT_KEEPER_IMPL_H_

@@ -1,0 +1,321 @@
+#include "src/snapshot/keeper_slots.h"
+
+#include <dirent.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "src/core/start_thread.h"
+
+namespace stretto::snapshot_internal {
+
+std::string SlotNamePrefix(const std::string& job, int node) {
+  return absl::StrCat("/stretto-", job, "-", node, "-");
+}
+
+void UnlinkSlots(const std::string& prefix) {
+  DIR* directory = opendir("/dev/shm");
+  if (directory == nullptr) return;
+  while (const dirent* entry = readdir(directory)) {
+    const std::string name = absl::StrCat("/", entry->d_name);
+    if (name.compare(0, prefix.size(), prefix) == 0) shm_unlink(name.c_str());
+  }
+  closedir(directory);
+}
+
+KeeperSlots::KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads)
+    : job_(std::move(job)),
+      prefix_(SlotNamePrefix(job_, node)),
+      budget_(budget),
+      threads_(prefault_threads) {
+  UnlinkSlots(prefix_);
+}
+
+KeeperSlots::~KeeperSlots() {
+  for (Place& place : places_) {
+    if (place.maker.joinable()) place.maker.join();
+  }
+  UnlinkSlots(prefix_);
+}
+
+bool KeeperSlots::Suits(const Place& place, const Capacities& ranks) const {
+  if (place.ranks.size() != ranks.size()) return false;
+  return std::all_of(ranks.begin(), ranks.end(), [&](const auto& wanted) {
+    const auto found = place.ranks.find(wanted.first);
+    return found != place.ranks.end() && found->second->capacity() >= wanted.second;
+  });
+}
+
+absl::Status KeeperSlots::MakeInto(int slot, const Capacities& ranks,
+                                   std::map<int, std::shared_ptr<SlotMemory>>* made) {
+  // One after the other: together they may not fit where each alone does.
+  for (const auto& [rank, capacity] : ranks) {
+    const std::string name = absl::StrCat(prefix_, slot, "-", rank, "-", ++made_);
+    STRETTO_ASSIGN_OR_RETURN((*made)[rank], SlotMemory::Create(name, capacity));
+    STRETTO_RETURN_IF_ERROR((*made)[rank]->Prefault(threads_));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status KeeperSlots::Make(int slot, const Capacities& ranks) {
+  const std::string owner = absl::StrCat("snapshot slot ", slot);
+  std::map<int, std::shared_ptr<SlotMemory>> made;
+  const auto unlink = [&made] {
+    for (const auto& [rank, memory] : made) {
+      if (memory != nullptr) memory->Unlink();
+    }
+    made.clear();
+  };
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    made.swap(places_[slot].ranks);
+  }
+  unlink();
+  int64_t total = 0;
+  for (const auto& [rank, capacity] : ranks) total += capacity;
+  budget_->Release(Resource::kHostMemory, owner);
+  STRETTO_RETURN_IF_ERROR(budget_->Reserve(Resource::kHostMemory, owner, total));
+  const absl::Status status = MakeInto(slot, ranks, &made);
+  if (!status.ok()) {
+    unlink();
+    budget_->Release(Resource::kHostMemory, owner);
+    return status;
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  places_[slot].ranks = std::move(made);
+  WriteHeaders(places_[slot]);
+  return absl::OkStatus();
+}
+
+bool KeeperSlots::Prepare(int slot, const Capacities& ranks) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  Place& place = places_[slot];
+  if (place.making) return false;
+  if (place.maker.joinable()) place.maker.join();
+  if (Suits(place, ranks)) return true;
+  place.making = true;
+  absl::StatusOr<std::thread> maker = StartThread("a keeper's memory", [this, slot, ranks] {
+    const absl::Status status = Make(slot, ranks);
+    const std::lock_guard<std::mutex> done(mutex_);
+    error_ = status;
+    places_[slot].making = false;
+  });
+  if (maker.ok()) {
+    place.maker = *std::move(maker);
+  } else {
+    place.making = false;
+    error_ = maker.status();
+  }
+  return false;
+}
+
+absl::Status KeeperSlots::PrepareNow(int slot, const Capacities& ranks) {
+  std::thread maker;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    maker = std::move(places_[slot].maker);
+  }
+  if (maker.joinable()) maker.join();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (Suits(places_[slot], ranks)) return absl::OkStatus();
+  }
+  return Make(slot, ranks);
+}
+
+absl::Status KeeperSlots::error() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return error_;
+}
+
+void KeeperSlots::WriteHeaders(Place& place) {
+  for (const auto& [rank, memory] : place.ranks) {
+    SlotHeader header;
+    header.job = HashOf(job_);
+    header.rank = rank;
+    header.state = place.state;
+    header.id = place.id;
+    for (const RankPart& part : place.manifest.ranks) {
+      if (part.rank != rank) continue;
+      header.layout = part.layout;
+      header.world_size = part.world_size;
+      header.payload_bytes = part.payload_bytes;
+      header.contents_bytes = part.contents_bytes;
+      header.contents_checksum = part.contents_checksum;
+    }
+    memory->WriteHeader(header);
+  }
+}
+
+void KeeperSlots::Publish(const NodeSlots& slots) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t s = 0; s < kSlots; ++s) {
+    Place& place = places_[s];
+    if (place.state == slots[s].state && place.id == slots[s].id) continue;
+    if (place.id != slots[s].id) place.manifest = NodeManifest();
+    place.state = slots[s].state;
+    place.id = slots[s].id;
+    if (!place.making) WriteHeaders(place);
+  }
+}
+
+void KeeperSlots::SetPart(int slot, const RankPart& part) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<RankPart>& ranks = places_[slot].manifest.ranks;
+  const auto at =
+      std::lower_bound(ranks.begin(), ranks.end(), part,
+                       [](const RankPart& a, const RankPart& b) { return a.rank < b.rank; });
+  ranks.insert(at, part);
+}
+
+void KeeperSlots::SetManifest(int slot, NodeManifest manifest) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  places_[slot].manifest = std::move(manifest);
+  WriteHeaders(places_[slot]);
+}
+
+NodeManifest KeeperSlots::ManifestOf(int slot) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return places_[slot].manifest;
+}
+
+absl::StatusOr<std::byte*> KeeperSlots::MakeParity(int slot, int blocks, int64_t block_bytes) {
+  const int64_t bytes = std::max<int64_t>(1, blocks * block_bytes);
+  std::shared_ptr<Arena> arena;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    arena = places_[slot].parity;
+    places_[slot].blocks = 0;
+  }
+  if (arena == nullptr || arena->bytes() < bytes) {
+    const std::string owner = absl::StrCat("snapshot parity ", slot);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      places_[slot].parity.reset();
+    }
+    arena.reset();
+    budget_->Release(Resource::kHostMemory, owner);
+    STRETTO_RETURN_IF_ERROR(budget_->Reserve(Resource::kHostMemory, owner, bytes));
+    STRETTO_ASSIGN_OR_RETURN(Arena made, Arena::Create(Device::Cpu(), owner, bytes));
+    arena = std::make_shared<Arena>(std::move(made));
+  } else {
+    std::memset(arena->data(), 0, static_cast<size_t>(bytes));
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  places_[slot].parity = arena;
+  places_[slot].block_bytes = block_bytes;
+  places_[slot].blocks = blocks;
+  return arena->data();
+}
+
+std::vector<KeeperSlots::Span> KeeperSlots::Spans(const Place& place, int64_t offset,
+                                                  int64_t bytes) {
+  std::vector<Span> spans;
+  for (size_t i = 0; i < place.manifest.ranks.size() && bytes > 0; ++i) {
+    const RankPart& part = place.manifest.ranks[i];
+    const int64_t begin = place.manifest.BeginOf(i), end = place.manifest.BeginOf(i + 1);
+    if (offset >= end) continue;
+    const auto memory = place.ranks.find(part.rank);
+    if (memory == place.ranks.end()) return {};
+    // The payload, then what pads it.
+    const int64_t data_end = begin + part.payload_bytes;
+    if (offset < data_end) {
+      const int64_t n = std::min(bytes, data_end - offset);
+      spans.push_back({memory->second->payload() + (offset - begin), n});
+      offset += n;
+      bytes -= n;
+    }
+    const int64_t padding = std::min(bytes, end - offset);
+    if (padding > 0) spans.push_back({nullptr, padding});
+    offset += padding;
+    bytes -= padding;
+  }
+  if (bytes > 0) spans.push_back({nullptr, bytes});  // behind the shard
+  return spans;
+}
+
+absl::Status KeeperSlots::Read(const SnapshotId& id, SlotState least, int32_t what, int64_t offset,
+                               int64_t bytes, void* out) const {
+  const auto gone = [&] {
+    return absl::NotFoundError(absl::StrCat("this keeper does not hold the snapshot of step ",
+                                            id.epoch, " (round ", id.round, ")"));
+  };
+  const auto holds = [&](const Place& place) {
+    return place.state >= least && place.state != SlotState::kEmpty && place.id == id;
+  };
+  std::vector<Span> spans;
+  std::shared_ptr<Arena> parity;  // what keeps the spans alive
+  std::map<int, std::shared_ptr<SlotMemory>> memory;
+  int s = -1;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int i = 0; i < kSlots; ++i) {
+      if (holds(places_[i])) s = i;
+    }
+    if (s < 0 || offset < 0 || bytes < 0) return gone();
+    const Place& place = places_[s];
+    memory = place.ranks;
+    parity = place.parity;
+    if (what == kWholeShard) {
+      spans = Spans(place, offset, bytes);
+    } else if (what < kWholeShard) {
+      const int64_t block = kWholeShard - 1 - int64_t{what};
+      if (parity == nullptr || block >= place.blocks || offset > place.block_bytes - bytes) {
+        return gone();
+      }
+      spans.push_back({parity->data() + block * place.block_bytes + offset, bytes});
+    } else {
+      const auto found = memory.find(what);
+      if (found == memory.end() || offset > found->second->capacity() - bytes) return gone();
+      spans.push_back({found->second->payload() + offset, bytes});
+    }
+  }
+  auto* to = static_cast<std::byte*>(out);
+  for (const Span& span : spans) {
+    if (span.data == nullptr) {
+      std::memset(to, 0, static_cast<size_t>(span.bytes));
+    } else {
+      std::memcpy(to, span.data, static_cast<size_t>(span.bytes));
+    }
+    to += span.bytes;
+  }
+  if (to != static_cast<std::byte*>(out) + bytes) return gone();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return holds(places_[s]) ? absl::OkStatus() : gone();
+}
+
+absl::Status KeeperSlots::WriteShard(int slot, int64_t offset, int64_t bytes,
+                                     const std::byte* from) {
+  std::vector<Span> spans;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    spans = Spans(places_[slot], offset, bytes);
+  }
+  for (const Span& span : spans) {
+    if (span.data != nullptr) std::memcpy(span.data, from, static_cast<size_t>(span.bytes));
+    from += span.bytes;
+  }
+  return absl::OkStatus();
+}
+
+std::shared_ptr<SlotMemory> KeeperSlots::MemoryOf(int slot, int rank) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = places_[slot].ranks.find(rank);
+  return found == places_[slot].ranks.end() ? nullptr : found->second;
+}
+
+absl::Status KeeperSlots::Verify(int slot) const {
+  for (const RankPart& part : ManifestOf(slot).ranks) {
+    const std::shared_ptr<SlotMemory> memory = MemoryOf(slot, part.rank);
+    if (memory == nullptr) return absl::InternalError("a slot lost its memory");
+    STRETTO_ASSIGN_OR_RETURN(const SlotContents contents,
+                             memory->ReadContents({job_, part.layout, part.rank}));
+    STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace stretto::snapshot_internal

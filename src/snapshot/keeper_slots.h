@@ -1,0 +1,99 @@
+// The memory of a keeper: for each of its two slots the ranks' shared memory and the parity of
+// other nodes. What is read from it is checked against the state that the protocol has.
+#ifndef STRETTO_SRC_SNAPSHOT_KEEPER_SLOTS_H_
+#define STRETTO_SRC_SNAPSHOT_KEEPER_SLOTS_H_
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "src/snapshot/keeper_wire.h"
+#include "stretto/core/arena.h"
+#include "stretto/core/budget.h"
+#include "stretto/snapshot/slot.h"
+
+namespace stretto::snapshot_internal {
+
+// Shared memory of a node's slots is named <prefix><slot>-<rank>-<number>; the number is new each
+// time, so that who maps an older one does not take it for this.
+std::string SlotNamePrefix(const std::string& job, int node);
+// Removes what an earlier keeper of the node left.
+void UnlinkSlots(const std::string& prefix);
+
+class KeeperSlots {
+ public:
+  using Capacities = std::map<int, int64_t>;  // by rank, bytes of payload
+
+  KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads);
+  ~KeeperSlots();  // the memory goes, too
+
+  // Whether the slot has memory for these ranks; if not, a thread begins to make it. The slot must
+  // not be in use.
+  bool Prepare(int slot, const Capacities& ranks);
+  // Blocks until it has; the first error of making it.
+  absl::Status PrepareNow(int slot, const Capacities& ranks);
+  // Of the last Prepare that failed.
+  absl::Status error() const;
+
+  // The states of the protocol, visible to readers from here on, and in the headers of the slots.
+  void Publish(const NodeSlots& slots);
+  // Sets a rank's part of a slot that is being written; see Publish.
+  void SetPart(int slot, const RankPart& part);
+  void SetManifest(int slot, NodeManifest manifest);
+  NodeManifest ManifestOf(int slot) const;
+
+  // Makes room for `blocks` blocks of parity, zeroed, and returns it.
+  absl::StatusOr<std::byte*> MakeParity(int slot, int blocks, int64_t block_bytes);
+
+  // Copies out of a slot, from any thread. NOT_FOUND unless it holds `id` in a state of at least
+  // `least` before and after. `what`: kWholeShard, a ParityBlock or a rank.
+  absl::Status Read(const SnapshotId& id, SlotState least, int32_t what, int64_t offset,
+                    int64_t bytes, void* out) const;
+  // Into the shard of a slot that nobody reads.
+  absl::Status WriteShard(int slot, int64_t offset, int64_t bytes, const std::byte* from);
+  // Checksums of all ranks' parts.
+  absl::Status Verify(int slot) const;
+  // A rank's part and its memory; null: there is none.
+  std::shared_ptr<SlotMemory> MemoryOf(int slot, int rank) const;
+
+ private:
+  struct Place {
+    SlotState state = SlotState::kEmpty;
+    SnapshotId id;
+    NodeManifest manifest;
+    std::map<int, std::shared_ptr<SlotMemory>> ranks;
+    std::shared_ptr<Arena> parity;
+    int64_t block_bytes = 0, blocks = 0;
+    bool making = false;
+    std::thread maker;
+  };
+  // A stretch of memory.
+  struct Span {
+    std::byte* data;
+    int64_t bytes;  // of zeros where data is null
+  };
+  absl::Status Make(int slot, const Capacities& ranks);
+  absl::Status MakeInto(int slot, const Capacities& ranks,
+                        std::map<int, std::shared_ptr<SlotMemory>>* made);
+  bool Suits(const Place& place, const Capacities& ranks) const;
+  void WriteHeaders(Place& place);
+  // The parts of a shard, with mutex_ held.
+  static std::vector<Span> Spans(const Place& place, int64_t offset, int64_t bytes);
+
+  const std::string job_, prefix_;
+  Budget* const budget_;
+  const int threads_;
+  mutable std::mutex mutex_;
+  std::array<Place, kSlots> places_;
+  absl::Status error_;
+  std::atomic<int64_t> made_ = 0;
+};
+
+}  // namespace stretto::snapshot_internal
+
+#endif  // STRETTO_SRC_SNAPSHOT_KEEPER_SLOTS_H_

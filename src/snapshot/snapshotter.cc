@@ -1,0 +1,379 @@
+#include "stretto/snapshot/snapshotter.h"
+
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "src/core/start_thread.h"
+#include "src/snapshot/keeper_wire.h"
+#include "src/snapshot/restore_boxes.h"
+#include "stretto/core/copy.h"
+#include "stretto/core/log.h"
+#include "stretto/snapshot/slot.h"
+
+namespace stretto {
+namespace {
+
+using snapshot_internal::BoxSource;
+using snapshot_internal::KeeperKind;
+using snapshot_internal::KeeperRole;
+using snapshot_internal::ReaderOn;
+using snapshot_internal::ReceiveAnswer;
+using snapshot_internal::Restorable;
+using snapshot_internal::SendFrame;
+
+// A keeper answers at once, save when it is asked what can be restored.
+constexpr auto kPatience = std::chrono::seconds(30);
+
+struct KeeperConnection {
+  net::Fd fd;
+  std::string job;
+  int32_t node = 0, nodes = 1;
+};
+
+absl::StatusOr<KeeperConnection> ConnectToKeeper(const std::string& path,
+                                                 const std::string& token) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the path of the keeper's socket is too long: ", path));
+  }
+  std::memcpy(address.sun_path, path.c_str(), path.size());
+  KeeperConnection keeper;
+  keeper.fd = net::Fd(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!keeper.fd.valid() ||
+      connect(keeper.fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+    return absl::UnavailableError(absl::StrCat("no keeper at ", path, ": ", std::strerror(errno),
+                                               "; start stretto-keeper, or set snapshot.keeper"));
+  }
+  wire::Writer hello = snapshot_internal::Hello(KeeperRole::kTrainer, token, "");
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, hello, net::After(kPatience)));
+  STRETTO_ASSIGN_OR_RETURN(const std::string answer,
+                           ReceiveAnswer(keeper.fd, net::After(kPatience)));
+  wire::Reader in = ReaderOn(answer);
+  keeper.job = in.Text();
+  keeper.node = in.Int<int32_t>();
+  keeper.nodes = in.Int<int32_t>();
+  if (!in.ok()) return absl::DataLossError("the keeper sent a malformed answer");
+  return keeper;
+}
+
+std::string Encoded(wire::Writer& out) { return out.Frame().substr(sizeof(uint32_t)); }
+
+}  // namespace
+
+absl::StatusOr<std::string> AskKeeper(const std::string& socket, const std::string& token) {
+  STRETTO_ASSIGN_OR_RETURN(const KeeperConnection keeper, ConnectToKeeper(socket, token));
+  wire::Writer out;
+  out.Int(KeeperKind::kStatus);
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kPatience)));
+  STRETTO_ASSIGN_OR_RETURN(const std::string answer,
+                           ReceiveAnswer(keeper.fd, net::After(kPatience)));
+  wire::Reader in = ReaderOn(answer);
+  return in.Text();
+}
+
+struct Snapshotter::Impl {
+  World& world;
+  const StateRegistry& registry;
+  SnapshotterOptions options;
+  SlotContents planned;
+  uint64_t layout = 0;
+  KeeperConnection keeper;
+  Restorable told;
+  std::optional<RestorableSnapshot> restorable;
+  std::map<int, std::shared_ptr<SlotMemory>> slots;  // that this rank has written
+
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool busy = false, end = false, broken = false;
+  int64_t epoch = 0;
+  std::string trainer_state;
+  std::thread thread;
+  int64_t captured = 0, passed = 0;
+  double waited = 0;
+
+  Impl(World& w, const StateRegistry& r, SnapshotterOptions o)
+      : world(w), registry(r), options(std::move(o)) {}
+
+  absl::Status Meet();
+  absl::Status Attach(int local_ranks, uint64_t attempt);
+  absl::Status ReadTrainerState();
+  void Loop();
+  // Whether the step was captured.
+  absl::StatusOr<bool> CaptureNow();
+};
+
+absl::Status Snapshotter::Impl::Meet() {
+  // Who has which keeper; and a number that no earlier attempt had.
+  absl::Status status;
+  if (!options.keeper.empty()) {
+    absl::StatusOr<KeeperConnection> connected = ConnectToKeeper(options.keeper, options.token);
+    status = connected.status();
+    if (connected.ok()) keeper = *std::move(connected);
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("finding the keepers of snapshots", status));
+  std::random_device random;
+  const uint64_t number = (uint64_t{random()} << 32 | random()) | 1;
+  wire::Writer mine;
+  mine.Int(static_cast<uint8_t>(!options.keeper.empty())).Int(keeper.node).Int(keeper.nodes);
+  mine.Int(number).Text(keeper.job);
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                           world.AllGather("snapshot keepers", Encoded(mine)));
+  uint64_t attempt = 0;
+  int with = 0, local = 0;
+  std::vector<int> ranks(static_cast<size_t>(std::max(1, keeper.nodes)));
+  for (size_t rank = 0; rank < all.size(); ++rank) {
+    wire::Reader in = ReaderOn(all[rank]);
+    const bool has = in.Int<uint8_t>() != 0;
+    const auto node = in.Int<int32_t>(), nodes = in.Int<int32_t>();
+    const auto told_number = in.Int<uint64_t>();
+    const std::string job = in.Text();
+    if (rank == 0) attempt = told_number;
+    with += has ? 1 : 0;
+    if (!has) {
+      status = absl::FailedPreconditionError(
+          absl::StrCat("rank ", rank,
+                       " has no keeper of snapshots and others have; set "
+                       "STRETTO_KEEPER for all ranks or for none"));
+    } else if (!options.keeper.empty() && (job != keeper.job || nodes != keeper.nodes)) {
+      status = absl::FailedPreconditionError(absl::StrCat(
+          "rank ", rank, " has a keeper of job ", job, " with ", nodes, " nodes, rank ",
+          world.rank(), " of job ", keeper.job, " with ", keeper.nodes));
+    } else if (node >= 0 && node < static_cast<int>(ranks.size())) {
+      ++ranks[static_cast<size_t>(node)];
+      local += node == keeper.node ? 1 : 0;
+    }
+  }
+  if (with == 0) {
+    options.keeper.clear();
+    return absl::OkStatus();
+  }
+  const auto idle = std::find(ranks.begin(), ranks.end(), 0);
+  if (status.ok() && idle != ranks.end()) {
+    status = absl::FailedPreconditionError(
+        absl::StrCat("no rank runs on node ", idle - ranks.begin(), " of the keepers' ",
+                     keeper.nodes, "; start one keeper for each node that has ranks"));
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("comparing the keepers of snapshots", status));
+  STRETTO_RETURN_IF_ERROR(world.Agree("attaching to the keepers", Attach(local, attempt)));
+  wire::Writer found;
+  found.Int(told.id.round).Int(told.id.epoch);
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> ids,
+                           world.AllGather("restorable snapshots", Encoded(found)));
+  for (size_t rank = 0; rank < ids.size(); ++rank) {
+    if (ids[rank] == ids[0]) continue;
+    return absl::InternalError(absl::StrCat("the keepers of ranks 0 and ", rank,
+                                            " restore different snapshots; start again"));
+  }
+  return world.Agree("reading the snapshot's state", ReadTrainerState());
+}
+
+absl::Status Snapshotter::Impl::Attach(int local_ranks, uint64_t attempt) {
+  wire::Writer out;
+  out.Int(KeeperKind::kAttach).Int(static_cast<int32_t>(world.rank()));
+  out.Int(static_cast<int32_t>(world.size())).Int(static_cast<int32_t>(local_ranks));
+  out.Int(layout).Int(PayloadCapacity(planned)).Int(attempt);
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kPatience)));
+  const absl::StatusOr<std::string> answer = ReceiveAnswer(keeper.fd, net::After(options.timeout));
+  if (absl::IsDeadlineExceeded(answer.status())) {
+    const absl::StatusOr<std::string> state = AskKeeper(options.keeper, options.token);
+    return absl::DeadlineExceededError(absl::StrCat(
+        "the keepers have not agreed on a snapshot within ", options.timeout.count() / 1000,
+        " s; that of node ", keeper.node, " says: ", state.ok() ? *state : "nothing"));
+  }
+  STRETTO_RETURN_IF_ERROR(answer.status());
+  wire::Reader in = ReaderOn(*answer);
+  told = snapshot_internal::GetRestorable(in);
+  if (!in.ok()) return absl::DataLossError("the keeper sent a malformed answer");
+  return absl::OkStatus();
+}
+
+absl::Status Snapshotter::Impl::ReadTrainerState() {
+  if (!told.id.present()) return absl::OkStatus();
+  RestorableSnapshot snapshot;
+  snapshot.epoch = told.id.epoch;
+  if (!told.name.empty()) {
+    STRETTO_ASSIGN_OR_RETURN(const auto memory, SlotMemory::Open(told.name));
+    STRETTO_ASSIGN_OR_RETURN(const SlotContents contents,
+                             memory->ReadContents({keeper.job, 0, world.rank()}));
+    snapshot.trainer_state = contents.trainer_state;
+  } else {
+    BoxSource source(told, options.token, keeper.job);
+    STRETTO_RETURN_IF_ERROR(source.Open());
+    snapshot.trainer_state = source.trainer_state();
+  }
+  restorable = std::move(snapshot);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Snapshotter>> Snapshotter::Create(World& world,
+                                                                 const StateRegistry& registry,
+                                                                 SnapshotterOptions options) {
+  auto impl = std::make_unique<Impl>(world, registry, std::move(options));
+  impl->planned = PlanContents(registry);
+  impl->layout = LayoutHash(impl->planned, world.rank(), world.size());
+  STRETTO_RETURN_IF_ERROR(impl->Meet());
+  if (impl->options.keeper.empty()) return std::unique_ptr<Snapshotter>();
+  Impl& i = *impl;
+  absl::StatusOr<std::thread> thread = StartThread("snapshots", [&i] { i.Loop(); });
+  if (thread.ok()) i.thread = *std::move(thread);
+  STRETTO_RETURN_IF_ERROR(world.Agree("starting snapshots", thread.status()));
+  return std::unique_ptr<Snapshotter>(new Snapshotter(std::move(impl)));
+}
+
+Snapshotter::Snapshotter(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Snapshotter::~Snapshotter() {
+  {
+    const std::lock_guard<std::mutex> lock(impl_->mutex);
+    impl_->end = true;
+  }
+  impl_->changed.notify_all();
+  if (impl_->thread.joinable()) impl_->thread.join();
+}
+
+const std::optional<RestorableSnapshot>& Snapshotter::restorable() const {
+  return impl_->restorable;
+}
+bool Snapshotter::lost() const { return impl_->told.lost; }
+
+absl::Status Snapshotter::Restore(const StateRegistry& registry) {
+  Impl& s = *impl_;
+  if (!s.restorable) return absl::NotFoundError("the keepers hold no snapshot");
+  std::shared_ptr<SlotMemory> memory;
+  SlotContents contents;
+  if (!s.told.name.empty()) {
+    STRETTO_ASSIGN_OR_RETURN(memory, SlotMemory::Open(s.told.name));
+    SlotHeader header;
+    STRETTO_ASSIGN_OR_RETURN(contents,
+                             memory->ReadContents({s.keeper.job, 0, s.world.rank()}, &header));
+    if (header.id != s.told.id) {
+      return absl::DataLossError(absl::StrCat("/dev/shm", s.told.name, " holds step ",
+                                              header.id.epoch, ", not ", s.told.id.epoch));
+    }
+    if (header.layout == s.layout && header.world_size == s.world.size()) {
+      STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents));
+    } else {
+      memory.reset();
+    }
+  }
+  std::optional<BoxSource> others;
+  size_t index = 0;
+  for (const StateEntry& entry : registry.entries()) {
+    const size_t i = index++;
+    if (entry.local.bytes() == 0) continue;
+    if (memory != nullptr && contents.entries[i].bytes == entry.local.bytes()) {
+      STRETTO_RETURN_IF_ERROR(
+          CopyFromHost(entry.local, memory->payload() + contents.entries[i].offset));
+      continue;
+    }
+    if (!others) {
+      others.emplace(s.told, s.options.token, s.keeper.job);
+      STRETTO_RETURN_IF_ERROR(others->Open());
+    }
+    STRETTO_RETURN_IF_ERROR(others->Fill(entry));
+  }
+  return absl::OkStatus();
+}
+
+void Snapshotter::Impl::Loop() {
+  std::unique_lock<std::mutex> lock(mutex);
+  while (true) {
+    changed.wait(lock, [this] { return busy || end; });
+    if (!busy) return;
+    lock.unlock();
+    const absl::StatusOr<bool> done = CaptureNow();
+    lock.lock();
+    busy = false;
+    if (!done.ok()) {
+      broken = true;
+      LogWarning(absl::StrCat("no snapshot of step ", epoch, ": ",
+                              std::string(done.status().message()),
+                              ". Training goes on without snapshots."));
+    } else {
+      ++(*done ? captured : passed);
+    }
+    changed.notify_all();
+  }
+}
+
+absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
+  wire::Writer begin;
+  begin.Int(KeeperKind::kBegin).Int(epoch);
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, begin, net::After(kPatience)));
+  STRETTO_ASSIGN_OR_RETURN(const std::string answer,
+                           ReceiveAnswer(keeper.fd, net::After(kPatience)));
+  wire::Reader in = ReaderOn(answer);
+  const auto slot = in.Int<int32_t>();
+  const std::string name = in.Text(), why = in.Text();
+  if (!in.ok()) return absl::DataLossError("the keeper sent a malformed answer");
+  if (slot < 0) {
+    LogDebug(absl::StrCat("step ", epoch, " is passed over by snapshots: ", why));
+    return false;
+  }
+  std::shared_ptr<SlotMemory>& memory = slots[slot];
+  absl::Status filled;
+  if (memory == nullptr || memory->name() != name) {
+    absl::StatusOr<std::shared_ptr<SlotMemory>> opened = SlotMemory::Open(name);
+    filled = opened.status();
+    memory = opened.ok() ? *std::move(opened) : nullptr;
+  }
+  SlotHeader header;
+  planned.trainer_state = trainer_state;
+  if (filled.ok()) filled = FillSlot(registry, &planned, *memory, &header);
+  wire::Writer seal;
+  seal.Int(KeeperKind::kSeal).Int(epoch).Int(static_cast<uint8_t>(filled.ok()));
+  seal.Int(header.payload_bytes).Int(header.contents_bytes).Int(header.contents_checksum);
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, seal, net::After(kPatience)));
+  STRETTO_ASSIGN_OR_RETURN(const std::string sealed,
+                           ReceiveAnswer(keeper.fd, net::After(kPatience)));
+  STRETTO_RETURN_IF_ERROR(filled);
+  wire::Reader counts = ReaderOn(sealed);
+  return counts.Int<uint8_t>() != 0 && counts.ok();
+}
+
+void Snapshotter::Capture(int64_t epoch, std::string trainer_state) {
+  Wait();
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  if (impl_->broken) return;
+  impl_->epoch = epoch;
+  impl_->trainer_state = std::move(trainer_state);
+  impl_->busy = true;
+  impl_->changed.notify_all();
+}
+
+void Snapshotter::Wait() {
+  std::unique_lock<std::mutex> lock(impl_->mutex);
+  if (!impl_->busy) return;
+  const auto start = std::chrono::steady_clock::now();
+  impl_->changed.wait(lock, [this] { return !impl_->busy; });
+  impl_->waited += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+int64_t Snapshotter::captured() const {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  return impl_->captured;
+}
+int64_t Snapshotter::passed_over() const {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  return impl_->passed;
+}
+double Snapshotter::waited_seconds() const {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  return impl_->waited;
+}
+
+}  // namespace stretto

@@ -1,0 +1,340 @@
+// Keepers and trainers of several nodes in one process, over real sockets and shared memory.
+#include "stretto/snapshot/keeper.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstring>
+#include <filesystem>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "src/comm/socket.h"
+#include "stretto/core/cut.h"
+#include "stretto/snapshot/checkpoint.h"
+#include "stretto/snapshot/slot.h"
+#include "stretto/snapshot/snapshotter.h"
+#include "unit/snapshot/testing.h"
+
+namespace stretto {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+constexpr int64_t kRows = 101, kColumns = 37;
+
+// The whole state after `step`, whatever the layout.
+float Value(int64_t step, int64_t element) {
+  return static_cast<float>(step * 1000003 + element % 9973) * 0.25f;
+}
+
+// What a rank has of it: rows of a matrix, and all of a vector that rank 0 owns.
+struct RankState {
+  std::vector<float> matrix, vector;
+  int64_t first = 0, rows = 0;
+  StateRegistry registry;
+
+  RankState(int rank, int ranks) {
+    const Range mine = CutEvenly(kRows, ranks, rank);
+    first = mine.first;
+    rows = mine.count;
+    matrix.resize(static_cast<size_t>(rows * kColumns));
+    vector.resize(19);
+    EXPECT_TRUE(registry
+                    .Add({.name = "w",
+                          .global_shape = {kRows, kColumns},
+                          .first_row = first,
+                          .local = Tensor::Of(matrix.data(), DType::kF32, {rows, kColumns})})
+                    .ok());
+    EXPECT_TRUE(registry
+                    .Add({.name = "b",
+                          .global_shape = {19},
+                          .local = Tensor::Of(vector.data(), DType::kF32, {19}),
+                          .owned = rank == 0})
+                    .ok());
+  }
+  void Set(int64_t step) {
+    for (size_t i = 0; i < matrix.size(); ++i) {
+      matrix[i] = Value(step, first * kColumns + static_cast<int64_t>(i));
+    }
+    for (size_t i = 0; i < vector.size(); ++i) vector[i] = -Value(step, static_cast<int64_t>(i));
+  }
+  void ExpectIs(int64_t step) const {
+    RankState expected = *this;
+    expected.Set(step);
+    EXPECT_EQ(matrix, expected.matrix) << "step " << step;
+    EXPECT_EQ(vector, expected.vector) << "step " << step;
+  }
+};
+
+// A keeper and the thread that it runs in.
+struct Node {
+  std::unique_ptr<Keeper> keeper;
+  std::thread thread;
+  explicit Node(const KeeperOptions& options) {
+    auto started = Keeper::Start(options);
+    EXPECT_TRUE(started.ok()) << started.status();
+    if (!started.ok()) return;
+    keeper = *std::move(started);
+    thread = std::thread([this] { EXPECT_TRUE(keeper->Run().ok()); });
+  }
+  ~Node() {
+    if (keeper == nullptr) return;
+    keeper->Stop();
+    thread.join();
+  }
+};
+
+class Keepers : public ::testing::Test {
+ protected:
+  void Start(int nodes, int data = -1, int parity = -1, const std::string& directory = "") {
+    job_ = absl::StrCat("test-", getpid());
+    std::vector<std::string> peers;
+    {
+      std::vector<net::Fd> taken;
+      for (int n = 0; n < nodes; ++n) {
+        int port = 0;
+        taken.push_back(*net::Listen("127.0.0.1", 0, &port));
+        peers.push_back(absl::StrCat("127.0.0.1:", port));
+      }
+    }
+    for (int n = 0; n < nodes; ++n) {
+      KeeperOptions& o = options_.emplace_back();
+      o.job = job_;
+      o.token = "secret";
+      o.node = n;
+      o.nodes = nodes;
+      o.peers = peers;
+      o.data = data;
+      o.parity = parity;
+      o.directory = directory;
+      o.socket = scratch_.File(absl::StrCat("node", n));
+      nodes_.push_back(std::make_unique<Node>(o));
+    }
+  }
+  // The node's keeper goes with its memory, and another one takes its place.
+  void Lose(int node) { nodes_[node].reset(); }
+  void Replace(int node) { nodes_[node] = std::make_unique<Node>(options_[node]); }
+
+  std::string Status(int node) { return *AskKeeper(options_[node].socket, "secret"); }
+  using Body = std::function<absl::Status(World&, RankState&, Snapshotter&)>;
+  // `ranks` trainers, dealt to the nodes in turn.
+  absl::Status Train(int ranks, const Body& body) {
+    return World::RunThreads(ranks, [&](World& world) -> absl::Status {
+      RankState state(world.rank(), world.size());
+      const size_t node = static_cast<size_t>(world.rank()) % nodes_.size();
+      STRETTO_ASSIGN_OR_RETURN(const auto snapshots,
+                               Snapshotter::Create(world, state.registry,
+                                                   {.keeper = options_[node].socket,
+                                                    .token = "secret",
+                                                    .timeout = std::chrono::seconds(20)}));
+      return body(world, state, *snapshots);
+    });
+  }
+  // Steps from what was restored to `last`, each captured until it is taken.
+  absl::Status TrainTo(int ranks, int64_t last) {
+    return Train(ranks, [&](World& world, RankState& state, Snapshotter& snapshots) {
+      const int64_t from = snapshots.restorable() ? snapshots.restorable()->epoch : 0;
+      for (int64_t step = from + 1; step <= last; ++step) {
+        state.Set(step);
+        const absl::Status met = world.Barrier(absl::StrCat("step ", step));
+        if (!met.ok()) return met;
+        snapshots.Capture(step, absl::StrCat("{\"step\":", step, "}"));
+        snapshots.Wait();
+        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      }
+      return absl::OkStatus();
+    });
+  }
+  // All ranks restore `step`.
+  absl::Status ExpectRestored(int ranks, int64_t step) {
+    return Train(ranks, [&](World&, RankState& state, Snapshotter& snapshots) {
+      EXPECT_TRUE(snapshots.restorable().has_value());
+      if (!snapshots.restorable()) return absl::NotFoundError("nothing");
+      EXPECT_EQ(snapshots.restorable()->epoch, step);
+      EXPECT_EQ(snapshots.restorable()->trainer_state, absl::StrCat("{\"step\":", step, "}"));
+      const absl::Status restored = snapshots.Restore(state.registry);
+      if (restored.ok()) state.ExpectIs(step);
+      return restored;
+    });
+  }
+  // The newest committed step, when nothing is under way any more.
+  int64_t Committed() {
+    for (size_t n = 0; n < nodes_.size(); ++n) {
+      std::string text;
+      for (int i = 0; i < 1000; ++i) {
+        text = Status(static_cast<int>(n));
+        if (text.find("WRITING") == std::string::npos && text.find("SEALED") == std::string::npos &&
+            text.find("PROTECTED") == std::string::npos) {
+          break;
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      }
+    }
+    const std::string text = Status(0);
+    int64_t newest = 0;
+    for (size_t at = 0; (at = text.find("COMMITTED step ", at)) != std::string::npos; ++at) {
+      newest = std::max<int64_t>(newest, std::stoll(text.substr(at + 15)));
+    }
+    return newest;
+  }
+
+  TempDirectory scratch_;
+  std::string job_;
+  std::vector<KeeperOptions> options_;
+  std::vector<std::unique_ptr<Node>> nodes_;
+};
+
+TEST_F(Keepers, OneNodeGivesBackWhatItsRanksLeft) {
+  Start(1);
+  ASSERT_TRUE(TrainTo(2, 12).ok());
+  const int64_t step = Committed();
+  ASSERT_GT(step, 0);
+  const absl::Status restored = ExpectRestored(2, step);
+  EXPECT_TRUE(restored.ok()) << restored;
+  // And training goes on from there, with the same numbers again.
+  ASSERT_TRUE(TrainTo(2, step + 8).ok());
+  EXPECT_GT(Committed(), step);
+}
+
+TEST_F(Keepers, ALostNodeIsRebuilt) {
+  Start(3);
+  ASSERT_TRUE(TrainTo(3, 12).ok());
+  int64_t step = Committed();
+  ASSERT_GT(step, 0);
+  for (int lost : {1, 0, 2}) {  // node 0 leads
+    Lose(lost);
+    Replace(lost);
+    const absl::Status restored = ExpectRestored(3, step);
+    ASSERT_TRUE(restored.ok()) << restored;
+  }
+  ASSERT_TRUE(TrainTo(3, step + 8).ok());
+  EXPECT_GT(Committed(), step);
+}
+
+TEST_F(Keepers, TwoLostNodesAreRebuiltWithTwoParities) {
+  Start(4, 2, 2);
+  ASSERT_TRUE(TrainTo(4, 12).ok());
+  const int64_t step = Committed();
+  Lose(0);
+  Lose(3);
+  Replace(3);
+  Replace(0);
+  const absl::Status restored = ExpectRestored(4, step);
+  EXPECT_TRUE(restored.ok()) << restored;
+}
+
+TEST_F(Keepers, MoreThanTheCodeBearsIsSaidAndNothingIsRestored) {
+  Start(3);
+  ASSERT_TRUE(TrainTo(3, 12).ok());
+  ASSERT_GT(Committed(), 0);
+  Lose(0);
+  Lose(1);
+  Replace(0);
+  Replace(1);
+  const absl::Status status = Train(3, [](World&, RankState& state, Snapshotter& snapshots) {
+    EXPECT_TRUE(snapshots.lost());
+    EXPECT_FALSE(snapshots.restorable().has_value());
+    EXPECT_FALSE(snapshots.Restore(state.registry).ok());
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+}
+
+TEST_F(Keepers, AnotherLayoutFindsItsBoxes) {
+  Start(2);
+  ASSERT_TRUE(TrainTo(3, 12).ok());
+  const int64_t step = Committed();
+  for (int ranks : {2, 5}) {
+    const absl::Status restored = ExpectRestored(ranks, step);
+    EXPECT_TRUE(restored.ok()) << restored;
+  }
+  // The slots change to the new layout.
+  ASSERT_TRUE(TrainTo(5, step + 12).ok());
+  const int64_t later = Committed();
+  EXPECT_GT(later, step);
+  const absl::Status restored = ExpectRestored(5, later);
+  EXPECT_TRUE(restored.ok()) << restored;
+}
+
+TEST_F(Keepers, ARankThatDiesWhileOthersSealLeavesTheOlderSnapshot) {
+  Start(2);
+  ASSERT_TRUE(TrainTo(4, 12).ok());
+  const int64_t step = Committed();
+  const absl::Status died = Train(4, [&](World& world, RankState& state, Snapshotter& snapshots) {
+    state.Set(step + 100);
+    if (world.rank() == 2) return absl::OkStatus();  // never captures
+    snapshots.Capture(step + 100, "{}");
+    return absl::OkStatus();
+  });
+  ASSERT_TRUE(died.ok()) << died;
+  const absl::Status restored = ExpectRestored(4, step);
+  EXPECT_TRUE(restored.ok()) << restored;
+}
+
+TEST_F(Keepers, AFlippedByteIsRefusedByName) {
+  Start(1);
+  ASSERT_TRUE(TrainTo(1, 12).ok());
+  ASSERT_GT(Committed(), 0);
+  for (const auto& file : std::filesystem::directory_iterator("/dev/shm")) {
+    const std::string name = "/" + file.path().filename().string();
+    if (name.find(absl::StrCat("/stretto-", job_, "-")) != 0) continue;
+    auto slot = *SlotMemory::Open(name);
+    slot->payload()[100] ^= std::byte{1};
+  }
+  const absl::Status status =
+      Train(1, [](World&, RankState& state, Snapshotter& s) { return s.Restore(state.registry); });
+  EXPECT_THAT(Message(status), HasSubstr("the bytes of w are not those that were written"));
+}
+
+TEST_F(Keepers, TurnStrangersAway) {
+  Start(1);
+  EXPECT_THAT(Message(AskKeeper(options_[0].socket, "wrong").status()),
+              HasSubstr("another job token"));
+  EXPECT_THAT(Message(Keeper::Start(options_[0]).status()), HasSubstr("runs already"));
+  EXPECT_THAT(Message(AskKeeper(scratch_.File("nobody"), "secret").status()),
+              HasSubstr("no keeper at"));
+  KeeperOptions wrong;
+  wrong.job = "a/b";
+  EXPECT_THAT(Message(Keeper::Start(wrong).status()), HasSubstr("letters"));
+  wrong.job = "a";
+  wrong.nodes = 3;
+  EXPECT_THAT(Message(Keeper::Start(wrong).status()), HasSubstr("0 peers"));
+}
+
+TEST_F(Keepers, TheBudgetIsKept) {
+  job_ = absl::StrCat("test-", getpid());
+  KeeperOptions& o = options_.emplace_back();
+  o.job = job_;
+  o.token = "secret";
+  o.socket = scratch_.File("node0");
+  o.memory_bytes = 1000;
+  nodes_.push_back(std::make_unique<Node>(o));
+  const absl::Status status = Train(1, [](World&, RankState& state, Snapshotter& snapshots) {
+    for (int64_t step = 1; step < 5; ++step) {
+      snapshots.Capture(step, "{}");
+      snapshots.Wait();
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+    EXPECT_EQ(snapshots.captured(), 0);
+    EXPECT_EQ(snapshots.passed_over(), 4);
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+}
+
+TEST_F(Keepers, LeaveNothingBehind) {
+  Start(2);
+  ASSERT_TRUE(TrainTo(2, 4).ok());
+  nodes_.clear();
+  for (const auto& file : std::filesystem::directory_iterator("/dev/shm")) {
+    EXPECT_THAT(file.path().string(), Not(HasSubstr(job_)));
+  }
+}
+
+}  // namespace
+}  // namespace stretto

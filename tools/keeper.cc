@@ -1,0 +1,101 @@
+// Runs the keeper of one node (stretto/snapshot/keeper.h).
+#include "stretto/snapshot/keeper.h"
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "tools/arguments.h"
+
+namespace {
+
+stretto::Keeper* running = nullptr;
+void OnSignal(int) { running->Stop(); }
+
+absl::Status Run(const stretto::KeeperOptions& options) {
+  // Signals to the trainers' group are not for this process.
+  setpgid(0, 0);
+  STRETTO_ASSIGN_OR_RETURN(const auto keeper, stretto::Keeper::Start(options));
+  running = keeper.get();
+  struct sigaction action = {};
+  action.sa_handler = OnSignal;
+  sigaction(SIGTERM, &action, nullptr);
+  sigaction(SIGINT, &action, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+  std::printf("ready %d\n", keeper->port());
+  std::fflush(stdout);
+  const absl::Status status = keeper->Run();
+  signal(SIGTERM, SIG_IGN);
+  signal(SIGINT, SIG_IGN);
+  return status;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  stretto::KeeperOptions options;
+  int64_t node = 0, nodes = 1, data = -1, parity = -1, keep = 2, threads = 2;
+  double silence = 10;
+  std::string peers, directory = "none";
+  stretto::Arguments arguments(
+      "stretto-keeper",
+      "Keeps the snapshots of a node's ranks in memory, with parity of other nodes', and outlives "
+      "the ranks. Writes \"ready PORT\" when it listens; ends by SIGTERM, its memory with it.",
+      "");
+  arguments.Add("job", "ID", "name of the job", &options.job);
+  arguments.Add("node", "N", "number of this node", &node);
+  arguments.Add("nodes", "N", "how many nodes there are", &nodes);
+  arguments.Add("peers", "HOST:PORT,...", "keepers of all nodes, this one's included", &peers);
+  arguments.Add("dir", "DIR", "where committed snapshots are written, shared by all nodes; none",
+                &directory);
+  arguments.Add("keep", "N", "newest of these that stay; 0: all", &keep);
+  arguments.Add("data", "N", "nodes of a group with data; -1: all but those of parity", &data);
+  arguments.Add("parity", "N", "nodes of a group that may be lost; -1: 1 where there are several",
+                &parity);
+  arguments.Add("socket", "PATH",
+                "where trainers connect (STRETTO_KEEPER); empty: /tmp/stretto-UID/JOB-NODE.sock",
+                &options.socket);
+  arguments.Add("memory", "BYTES", "budget for slots and parity; -1: no limit",
+                &options.memory_bytes);
+  arguments.Add("threads", "N", "that touch new memory", &threads);
+  arguments.Add("silence", "S", "seconds after which a silent keeper is taken for gone", &silence);
+  absl::Status status = arguments.Parse(argc, argv);
+  if (arguments.help()) {
+    std::printf("%s", arguments.Help().c_str());
+    return 0;
+  }
+  constexpr int64_t kMost = 1 << 16;
+  for (const int64_t value : {node, nodes, data, parity, keep, threads}) {
+    if (status.ok() && (value < -1 || value > kMost)) {
+      status = absl::InvalidArgumentError(
+          absl::StrCat("stretto-keeper: numbers must be -1 to ", kMost, ", not ", value));
+    }
+  }
+  if (status.ok() && !(silence >= 0.1 && silence <= 86400)) {
+    status = absl::InvalidArgumentError("stretto-keeper: --silence must be 0.1 to 86400");
+  }
+  if (status.ok()) {
+    options.node = static_cast<int>(node);
+    options.nodes = static_cast<int>(nodes);
+    options.data = static_cast<int>(data);
+    options.parity = static_cast<int>(parity);
+    options.keep = static_cast<int>(keep);
+    options.prefault_threads = static_cast<int>(std::max<int64_t>(1, threads));
+    options.silence = std::chrono::milliseconds(static_cast<int64_t>(silence * 1000));
+    if (!peers.empty()) {
+      for (const auto& peer : absl::StrSplit(peers, ',')) options.peers.emplace_back(peer);
+    }
+    if (directory != "none") options.directory = directory;
+    const char* token = std::getenv("STRETTO_JOB_TOKEN");
+    options.token = token == nullptr ? "" : token;
+    status = Run(options);
+  }
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
+  return 1;
+}

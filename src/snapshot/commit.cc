@@ -121,7 +121,7 @@ void CommitProtocol::BeginRound(CommitRound after) {
   ++after.number;
   Join(after);
   for (int to = 1; to < layout_.nodes(); ++to) Send(to, Kind::kGather);
-  Send(node_, Kind::kReport, slots_);
+  Send(node_, Kind::kReport, slots_, lost_);
 }
 
 // From here on nothing of an older round changes what this node holds.
@@ -160,7 +160,10 @@ void CommitProtocol::DecideIfAllReported() {
       target.state = SlotState::kProtected;
     }
   }
-  const bool lost = target.state == SlotState::kEmpty && !known.empty();
+  // Said until something is committed again, for another round may come before trainers ask.
+  const bool lost = target.state == SlotState::kEmpty &&
+                    (!known.empty() || std::any_of(members_.begin(), members_.end(),
+                                                   [](const Member& m) { return m.lost; }));
   SendAll(Kind::kDecide, target, lost);
 }
 
@@ -301,7 +304,7 @@ void CommitProtocol::Receive(int from, const CommitMessage& message) {
     case Kind::kGather:
       if (message.round.number > round_.number) {
         Join(message.round);
-        Send(from, Kind::kReport, slots_);
+        Send(from, Kind::kReport, slots_, lost_);
       } else {
         Send(from, Kind::kBehind);
       }
@@ -348,6 +351,7 @@ void CommitProtocol::Receive(int from, const CommitMessage& message) {
       if (s >= 0 && slots_[static_cast<size_t>(s)].state == SlotState::kProtected) {
         slots_[static_cast<size_t>(s)].state = SlotState::kCommitted;
         if (phase_ == Phase::kRestoring) phase_ = Phase::kReady;
+        lost_ = false;
         CommitAction action;
         action.kind = CommitAction::Kind::kCommitted;
         action.slot = s;
@@ -367,6 +371,7 @@ void CommitProtocol::Lead(int from, const CommitMessage& message) {
       if (phase_ != Phase::kGathering) return;
       member.reported = true;
       member.slots = message.slots;
+      member.lost = message.lost;
       DecideIfAllReported();
       return;
     case Kind::kSealed:
@@ -453,6 +458,7 @@ std::string CommitProtocol::Fingerprint() const {
     id(encoding_);
     for (const Member& member : members_) {
       number(member.reported);
+      number(member.lost);
       if (phase_ == Phase::kGathering) both(member.slots);
       id(member.sealed);
       number(member.passed);

@@ -190,6 +190,17 @@ void TrainConfig::Checkpoint::Visit(ConfigVisitor& v) {
           "when it does not resume; empty: random weights");
 }
 
+void TrainConfig::Snapshot::Visit(ConfigVisitor& v) {
+  v.Field(
+      "every", &every,
+      "steps between snapshots in the memory of a keeper, where there is one; 0: none, and none "
+      "is restored",
+      {.min = 0});
+  v.Field(
+      "keeper", &keeper,
+      "Unix socket of this node's stretto-keeper; empty: what STRETTO_KEEPER says, if anything");
+}
+
 void TrainConfig::Spikes::Visit(ConfigVisitor& v) {
   v.Choice("nonfinite", &nonfinite, {"skip", "stop"},
            "what all ranks do with a step whose loss or gradient is not finite");
@@ -230,6 +241,7 @@ void TrainConfig::Visit(ConfigVisitor& v) {
   v.Section("evaluate", &evaluate, "validation loss");
   v.Section("sample", &sample, "text generated at the end");
   v.Section("checkpoint", &checkpoint, "saving and resuming");
+  v.Section("snapshot", &snapshot, "copies in memory that outlive the ranks (docs/snapshots.md)");
   v.Section("spikes", &spikes, "steps that went wrong");
   v.Section("metrics", &metrics, "what is written down");
 }

@@ -255,6 +255,8 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   ops::PrepareStep(ops(), scalars, config.optimizer.clip_norm, config.spikes.max_loss);
   const double lr = learning_rate->At(state.step);
   {
+    // The update changes what a snapshot of the step before may still be copying.
+    if (snapshots != nullptr) snapshots->Wait();
     const TraceSpan span(recorder, "compute", "optimizer", &*stream);
     for (const Stage& stage : stages) stage.optimizer->Step(scalars, lr, state.applied + 1);
   }
@@ -404,6 +406,19 @@ absl::Status Trainer::Finish() {
   status.Update(t.stream->Synchronize());
   if (status.ok()) status = t.WriteTrace();  // of a window that the run did not reach the end of
   status.Update(t.checkpoints->Finish());
+  if (t.snapshots != nullptr) {
+    t.snapshots->Wait();
+    const int64_t taken = t.snapshots->captured(), passed = t.snapshots->passed_over();
+    if (t.world.rank() == 0 && taken + passed > 0) {
+      LogInfo(absl::StrFormat(
+          "%d snapshots taken and %d passed over because no slot was free: one every %.1f steps; "
+          "training waited %.3f s for copies",
+          taken, passed,
+          static_cast<double>(t.config.snapshot.every * (taken + passed)) /
+              static_cast<double>(std::max<int64_t>(1, taken)),
+          t.snapshots->waited_seconds()));
+    }
+  }
   for (auto& sink : t.sinks) status.Update(sink->Finish());
   return status;
 }
@@ -447,6 +462,9 @@ absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
     const bool sound = t.consecutive_skips == 0 || (last && std::isfinite(stats.loss));
     if ((every(t.state.step, t.config.checkpoint.every) || last) && sound && !t.stop_agreed) {
       STRETTO_RETURN_IF_ERROR(save());
+    }
+    if (t.snapshots != nullptr && every(t.state.step, t.config.snapshot.every) && sound) {
+      t.snapshots->Capture(t.state.step, ToJson(t.state));
     }
     if (last && !sound) {
       const absl::Status finished = trainer.Finish();

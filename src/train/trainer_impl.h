@@ -29,6 +29,7 @@
 #include "stretto/parallel/stages.h"
 #include "stretto/parallel/tensor_parallel.h"
 #include "stretto/snapshot/checkpoint.h"
+#include "stretto/snapshot/snapshotter.h"
 #include "stretto/train/flops.h"
 #include "stretto/train/memory.h"
 #include "stretto/train/schedule.h"
@@ -113,6 +114,7 @@ struct Trainer::Impl {
   OutputLock lock;  // rank 0
   StateRegistry registry;
   std::unique_ptr<CheckpointWriter> checkpoints;
+  std::unique_ptr<Snapshotter> snapshots;  // null without keepers
   TrainerState state;
   int64_t consecutive_skips = 0;
   double peak_tflops = 0;  // of one rank
@@ -141,6 +143,11 @@ struct Trainer::Impl {
   absl::Status SetUpModel();
   absl::Status SetUpData();
   absl::Status Restore();
+  // What the registry was loaded with becomes the run's state: `saved`, from `source`.
+  absl::Status Continue(const TrainerState& saved, const std::string& source);
+  // From the keepers' memory; false: they have nothing newer than step `newest`, or it cannot be
+  // read and there is a checkpoint (newest >= 0).
+  absl::StatusOr<bool> RestoreSnapshot(int64_t newest);
   absl::Status MeasurePeak();
   // Runs one micro-batch of made-up tokens, so that libraries are loaded and what the backend
   // chooses by measuring is chosen before the first step.

@@ -78,7 +78,9 @@ struct CommitMessage {
   Kind kind = Kind::kGather;
   CommitRound round;
   NodeSlots slots;
-  bool lost = false;  // kDecide: there was something, but too little of it is left
+  // kDecide: there was something, but too little of it is left. kReport: so this node was told, and
+  // nothing was committed since.
+  bool lost = false;
 };
 
 struct CommitAction {
@@ -135,7 +137,7 @@ class CommitProtocol {
   }
   // The newest COMMITTED slot; -1: none.
   int restorable() const;
-  // The round's decision was that too little is left of what there was.
+  // A round decided that too little is left of what there was, and nothing was committed since.
   bool lost() const { return lost_; }
   const NodeSlots& slots() const { return slots_; }
   const CommitRound& round() const { return round_; }
@@ -161,7 +163,7 @@ class CommitProtocol {
   };
   // What the leader of a round knows of a node.
   struct Member {
-    bool reported = false;
+    bool reported = false, lost = false;
     NodeSlots slots;
     SnapshotId sealed;  // and nothing was decided about it
     std::string manifest;

@@ -119,6 +119,12 @@ struct TrainConfig {
     void Visit(ConfigVisitor& v);
   } checkpoint;
 
+  struct Snapshot {
+    int64_t every = 1;
+    std::string keeper;
+    void Visit(ConfigVisitor& v);
+  } snapshot;
+
   struct Spikes {
     std::string nonfinite = "skip";
     double max_loss = 0;

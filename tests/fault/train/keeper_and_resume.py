@@ -1,0 +1,226 @@
+#!/usr/bin/env python3
+"""Kills ranks and keepers of a run whose snapshots live in keepers' memory, and lets it go on.
+
+usage: keeper_and_resume.py GPT_PROGRAM TOKENIZE_PROGRAM KEEPER_PROGRAM MPIRUN_SCRIPT
+
+Three nodes are played by three keepers, each with one rank; no checkpoint is written before the end.
+A rank gets SIGKILL, then a whole node goes: its keeper is killed and its shared memory unlinked. The
+run must go on from a snapshot each time, and its losses must equal those of a run left alone bit for
+bit. With two nodes gone at once it must say so and start anew.
+"""
+import glob
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from support import prepare  # noqa: E402
+
+GPT, TOKENIZE, KEEPER, MPIRUN = sys.argv[1:5]
+SEED = int(sys.argv[5]) if len(sys.argv) > 5 else int(time.time())
+STEPS, NODES = 60, 3
+JOB = f"test-{os.getpid()}"
+TOKEN = "a token of the test"
+
+
+def fail(text):
+    sys.exit(f"keeper_and_resume (seed {SEED}): {text}")
+
+
+def free_ports(count):
+    taken = [socket.socket() for _ in range(count)]
+    for s in taken:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in taken]
+    for s in taken:
+        s.close()
+    return ports
+
+
+class Nodes:
+    """The keepers of the machine's pretended nodes."""
+
+    def __init__(self, scratch):
+        self.scratch = scratch
+        self.peers = ",".join(f"127.0.0.1:{p}" for p in free_ports(NODES))
+        self.keepers = [self.start(n) for n in range(NODES)]
+
+    def socket(self, node):
+        return f"{self.scratch}/node{node}"
+
+    def start(self, node):
+        keeper = subprocess.Popen(
+            [KEEPER, "--job", JOB, "--node", str(node), "--nodes", str(NODES), "--peers",
+             self.peers, "--dir", "none", "--socket", self.socket(node)],
+            stdout=subprocess.PIPE, stderr=open(f"{self.scratch}/keeper{node}.log", "a"),
+            text=True, env={**os.environ, "STRETTO_JOB_TOKEN": TOKEN})
+        line = keeper.stdout.readline()
+        if not line.startswith("ready "):
+            fail(f"keeper {node} said '{line}'")
+        return keeper
+
+    def lose(self, nodes):
+        for node in nodes:
+            self.keepers[node].kill()
+            self.keepers[node].wait()
+            for path in glob.glob(f"/dev/shm/stretto-{JOB}-{node}-*"):
+                os.unlink(path)
+        for node in nodes:
+            self.keepers[node] = self.start(node)
+
+    def end(self):
+        for keeper in self.keepers:
+            keeper.terminate()
+        for keeper in self.keepers:
+            if keeper.wait(timeout=10) != 0:
+                fail(f"a keeper ended with code {keeper.returncode}")
+        left = glob.glob(f"/dev/shm/stretto-{JOB}-*")
+        if left:
+            fail(f"keepers left {left} behind")
+
+
+class Run:
+    def __init__(self, scratch, name, nodes=None):
+        self.scratch, self.nodes = scratch, nodes
+        self.output = os.path.join(scratch, name)
+
+    def start(self):
+        sets = [f"output={self.output}", f"steps={STEPS}",
+                f"data.train={self.scratch}/text.train.bin"]
+        program = [GPT, f"{self.scratch}/config.json"] + [w for s in sets for w in ("--set", s)]
+        environment = dict(os.environ)
+        if self.nodes:
+            # Each rank is a node of its own.
+            environment["STRETTO_JOB_TOKEN"] = TOKEN
+            program = ["sh", "-c", 'STRETTO_KEEPER="$0$OMPI_COMM_WORLD_RANK" exec "$@"',
+                       f"{self.scratch}/node"] + program
+        return subprocess.Popen([MPIRUN, str(NODES)] + program, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                                env=environment)
+
+    def finish(self):
+        process = self.start()
+        output, _ = process.communicate(timeout=120)
+        if process.returncode != 0:
+            fail(f"exit code {process.returncode}:\n{output}")
+        return output
+
+    def steps_done(self):
+        try:
+            with open(os.path.join(self.output, "metrics.jsonl")) as lines:
+                return sum(1 for _ in lines)
+        except OSError:
+            return 0
+
+    def kill_a_rank_after(self, steps):
+        """Starts the run, and kills one of its ranks when it has done so many steps."""
+        process = self.start()
+        deadline = time.time() + 60
+        while self.steps_done() < steps and process.poll() is None and time.time() < deadline:
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.03))
+        victims = ranks_of(process)
+        if victims:
+            os.kill(random.choice(victims), signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        if process.returncode == 0:
+            fail(f"the run ended before a rank was killed; raise STEPS:\n{output}")
+        return output
+
+    def losses(self):
+        with open(os.path.join(self.output, "metrics.jsonl")) as lines:
+            records = [json.loads(line) for line in lines]
+        if [r["step"] for r in records] != list(range(1, STEPS + 1)):
+            fail(f"metrics have the steps {[r['step'] for r in records]}")
+        return [(r["loss"], r["grad_norm"]) for r in records]
+
+
+def ranks_of(process):
+    ids = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as f:
+                parent = re.search(r"\) \S (\d+)", f.read()).group(1)
+            with open(f"/proc/{pid}/cmdline") as f:
+                program = f.read().split("\0")[0]
+        except OSError:
+            continue
+        if int(parent) == process.pid and os.path.basename(program) == os.path.basename(GPT):
+            ids.append(int(pid))
+    return ids
+
+
+def restored_step(output):
+    found = re.search(r"continuing from the keepers' snapshot of step (\d+)", output)
+    return int(found.group(1)) if found else None
+
+
+def main():
+    random.seed(SEED)
+    scratch = tempfile.mkdtemp(prefix="stretto-keep-")
+    nodes = None
+    try:
+        prepare(TOKENIZE, scratch, {
+            "model": {"family": "llama", "layers": 2, "hidden": 48, "heads": 4,
+                      "max_positions": 64},
+            "data": {"sequence_length": 64},
+            "batch": {"global": 6, "micro": 2},
+            "optimizer": {"schedule": "constant", "lr": 1e-3},
+            "runtime": {"threads": 1, "device": "cpu"},
+        }, words=lambda: random.choice(["beer", "milk", "ink"]))
+        alone = Run(scratch, "alone")
+        alone.finish()
+        expected = alone.losses()
+
+        nodes = Nodes(scratch)
+        run = Run(scratch, "kept", nodes)
+        run.kill_a_rank_after(15)
+        # A keeper may still commit what its ranks have left; then the next start finds that.
+        second = run.kill_a_rank_after(30)
+        first_step = restored_step(second)
+        if first_step is None or first_step < 5:
+            fail(f"after a rank was killed the run did not go on from a snapshot:\n{second}")
+        lost = random.randrange(NODES)
+        nodes.lose([lost])
+        last = run.finish()
+        second_step = restored_step(last)
+        if second_step is None or second_step <= first_step:
+            fail(f"after node {lost} was lost the run did not go on from a rebuilt snapshot:\n{last}")
+        if run.losses() != expected:
+            fail("losses differ from the undisturbed run")
+        print(f"went on from steps {first_step} and, node {lost} rebuilt, {second_step}: the same bits")
+
+        run = Run(scratch, "lost", nodes)
+        nodes.lose([0, 1])
+        output = run.finish()
+        if "too many nodes are gone" not in output or restored_step(output) is not None:
+            fail(f"with two of three nodes gone the run did not say so:\n{output}")
+        if run.losses() != expected:
+            fail("losses of the run that started anew differ")
+        print("two nodes gone: said so, and started anew")
+        nodes.end()
+        nodes = None
+    except BaseException:
+        for node in range(NODES):
+            path = f"{scratch}/keeper{node}.log"
+            if os.path.exists(path):
+                print(f"keeper {node}:\n{open(path).read()}")
+        raise
+    finally:
+        if nodes:
+            for keeper in nodes.keepers:
+                keeper.kill()
+            for path in glob.glob(f"/dev/shm/stretto-{JOB}-*"):
+                os.unlink(path)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+main()

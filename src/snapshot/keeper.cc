@@ -1,6 +1,7 @@
 #include "stretto/snapshot/keeper.h"
 
 #include <fcntl.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
@@ -43,6 +44,19 @@ bool SameToken(const std::string& a, const std::string& b) {
     difference |= static_cast<unsigned char>(a[i]) ^ static_cast<unsigned char>(b[i]);
   }
   return difference == 0;
+}
+
+// Whether both ends of a TCP connection have one address.
+bool FromThisMachine(const net::Fd& fd) {
+  sockaddr_storage here = {}, there = {};
+  socklen_t length = sizeof(here), other = sizeof(there);
+  if (getsockname(fd.get(), reinterpret_cast<sockaddr*>(&here), &length) != 0 ||
+      getpeername(fd.get(), reinterpret_cast<sockaddr*>(&there), &other) != 0 ||
+      here.ss_family != AF_INET || there.ss_family != AF_INET) {
+    return false;
+  }
+  return reinterpret_cast<sockaddr_in*>(&here)->sin_addr.s_addr ==
+         reinterpret_cast<sockaddr_in*>(&there)->sin_addr.s_addr;
 }
 
 absl::Status CheckOptions(const KeeperOptions& o) {
@@ -320,8 +334,9 @@ void Keeper::Impl::Greet(Connection& c, wire::Reader& frame) {
                        data, " + ", parity, ", that of node ", options.node, " for ",
                        layout.nodes(), " with ", layout.data(), " + ", layout.parity()));
     }
-  } else if (role == KeeperRole::kTrainer && !c.local) {
-    refused = absl::PermissionDeniedError("trainers connect over the keeper's Unix socket");
+  } else if (role == KeeperRole::kTrainer && !c.local && !FromThisMachine(c.fd)) {
+    refused = absl::PermissionDeniedError(
+        "trainers share memory with their keeper, so they connect from its machine");
   }
   if (!refused.ok()) {
     if (role == KeeperRole::kKeeper) LogWarning(std::string(refused.message()));

@@ -43,22 +43,38 @@ struct KeeperConnection {
   int32_t node = 0, nodes = 1;
 };
 
-absl::StatusOr<KeeperConnection> ConnectToKeeper(const std::string& path,
-                                                 const std::string& token) {
+// A path, or host:port on this machine.
+absl::StatusOr<net::Fd> OpenKeeper(const std::string& where) {
+  if (where.find('/') == std::string::npos) {
+    STRETTO_ASSIGN_OR_RETURN(const snapshot_internal::HostPort to,
+                             snapshot_internal::ParseHostPort(where));
+    return net::Connect(to.host, to.port, net::After(std::chrono::seconds(5)));
+  }
   sockaddr_un address = {};
   address.sun_family = AF_UNIX;
-  if (path.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the path of the keeper's socket is too long: ", path));
+  if (where.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError("its path is too long for a socket");
   }
-  std::memcpy(address.sun_path, path.c_str(), path.size());
+  std::memcpy(address.sun_path, where.c_str(), where.size());
+  net::Fd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+  if (!fd.valid() ||
+      connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+    return absl::UnavailableError(std::strerror(errno));
+  }
+  return fd;
+}
+
+absl::StatusOr<KeeperConnection> ConnectToKeeper(const std::string& where,
+                                                 const std::string& token) {
   KeeperConnection keeper;
-  keeper.fd = net::Fd(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-  if (!keeper.fd.valid() ||
-      connect(keeper.fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
-    return absl::UnavailableError(absl::StrCat("no keeper at ", path, ": ", std::strerror(errno),
-                                               "; start stretto-keeper, or set snapshot.keeper"));
+  absl::StatusOr<net::Fd> fd = OpenKeeper(where);
+  if (!fd.ok()) {
+    return absl::Status(
+        fd.status().code(),
+        absl::StrCat("no keeper at ", where, ": ", std::string(fd.status().message()),
+                     "; start stretto-keeper, or see snapshot.keeper"));
   }
+  keeper.fd = *std::move(fd);
   wire::Writer hello = snapshot_internal::Hello(KeeperRole::kTrainer, token, "");
   STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, hello, net::After(kPatience)));
   STRETTO_ASSIGN_OR_RETURN(const std::string answer,
@@ -75,8 +91,8 @@ std::string Encoded(wire::Writer& out) { return out.Frame().substr(sizeof(uint32
 
 }  // namespace
 
-absl::StatusOr<std::string> AskKeeper(const std::string& socket, const std::string& token) {
-  STRETTO_ASSIGN_OR_RETURN(const KeeperConnection keeper, ConnectToKeeper(socket, token));
+absl::StatusOr<std::string> AskKeeper(const std::string& keeper_at, const std::string& token) {
+  STRETTO_ASSIGN_OR_RETURN(const KeeperConnection keeper, ConnectToKeeper(keeper_at, token));
   wire::Writer out;
   out.Int(KeeperKind::kStatus);
   STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kPatience)));

@@ -198,7 +198,8 @@ void TrainConfig::Snapshot::Visit(ConfigVisitor& v) {
       {.min = 0});
   v.Field(
       "keeper", &keeper,
-      "Unix socket of this node's stretto-keeper; empty: what STRETTO_KEEPER says, if anything");
+      "this node's stretto-keeper: the path of its socket or host:port; empty: what STRETTO_KEEPER "
+      "says, if anything");
 }
 
 void TrainConfig::Spikes::Visit(ConfigVisitor& v) {

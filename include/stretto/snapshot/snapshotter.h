@@ -16,8 +16,10 @@
 namespace stretto {
 
 struct SnapshotterOptions {
-  std::string keeper;  // the Unix socket of this node's keeper (STRETTO_KEEPER)
-  std::string token;   // of the job (STRETTO_JOB_TOKEN)
+  // The keeper of this node (STRETTO_KEEPER): the path of its Unix socket, with a '/', or
+  // host:port.
+  std::string keeper;
+  std::string token;  // of the job (STRETTO_JOB_TOKEN)
   // How long the keepers may take to agree, rebuilding included.
   std::chrono::milliseconds timeout = std::chrono::seconds(600);
 };
@@ -68,7 +70,7 @@ class Snapshotter {
 
 // The keeper's state as text, one "name value" a line (tools, tests): "ready 1", "lost 0",
 // "slot 0 COMMITTED step 12 round 1".
-absl::StatusOr<std::string> AskKeeper(const std::string& socket, const std::string& token);
+absl::StatusOr<std::string> AskKeeper(const std::string& keeper_at, const std::string& token);
 
 }  // namespace stretto
 

@@ -295,6 +295,13 @@ TEST_F(Keepers, AFlippedByteIsRefusedByName) {
   EXPECT_THAT(Message(status), HasSubstr("the bytes of w are not those that were written"));
 }
 
+TEST_F(Keepers, AreReachedByPortToo) {
+  Start(1);
+  const std::string address = absl::StrCat("127.0.0.1:", nodes_[0]->keeper->port());
+  EXPECT_THAT(*AskKeeper(address, "secret"), HasSubstr("node 0 of 1"));
+  EXPECT_THAT(Message(AskKeeper(address, "wrong").status()), HasSubstr("another job token"));
+}
+
 TEST_F(Keepers, TurnStrangersAway) {
   Start(1);
   EXPECT_THAT(Message(AskKeeper(options_[0].socket, "wrong").status()),

@@ -40,7 +40,7 @@ absl::Status Run(const stretto::KeeperOptions& options) {
 int main(int argc, char** argv) {
   stretto::KeeperOptions options;
   int64_t node = 0, nodes = 1, data = -1, parity = -1, keep = 2, threads = 2;
-  double silence = 10;
+  double silence = 10, spill = 60;
   std::string peers, directory = "none";
   stretto::Arguments arguments(
       "stretto-keeper",
@@ -53,6 +53,7 @@ int main(int argc, char** argv) {
   arguments.Add("peers", "HOST:PORT,...", "keepers of all nodes, this one's included", &peers);
   arguments.Add("dir", "DIR", "where committed snapshots are written, shared by all nodes; none",
                 &directory);
+  arguments.Add("dir-every", "S", "seconds between two of these at least", &spill);
   arguments.Add("keep", "N", "newest of these that stay; 0: all", &keep);
   arguments.Add("data", "N", "nodes of a group with data; -1: all but those of parity", &data);
   arguments.Add("parity", "N", "nodes of a group that may be lost; -1: 1 where there are several",
@@ -76,8 +77,9 @@ int main(int argc, char** argv) {
           absl::StrCat("stretto-keeper: numbers must be -1 to ", kMost, ", not ", value));
     }
   }
-  if (status.ok() && !(silence >= 0.1 && silence <= 86400)) {
-    status = absl::InvalidArgumentError("stretto-keeper: --silence must be 0.1 to 86400");
+  if (status.ok() && !(silence >= 0.1 && silence <= 86400 && spill >= 0 && spill <= 86400)) {
+    status = absl::InvalidArgumentError(
+        "stretto-keeper: --silence must be 0.1 to 86400, --dir-every 0 to 86400");
   }
   if (status.ok()) {
     options.node = static_cast<int>(node);
@@ -86,6 +88,7 @@ int main(int argc, char** argv) {
     options.parity = static_cast<int>(parity);
     options.keep = static_cast<int>(keep);
     options.prefault_threads = static_cast<int>(std::max<int64_t>(1, threads));
+    options.spill_interval = std::chrono::milliseconds(static_cast<int64_t>(spill * 1000));
     options.silence = std::chrono::milliseconds(static_cast<int64_t>(silence * 1000));
     if (!peers.empty()) {
       for (const auto& peer : absl::StrSplit(peers, ',')) options.peers.emplace_back(peer);

@@ -364,6 +364,7 @@ void Keeper::Impl::Greet(Connection& c, wire::Reader& frame) {
       old->broken = true;
       old->role.reset();
       protocol.Disconnected(c.node);
+      ForgetSpiller(c.node);
     }
   }
   c.role = role;
@@ -473,6 +474,7 @@ void Keeper::Impl::Remove(std::list<Connection>::iterator c) {
   if (role == KeeperRole::kKeeper) {
     LogWarning(absl::StrCat("the keeper of node ", node, " is gone"));
     protocol.Disconnected(node);
+    ForgetSpiller(node);
   }
   if (role == KeeperRole::kTrainer && rank >= 0) {
     LetGo(rank, /*sealed=*/false);

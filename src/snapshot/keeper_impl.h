@@ -3,6 +3,7 @@
 #define STRETTO_SRC_SNAPSHOT_KEEPER_IMPL_H_
 
 #include <atomic>
+#include <filesystem>
 #include <functional>
 #include <list>
 #include <map>
@@ -18,6 +19,7 @@
 #include "src/snapshot/keeper_slots.h"
 #include "src/snapshot/keeper_wire.h"
 #include "src/snapshot/keeper_work.h"
+#include "src/snapshot/manifest.h"
 #include "stretto/core/budget.h"
 #include "stretto/snapshot/commit.h"
 #include "stretto/snapshot/keeper.h"
@@ -92,7 +94,12 @@ struct Keeper::Impl {
   // keeper_spill.cc: snapshots on disk.
   void Spill(const SnapshotId& id);
   void SpillMine(const SnapshotId& id);
+  void InBackground(std::function<void()> body);  // one at a time, each after the one before
+  void TellSpilled(const SnapshotId& id, const absl::Status& status,
+                   const std::vector<snapshot_internal::ManifestFile>& files);
   void Spilled(int node, wire::Reader& frame);
+  void ForgetSpiller(int node);  // a keeper that is gone
+  void FinishSpill();
 
   KeeperOptions options;
   ParityLayout layout;
@@ -127,11 +134,14 @@ struct Keeper::Impl {
   // Of a snapshot on its way to disk.
   struct Spilling {
     SnapshotId id;
-    int slot = -1;
-    std::map<int, std::string> reports;  // node 0: what the nodes have written
+    std::map<int, std::vector<snapshot_internal::ManifestFile>> reports;  // by node
+    absl::Status failed;
   };
-  std::optional<Spilling> spilling;
+  std::optional<Spilling> spilling;  // node 0
+  net::Clock::time_point last_spill;
+  const std::filesystem::file_time_type started = std::filesystem::file_time_type::clock::now();
   std::thread spiller;
+  bool writes_files = false;
 };
 
 }  // namespace stretto

@@ -26,9 +26,13 @@ struct KeeperOptions {
   // Negative: one node of all may be lost (none where there is only one).
   int data = -1;
   int parity = -1;
-  std::string socket;         // for trainers; empty: KeeperSocketPath
-  std::string directory;      // committed snapshots are written there in the background; empty: not
-  int keep = 2;               // of these
+  std::string socket;  // for trainers; empty: KeeperSocketPath
+  // Committed snapshots are written there in the background, as checkpoints (checkpoint.h), one at
+  // a time and none sooner than `spill_interval` after the one before; the slot of one that is
+  // being written is not free. All nodes share it; empty: nothing is written.
+  std::string directory;
+  std::chrono::milliseconds spill_interval = std::chrono::seconds(60);
+  int keep = 2;               // newest of these
   int64_t memory_bytes = -1;  // budget for slots and parity; -1: no limit
   int prefault_threads = 2;
   // A keeper that says nothing for so long is taken for gone until it comes back.

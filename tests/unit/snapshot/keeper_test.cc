@@ -112,6 +112,7 @@ class Keepers : public ::testing::Test {
       o.data = data;
       o.parity = parity;
       o.directory = directory;
+      o.spill_interval = std::chrono::milliseconds(1);
       o.socket = scratch_.File(absl::StrCat("node", n));
       nodes_.push_back(std::make_unique<Node>(o));
     }
@@ -278,6 +279,30 @@ TEST_F(Keepers, ARankThatDiesWhileOthersSealLeavesTheOlderSnapshot) {
   ASSERT_TRUE(died.ok()) << died;
   const absl::Status restored = ExpectRestored(4, step);
   EXPECT_TRUE(restored.ok()) << restored;
+}
+
+TEST_F(Keepers, WriteCheckpointsThatTheLoaderReads) {
+  const std::string directory = scratch_.File("spilled");
+  Start(2, -1, -1, directory);
+  ASSERT_TRUE(TrainTo(3, 20).ok());
+  ASSERT_GT(Committed(), 0);
+  absl::StatusOr<CheckpointInfo> found;
+  for (int i = 0; i < 500; ++i) {
+    found = FindNewestCheckpoint(directory, Verify::kDigests);
+    if (found.ok()) break;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  nodes_.clear();  // whatever is being written ends first
+  found = FindNewestCheckpoint(directory, Verify::kDigests);
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->world_size, 3);
+  EXPECT_THAT(found->trainer_state, HasSubstr(absl::StrCat(found->step)));
+  for (int rank = 0; rank < 2; ++rank) {
+    RankState state(rank, 2);
+    const absl::Status loaded = LoadCheckpoint(*found, state.registry);
+    ASSERT_TRUE(loaded.ok()) << loaded;
+    state.ExpectIs(found->step);
+  }
 }
 
 TEST_F(Keepers, AFlippedByteIsRefusedByName) {

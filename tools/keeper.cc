@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "stretto/snapshot/snapshotter.h"
 #include "tools/arguments.h"
 
 namespace {
@@ -35,13 +36,19 @@ absl::Status Run(const stretto::KeeperOptions& options) {
   return status;
 }
 
+absl::Status Ask(const std::string& keeper, const std::string& token) {
+  STRETTO_ASSIGN_OR_RETURN(const std::string state, stretto::AskKeeper(keeper, token));
+  std::printf("%s", state.c_str());
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   stretto::KeeperOptions options;
   int64_t node = 0, nodes = 1, data = -1, parity = -1, keep = 2, threads = 2;
   double silence = 10, spill = 60;
-  std::string peers, directory = "none";
+  std::string peers, directory = "none", ask;
   stretto::Arguments arguments(
       "stretto-keeper",
       "Keeps the snapshots of a node's ranks in memory, with parity of other nodes', and outlives "
@@ -65,6 +72,8 @@ int main(int argc, char** argv) {
                 &options.memory_bytes);
   arguments.Add("threads", "N", "that touch new memory", &threads);
   arguments.Add("silence", "S", "seconds after which a silent keeper is taken for gone", &silence);
+  arguments.Add("ask", "ADDRESS",
+                "print the state of the keeper at this socket or host:port, and end", &ask);
   absl::Status status = arguments.Parse(argc, argv);
   if (arguments.help()) {
     std::printf("%s", arguments.Help().c_str());
@@ -96,7 +105,7 @@ int main(int argc, char** argv) {
     if (directory != "none") options.directory = directory;
     const char* token = std::getenv("STRETTO_JOB_TOKEN");
     options.token = token == nullptr ? "" : token;
-    status = Run(options);
+    status = ask.empty() ? Run(options) : Ask(ask, options.token);
   }
   if (status.ok()) return 0;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());

@@ -171,7 +171,7 @@ absl::Status Keeper::Impl::Start(const ErasureCode& code) {
   work = std::make_unique<KeeperWork>(
       KeeperWork::Options{options.node, options.peers, options.token, options.job}, layout, code,
       slots.get(), [this](const KeeperWork::Task& task, const absl::Status& status) {
-        Post([this, task, status] { Done(task, status); });
+        Post([this, task, told = Told(status)] { Done(task, told.status()); });
       });
   STRETTO_RETURN_IF_ERROR(work->Start());
   protocol.Start();

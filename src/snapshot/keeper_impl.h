@@ -26,6 +26,14 @@
 
 namespace stretto {
 
+// A status on its way to another thread, without the counted references inside.
+struct Told {
+  explicit Told(const absl::Status& status) : code(status.code()), message(status.message()) {}
+  absl::Status status() const { return absl::Status(code, message); }
+  absl::StatusCode code;
+  std::string message;
+};
+
 struct Keeper::Impl {
   using Kind = snapshot_internal::KeeperKind;
 

@@ -98,16 +98,16 @@ bool KeeperSlots::Prepare(int slot, const Capacities& ranks) {
   if (Suits(place, ranks)) return true;
   place.making = true;
   absl::StatusOr<std::thread> maker = StartThread("a keeper's memory", [this, slot, ranks] {
-    const absl::Status status = Make(slot, ranks);
+    absl::Status status = Make(slot, ranks);
     const std::lock_guard<std::mutex> done(mutex_);
-    error_ = status;
+    error_ = std::string(status.message());
     places_[slot].making = false;
   });
   if (maker.ok()) {
     place.maker = *std::move(maker);
   } else {
     place.making = false;
-    error_ = maker.status();
+    error_ = std::string(maker.status().message());
   }
   return false;
 }
@@ -126,7 +126,7 @@ absl::Status KeeperSlots::PrepareNow(int slot, const Capacities& ranks) {
   return Make(slot, ranks);
 }
 
-absl::Status KeeperSlots::error() const {
+std::string KeeperSlots::error() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return error_;
 }

@@ -37,8 +37,8 @@ class KeeperSlots {
   bool Prepare(int slot, const Capacities& ranks);
   // Blocks until it has; the first error of making it.
   absl::Status PrepareNow(int slot, const Capacities& ranks);
-  // Of the last Prepare that failed.
-  absl::Status error() const;
+  // Why the last Prepare failed; "": it did not.
+  std::string error() const;
 
   // The states of the protocol, visible to readers from here on, and in the headers of the slots.
   void Publish(const NodeSlots& slots);
@@ -90,7 +90,7 @@ class KeeperSlots {
   const int threads_;
   mutable std::mutex mutex_;
   std::array<Place, kSlots> places_;
-  absl::Status error_;
+  std::string error_;
   std::atomic<int64_t> made_ = 0;
 };
 

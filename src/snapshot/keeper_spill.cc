@@ -94,9 +94,9 @@ void Keeper::Impl::Spill(const SnapshotId& id) {
   last_spill = now;
   spilling = Spilling{.id = id};
   InBackground([this, id] {
-    const absl::Status made = PrepareTemporary(options.directory, id.epoch);
-    Post([this, id, made] {
-      if (!made.ok()) {
+    const Told told(PrepareTemporary(options.directory, id.epoch));
+    Post([this, id, told] {
+      if (const absl::Status made = told.status(); !made.ok()) {
         LogWarning(absl::StrCat("the snapshot of step ", id.epoch,
                                 " is not written to disk: ", std::string(made.message())));
         spilling.reset();
@@ -160,10 +160,10 @@ void Keeper::Impl::SpillMine(const SnapshotId& id) {
     if (status.ok()) {
       status = slots->Read(id, SlotState::kCommitted, snapshot_internal::kWholeShard, 0, 0, &none);
     }
-    Post([this, id, slot, status, files] {
+    Post([this, id, slot, told = Told(status), files] {
       writes_files = false;
       protocol.Hold(slot, false);
-      TellSpilled(id, status, files);
+      TellSpilled(id, told.status(), files);
     });
   });
 }
@@ -244,9 +244,9 @@ void Keeper::Impl::FinishSpill() {
   if (status.ok() && (slot < 0 || manifest.world_size == 0)) {
     status = absl::NotFoundError("it was replaced by a newer one");
   }
-  InBackground([this, id, manifest = std::move(manifest), status]() mutable {
+  InBackground([this, id, manifest = std::move(manifest), so_far = Told(status)]() mutable {
     const auto commit = [&]() -> absl::Status {
-      STRETTO_RETURN_IF_ERROR(status);
+      STRETTO_RETURN_IF_ERROR(so_far.status());
       const std::string directory = TemporaryPath(options.directory, id.epoch);
       STRETTO_RETURN_IF_ERROR(IndexShards(directory, &manifest));
       STRETTO_ASSIGN_OR_RETURN(const std::string text, ManifestToJson(manifest));
@@ -256,9 +256,10 @@ void Keeper::Impl::FinishSpill() {
       Prune(options.directory, id.epoch, options.keep, started);
       return absl::OkStatus();
     };
-    const absl::Status committed = commit();
-    if (!committed.ok()) RemoveTemporary(options.directory, id.epoch).IgnoreError();
-    Post([this, id, committed] {
+    const Told told(commit());
+    if (!told.status().ok()) RemoveTemporary(options.directory, id.epoch).IgnoreError();
+    Post([this, id, told] {
+      const absl::Status committed = told.status();
       spilling.reset();
       if (committed.ok()) {
         LogInfo(

@@ -130,8 +130,7 @@ void Keeper::Impl::Begin(Connection& c, int64_t epoch) {
     if (writing.slot >= 0 && !MemoryIsReady(writing.slot)) {
       protocol.Abandon(writing.slot);
       writing.slot = -1;
-      why =
-          slots->error().ok() ? "memory is being prepared" : std::string(slots->error().message());
+      why = slots->error().empty() ? "memory is being prepared" : slots->error();
     }
     if (writing.slot < 0) ++passed;
     Act();
@@ -276,6 +275,7 @@ std::string Keeper::Impl::Describe() const {
     absl::StrAppend(&text, "slot ", s, " ", Name(slot.state), " step ", slot.id.epoch, " round ",
                     slot.id.round, "\n");
   }
+  if (!slots->error().empty()) absl::StrAppend(&text, "trouble ", slots->error(), "\n");
   if (!trouble.empty()) absl::StrAppend(&text, "trouble ", trouble, "\n");
   return text + budget.Report();
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kills ranks and keepers of a run whose snapshots live in keepers' memory, and lets it go on.
 
-usage: keeper_and_resume.py GPT_PROGRAM TOKENIZE_PROGRAM KEEPER_PROGRAM MPIRUN_SCRIPT
+usage: keeper_and_resume.py GPT_PROGRAM TOKENIZE_PROGRAM KEEPER_PROGRAM MPIRUN_SCRIPT [SEED] [SETTING=VALUE...]
 
 Three nodes are played by three keepers, each with one rank; no checkpoint is written before the end.
 A rank gets SIGKILL, then a whole node goes: its keeper is killed and its shared memory unlinked. The
@@ -25,8 +25,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from support import prepare  # noqa: E402
 
 GPT, TOKENIZE, KEEPER, MPIRUN = sys.argv[1:5]
-SEED = int(sys.argv[5]) if len(sys.argv) > 5 else int(time.time())
-STEPS, NODES = 60, 3
+NUMBERS = [int(a) for a in sys.argv[5:] if "=" not in a]
+SETTINGS = [a for a in sys.argv[5:] if "=" in a]
+SEED = NUMBERS[0] if NUMBERS else int(time.time())
+STEPS, NODES = 150, 3
 JOB = f"test-{os.getpid()}"
 TOKEN = "a token of the test"
 
@@ -67,6 +69,12 @@ class Nodes:
             fail(f"keeper {node} said '{line}'")
         return keeper
 
+    def committed(self):
+        """The newest committed step."""
+        told = subprocess.run([KEEPER, "--ask", self.socket(0)], capture_output=True, text=True,
+                              env={**os.environ, "STRETTO_JOB_TOKEN": TOKEN}, check=True).stdout
+        return max((int(s) for s in re.findall(r"COMMITTED step (\d+)", told)), default=0)
+
     def lose(self, nodes):
         for node in nodes:
             self.keepers[node].kill()
@@ -94,7 +102,7 @@ class Run:
 
     def start(self):
         sets = [f"output={self.output}", f"steps={STEPS}",
-                f"data.train={self.scratch}/text.train.bin"]
+                f"data.train={self.scratch}/text.train.bin", *SETTINGS]
         program = [GPT, f"{self.scratch}/config.json"] + [w for s in sets for w in ("--set", s)]
         environment = dict(os.environ)
         if self.nodes:
@@ -113,18 +121,12 @@ class Run:
             fail(f"exit code {process.returncode}:\n{output}")
         return output
 
-    def steps_done(self):
-        try:
-            with open(os.path.join(self.output, "metrics.jsonl")) as lines:
-                return sum(1 for _ in lines)
-        except OSError:
-            return 0
-
-    def kill_a_rank_after(self, steps):
-        """Starts the run, and kills one of its ranks when it has done so many steps."""
+    def kill_a_rank_after(self, step):
+        """Starts the run, and kills one of its ranks when such a step is committed."""
         process = self.start()
         deadline = time.time() + 60
-        while self.steps_done() < steps and process.poll() is None and time.time() < deadline:
+        while (self.nodes.committed() < step and process.poll() is None
+               and time.time() < deadline):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.03))
         victims = ranks_of(process)
@@ -182,9 +184,9 @@ def main():
 
         nodes = Nodes(scratch)
         run = Run(scratch, "kept", nodes)
-        run.kill_a_rank_after(15)
+        run.kill_a_rank_after(5)
         # A keeper may still commit what its ranks have left; then the next start finds that.
-        second = run.kill_a_rank_after(30)
+        second = run.kill_a_rank_after(nodes.committed() + 20)
         first_step = restored_step(second)
         if first_step is None or first_step < 5:
             fail(f"after a rank was killed the run did not go on from a snapshot:\n{second}")

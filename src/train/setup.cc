@@ -1,6 +1,5 @@
 // Trainer::Create, part by part.
 #include <algorithm>
-#include <cstdlib>
 #include <filesystem>
 #include <limits>
 #include <thread>
@@ -479,21 +478,9 @@ absl::Status Trainer::Impl::Restore() {
     STRETTO_RETURN_IF_ERROR(world.Agree("looking for an earlier run", empty));
   }
   if (newest) checkpoints->Distrust(newest->passed_over);
-  if (config.snapshot.every > 0) {
-    const auto variable = [](const char* name) {
-      const char* value = std::getenv(name);
-      return std::string(value == nullptr ? "" : value);
-    };
-    SnapshotterOptions options;
-    options.keeper =
-        config.snapshot.keeper.empty() ? variable("STRETTO_KEEPER") : config.snapshot.keeper;
-    options.token = variable("STRETTO_JOB_TOKEN");
-    options.timeout =
-        std::chrono::milliseconds(static_cast<int64_t>(config.runtime.timeout_seconds * 1000));
-    STRETTO_ASSIGN_OR_RETURN(snapshots, Snapshotter::Create(world, registry, std::move(options)));
-    STRETTO_ASSIGN_OR_RETURN(const bool restored, RestoreSnapshot(newest ? newest->step : -1));
-    if (restored) return absl::OkStatus();
-  }
+  STRETTO_ASSIGN_OR_RETURN(const bool restored_snapshot,
+                           RestoreSnapshot(newest ? newest->step : -1));
+  if (restored_snapshot) return absl::OkStatus();
   if (!newest) {
     if (config.checkpoint.initial.empty()) return absl::OkStatus();
     // A new run that starts from given weights: data order, step and optimizer begin at 0.
@@ -532,37 +519,6 @@ absl::Status Trainer::Impl::Restore() {
   };
   STRETTO_RETURN_IF_ERROR(world.Agree("loading the checkpoint", load()));
   return Continue(restored, newest->path);
-}
-
-absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
-  if (snapshots == nullptr || config.checkpoint.resume == "never") return false;
-  if (snapshots->lost() && world.rank() == 0) {
-    LogWarning(absl::StrCat(
-        "the keepers held a snapshot, and too many nodes are gone to put it together; ",
-        newest >= 0 ? "going on from the newest checkpoint" : "there is no checkpoint, either"));
-  }
-  const std::optional<RestorableSnapshot>& snapshot = snapshots->restorable();
-  if (!snapshot || snapshot->epoch < newest) return false;
-  const std::string source = absl::StrCat("the keepers' snapshot of step ", snapshot->epoch);
-  TrainerState saved;
-  const auto load = [&]() -> absl::Status {
-    STRETTO_ASSIGN_OR_RETURN(saved, ParseTrainerState(snapshot->trainer_state, source));
-    STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, source));
-    return snapshots->Restore(registry);
-  };
-  const absl::Status loaded = world.Agree("restoring a snapshot", load());
-  if (!loaded.ok()) {
-    // What it wrote over is read again from the checkpoint; without one there is nothing to go on
-    // from.
-    if (newest < 0 || !absl::IsDataLoss(loaded)) return loaded;
-    if (world.rank() == 0) {
-      LogWarning(absl::StrCat(std::string(loaded.message()),
-                              "; going on from the newest checkpoint instead"));
-    }
-    return false;
-  }
-  STRETTO_RETURN_IF_ERROR(Continue(saved, source));
-  return true;
 }
 
 absl::Status Trainer::Impl::Continue(const TrainerState& saved, const std::string& source) {

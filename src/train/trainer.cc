@@ -406,19 +406,7 @@ absl::Status Trainer::Finish() {
   status.Update(t.stream->Synchronize());
   if (status.ok()) status = t.WriteTrace();  // of a window that the run did not reach the end of
   status.Update(t.checkpoints->Finish());
-  if (t.snapshots != nullptr) {
-    t.snapshots->Wait();
-    const int64_t taken = t.snapshots->captured(), passed = t.snapshots->passed_over();
-    if (t.world.rank() == 0 && taken + passed > 0) {
-      LogInfo(absl::StrFormat(
-          "%d snapshots taken and %d passed over because no slot was free: one every %.1f steps; "
-          "training waited %.3f s for copies",
-          taken, passed,
-          static_cast<double>(t.config.snapshot.every * (taken + passed)) /
-              static_cast<double>(std::max<int64_t>(1, taken)),
-          t.snapshots->waited_seconds()));
-    }
-  }
+  t.FinishSnapshots();
   for (auto& sink : t.sinks) status.Update(sink->Finish());
   return status;
 }

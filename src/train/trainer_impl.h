@@ -145,9 +145,10 @@ struct Trainer::Impl {
   absl::Status Restore();
   // What the registry was loaded with becomes the run's state: `saved`, from `source`.
   absl::Status Continue(const TrainerState& saved, const std::string& source);
-  // From the keepers' memory; false: they have nothing newer than step `newest`, or it cannot be
-  // read and there is a checkpoint (newest >= 0).
+  // Finds the keepers, if there are any, and restores from their memory; false: they have nothing
+  // as new as step `newest`, or it cannot be read and there is a checkpoint (newest >= 0).
   absl::StatusOr<bool> RestoreSnapshot(int64_t newest);
+  void FinishSnapshots();
   absl::Status MeasurePeak();
   // Runs one micro-batch of made-up tokens, so that libraries are loaded and what the backend
   // chooses by measuring is chosen before the first step.

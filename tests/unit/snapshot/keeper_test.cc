@@ -320,6 +320,23 @@ TEST_F(Keepers, AFlippedByteIsRefusedByName) {
   EXPECT_THAT(Message(status), HasSubstr("the bytes of w are not those that were written"));
 }
 
+TEST_F(Keepers, MayDieUnderTrainersThatGoOn) {
+  Start(1);
+  const LogCapture log;
+  const absl::Status status = Train(1, [&](World&, RankState&, Snapshotter& snapshots) {
+    Lose(0);
+    for (int64_t step = 1; step < 4; ++step) {
+      snapshots.Capture(step, "{}");
+      snapshots.Wait();
+    }
+    EXPECT_EQ(snapshots.captured(), 0);
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_THAT(log.text(), HasSubstr("no snapshot of step 1: "));
+  EXPECT_THAT(log.text(), Not(HasSubstr("step 2")));  // said once
+}
+
 TEST_F(Keepers, AreReachedByPortToo) {
   Start(1);
   const std::string address = absl::StrCat("127.0.0.1:", nodes_[0]->keeper->port());

@@ -1,0 +1,76 @@
+// A run's snapshots in the memory of keepers (stretto/snapshot/snapshotter.h): found, restored,
+// told of.
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "src/train/trainer_impl.h"
+#include "stretto/core/log.h"
+
+namespace stretto {
+namespace {
+
+std::string Variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+}  // namespace
+
+absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
+  if (config.snapshot.every == 0) return false;
+  SnapshotterOptions options;
+  options.keeper =
+      config.snapshot.keeper.empty() ? Variable("STRETTO_KEEPER") : config.snapshot.keeper;
+  options.token = Variable("STRETTO_JOB_TOKEN");
+  options.timeout =
+      std::chrono::milliseconds(static_cast<int64_t>(config.runtime.timeout_seconds * 1000));
+  STRETTO_ASSIGN_OR_RETURN(snapshots, Snapshotter::Create(world, registry, std::move(options)));
+  if (snapshots == nullptr || config.checkpoint.resume == "never") return false;
+  if (snapshots->lost() && world.rank() == 0) {
+    LogWarning(absl::StrCat(
+        "the keepers held a snapshot, and too many nodes are gone to put it together; ",
+        newest >= 0 ? "going on from the newest checkpoint" : "there is no checkpoint, either"));
+  }
+  const std::optional<RestorableSnapshot>& snapshot = snapshots->restorable();
+  if (!snapshot || snapshot->epoch < newest) return false;
+  const std::string source = absl::StrCat("the keepers' snapshot of step ", snapshot->epoch);
+  TrainerState saved;
+  const auto load = [&]() -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(saved, ParseTrainerState(snapshot->trainer_state, source));
+    STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, source));
+    return snapshots->Restore(registry);
+  };
+  const absl::Status loaded = world.Agree("restoring a snapshot", load());
+  if (!loaded.ok()) {
+    // What it wrote over is read again from the checkpoint; without one there is nothing to go on
+    // from.
+    if (newest < 0 || !absl::IsDataLoss(loaded)) return loaded;
+    if (world.rank() == 0) {
+      LogWarning(absl::StrCat(std::string(loaded.message()),
+                              "; going on from the newest checkpoint instead"));
+    }
+    return false;
+  }
+  STRETTO_RETURN_IF_ERROR(Continue(saved, source));
+  return true;
+}
+
+void Trainer::Impl::FinishSnapshots() {
+  if (snapshots == nullptr) return;
+  snapshots->Wait();
+  const int64_t taken = snapshots->captured(), passed = snapshots->passed_over();
+  if (world.rank() != 0 || taken + passed == 0) return;
+  LogInfo(absl::StrFormat(
+      "%d snapshots taken and %d passed over because no slot was free: one every %.1f steps; "
+      "training waited %.3f s for copies",
+      taken, passed,
+      static_cast<double>(config.snapshot.every * (taken + passed)) /
+          static_cast<double>(std::max<int64_t>(1, taken)),
+      snapshots->waited_seconds()));
+}
+
+}  // namespace stretto

@@ -77,10 +77,9 @@ absl::Status CheckOptions(const KeeperOptions& o) {
     return absl::InvalidArgumentError(absl::StrCat(
         "there are ", o.nodes, " nodes and ", o.peers.size(), " peers; name host:port of all"));
   }
-  if (o.token.empty() && o.nodes > 1) {
+  if (o.token.empty()) {
     return absl::InvalidArgumentError(
-        "keepers of several nodes need a job token (STRETTO_JOB_TOKEN), so that strangers are "
-        "turned away");
+        "a keeper needs a job token (STRETTO_JOB_TOKEN), so that strangers are turned away");
   }
   return absl::OkStatus();
 }

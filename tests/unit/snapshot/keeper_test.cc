@@ -355,6 +355,7 @@ TEST_F(Keepers, TurnStrangersAway) {
   wrong.job = "a/b";
   EXPECT_THAT(Message(Keeper::Start(wrong).status()), HasSubstr("letters"));
   wrong.job = "a";
+  EXPECT_THAT(Message(Keeper::Start(wrong).status()), HasSubstr("needs a job token"));
   wrong.nodes = 3;
   EXPECT_THAT(Message(Keeper::Start(wrong).status()), HasSubstr("0 peers"));
 }

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Trains on documents of unequal length (this project's own files) with static and dynamic meshes,
 # and shows what each rank did with its time:
-#   scripts/varlen.sh [--ranks N] [--steps N] [--output DIR] [FILE...]
+#   scripts/varlen.sh [--ranks N] [--steps N] [--output DIR] [--set section.name=value]... [FILE...]
 #   --ranks N      ranks of this machine (default 4)
 #   --steps N      steps with each mesh (default 8)
 #   --output DIR   where the token files go (default runs/varlen)
+#   --set ...      overrides configs/varlen.json
+#                  (programs come from build/release, or from the directory in STRETTO_BUILD)
 #   FILE...        documents, one each, instead of the project's files
 set -euo pipefail
 # shellcheck source=scripts/common.sh
@@ -14,6 +16,7 @@ ranks=4
 steps=8
 output=$root/runs/varlen
 files=()
+sets=()
 while [ $# -gt 0 ]; do
   case $1 in
     --ranks | --steps | --output)
@@ -21,7 +24,12 @@ while [ $# -gt 0 ]; do
       declare "${1#--}=$2"
       shift 2
       ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    --set)
+      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+      sets+=(--set "$2")
+      shift 2
+      ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
     -*) fail "unknown option '$1'; see --help" ;;
     *) files+=("$1"); shift ;;
   esac
@@ -35,7 +43,7 @@ if [ ${#files[@]} -eq 0 ]; then
       \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.md' \) -print0 | sort -z)
 fi
 
-build=$root/build/release
+build=${STRETTO_BUILD:-$root/build/release}
 for program in tools/stretto-tokenize examples/varlen/train_varlen; do
   [ -x "$build/$program" ] || fail "'$build/$program' is not there; build first (README.md)"
 done
@@ -46,4 +54,4 @@ run "$build/tools/stretto-tokenize" --tokenizer bytes --output "$output/document
 rm -rf "$output/static" "$output/unbalanced" "$output/dynamic"
 run "$root/scripts/mpirun.sh" "$ranks" "$build/examples/varlen/train_varlen" \
   "$root/configs/varlen.json" --steps "$steps" --set "output=$output" \
-  --set "data.train=$output/documents.train.bin"
+  --set "data.train=$output/documents.train.bin" "${sets[@]}"

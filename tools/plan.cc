@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
@@ -143,17 +144,33 @@ struct Summary {
   bool fits() const { return device_memory < 0 || plan.arena_bytes <= device_memory; }
 };
 
+// Nothing bounds a batch: beyond the largest number it counts as that.
+int64_t Product(int64_t a, int64_t b) {
+  int64_t product = 0;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<int64_t>::max() : product;
+}
+
+// Of all ranks, when it is full.
+int64_t StepTokens(const TrainConfig& config) {
+  return config.data.documents ? config.batch.tokens
+                               : Product(config.batch.global, config.data.sequence_length);
+}
+
 std::string Text(const Summary& s) {
   std::string out = absl::StrFormat(
       "%s with %d parameters, %s, %d rank%s\n"
-      "step: %d samples of %d tokens; micro-batch of %d tokens a rank, recompute %s\n\n"
+      "step: %s; micro-batch of %d tokens a rank, recompute %s\n\n"
       "memory of a rank:\n%s\n",
       s.config.model.family, s.parameters, s.config.runtime.dtype, s.ranks, s.ranks == 1 ? "" : "s",
-      s.config.batch.global, s.config.data.sequence_length, s.plan.micro_batch_tokens,
-      s.config.runtime.recompute, s.plan.MemoryTable());
+      s.config.data.documents
+          ? absl::StrFormat("%d tokens in documents of at most %d", s.config.batch.tokens,
+                            s.config.data.sequence_length)
+          : absl::StrFormat("%d samples of %d tokens", s.config.batch.global,
+                            s.config.data.sequence_length),
+      s.plan.micro_batch_tokens, s.config.runtime.recompute, s.plan.MemoryTable());
   absl::StrAppend(&out, "activations of a training micro-batch, largest buffers first:\n",
                   s.plan.stages.front().train_frame.plan.Report(kBuffersShown), "\n");
-  const double tokens = static_cast<double>(s.config.batch.global * s.config.data.sequence_length);
+  const auto tokens = static_cast<double>(StepTokens(s.config));
   const auto flops = [&](const char* name, double value, const char* meaning) {
     absl::StrAppendFormat(&out, "  %-8s %.4g a step, %.4g a token  (%s)\n", name, value,
                           value / tokens, meaning);
@@ -284,8 +301,8 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   }
   STRETTO_RETURN_IF_ERROR(s.config.Resolve(s.ranks));
   STRETTO_ASSIGN_OR_RETURN(s.plan, LargestPlan(s.config, s.ranks));
-  const int64_t length = s.config.data.sequence_length, samples = s.config.batch.global;
-  s.flops = TrainingFlops(s.config.model, {samples * length, samples * length * length});
+  const int64_t tokens = StepTokens(s.config);
+  s.flops = TrainingFlops(s.config.model, {tokens, Product(tokens, s.config.data.sequence_length)});
   s.parameters = ParameterCount(s.config.model);
   if (!s.fits()) s.advice = Advice(s.config, s.ranks, s.device_memory);
   STRETTO_RETURN_IF_ERROR(PrintText(buckets ? Buckets(s.plan) : json ? Json(s) : Text(s)));

@@ -3,10 +3,16 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <ostream>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/data/plan_loader.h"
+#include "stretto/parallel/context.h"
+#include "stretto/train/sequence_planner.h"
 #include "tests/support/training.h"
 
 namespace stretto {
@@ -115,6 +121,49 @@ INSTANTIATE_TEST_SUITE_P(
         Sharing{.cp = 2, .pp = 2, .capacity = 15},
         Sharing{.mesh = "dynamic", .dp = 2, .pp = 2, .tp = 2, .capacity = 15}),
     [](const auto& info) { return info.param.Name(); });
+
+// What a rank sends around rings is what its plan says.
+TEST(DocumentTrainer, SendsTheBytesOfThePlan) {
+  const ScratchDirectory directory;
+  constexpr int kRanks = 4;
+  TrainConfig config = Documents(directory, "qwen3");
+  config = With(config, {.mesh = "dynamic", .dp = kRanks, .capacity = 11});
+  std::vector<int64_t> sent(kRanks), expected(kRanks);
+  std::atomic<int> rings = 0;
+  const absl::Status status = World::RunThreads(kRanks, [&](World& world) -> absl::Status {
+    const auto rank = static_cast<size_t>(world.rank());
+    STRETTO_ASSIGN_OR_RETURN(const auto trainer, Trainer::Create(world, config));
+    const TrainConfig& resolved = trainer->config();
+    STRETTO_ASSIGN_OR_RETURN(
+        const auto documents,
+        DocumentDataset::Open(config.data.train, {.sequence_length = config.data.sequence_length,
+                                                  .vocabulary = config.model.vocabulary,
+                                                  .end_of_text = 256}));
+    STRETTO_ASSIGN_OR_RETURN(DocumentPlanner planner, DocumentPlannerOf(resolved, kRanks));
+    STRETTO_ASSIGN_OR_RETURN(const auto loader,
+                             PlanLoader::Create(*documents, std::move(planner),
+                                                {.seed = static_cast<uint64_t>(config.seed),
+                                                 .step_tokens = config.batch.tokens,
+                                                 .place = world.rank()}));
+    const Graph& graph = trainer->model().graph;
+    const ActionList actions = TrainingActions(graph, Recompute::kNone);
+    for (int64_t step = 0; step < config.steps; ++step) {
+      STRETTO_RETURN_IF_ERROR(trainer->Step().status());
+      STRETTO_ASSIGN_OR_RETURN(const PlannedStep* const planned, loader->Step(step));
+      for (const PackedBatch& batch : planned->shares()) {
+        if (batch.ring.size() == 1) continue;
+        ++rings;
+        expected[rank] += RingBytes(graph, actions, batch.ring);
+      }
+    }
+    STRETTO_RETURN_IF_ERROR(trainer->Finish());
+    sent[rank] = trainer->BytesSent("cp");
+    return absl::OkStatus();
+  });
+  ASSERT_TRUE(status.ok()) << status.message();
+  EXPECT_EQ(sent, expected);
+  EXPECT_GT(rings, 8);
+}
 
 }  // namespace
 }  // namespace stretto

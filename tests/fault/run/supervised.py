@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Harms a training job that stretto-run supervises, and sees what becomes of it.
 
-usage: supervised.py CASE mpi|env STRETTO_RUN GPT_PROGRAM TOKENIZE_PROGRAM
+usage: supervised.py CASE mpi|env STRETTO_RUN GPT_PROGRAM TOKENIZE_PROGRAM KEEPER_PROGRAM
 """
 import glob
 import json
@@ -17,7 +17,7 @@ import time
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from support import prepare, running  # noqa: E402
 
-CASE, LAUNCHER, STRETTO_RUN, GPT, TOKENIZE = sys.argv[1:6]
+CASE, LAUNCHER, STRETTO_RUN, GPT, TOKENIZE, KEEPER = sys.argv[1:7]
 STEPS = 80
 MARK = f"STRETTO_TEST_MARK={os.getpid()}-{time.time()}"
 
@@ -273,6 +273,22 @@ def keepers(scratch):
           and found[0][2:] != found[2][2:], f"the ranks found {found}")
 
 
+def snapshots(scratch):
+    """With nothing on disk the job goes on from what keepers hold in memory."""
+    expected = undisturbed(scratch)
+    segments = set(os.listdir("/dev/shm"))
+    job = harmed(scratch, "snapshots", send(signal.SIGKILL), "--keepers", "2", "--keeper", KEEPER,
+                 step=40, settings=("checkpoint.every=0", "snapshot.every=1"))
+    job.end(0)
+    check(job.records() == expected, "the losses differ from those of an undisturbed run")
+    report = job.reports()[0]
+    # Steps are so short here that some snapshots are passed over.
+    check(0 < report["restored_step"] <= report["last_step"], f"{report}")
+    check(report["steps_lost"] == report["last_step"] - report["restored_step"], f"{report}")
+    left = set(os.listdir("/dev/shm")) - segments
+    check(not any("stretto" in name for name in left), f"shared memory {left} is left")
+
+
 def main():
     scratch = tempfile.mkdtemp(prefix="stretto run ")
     random.seed(1)
@@ -289,7 +305,7 @@ def main():
             "checkpoint": {"every": 3, "keep": 2},
         }, words=lambda: random.choice(["beer", "milk", "ink"]))
         {f.__name__: f for f in (killed, stopped, asked, orphaned, misconfigured, repeated, fewer,
-                                 keepers)}[CASE](scratch)
+                                 keepers, snapshots)}[CASE](scratch)
     finally:
         for pid in marked():
             os.kill(pid, signal.SIGKILL)

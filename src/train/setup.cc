@@ -10,7 +10,6 @@
 #include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
-#include "stretto/train/sequence_planner.h"
 
 namespace stretto {
 namespace {
@@ -90,30 +89,6 @@ absl::StatusOr<std::vector<int>> Machines(World& world) {
     machines.push_back(number);
   }
   return machines;
-}
-
-// Refuses ranks that read different documents: each would plan something else.
-absl::Status SameDocumentsEverywhere(World& world, const DocumentDataset& documents) {
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                           world.AllGather("documents", absl::StrCat(documents.Fingerprint())));
-  for (int r = 1; r < world.size(); ++r) {
-    if (all[static_cast<size_t>(r)] == all[0]) continue;
-    return absl::FailedPreconditionError(
-        absl::StrCat("rank ", r,
-                     " finds documents of other lengths than rank 0 in data.train; "
-                     "give all machines the same token files"));
-  }
-  return absl::OkStatus();
-}
-
-// Neighbours along the data axis that are on one machine.
-int PlacesPerMachine(const Mesh& mesh, const std::vector<int>& machines) {
-  // The same on all ranks: seen from the first pipeline.
-  const int places = mesh.Size("dp"), tp = mesh.Size("tp");
-  const auto machine = [&](int place) { return machines[static_cast<size_t>(place * tp)]; };
-  int same = 1;
-  while (same < places && machine(same) == machine(0)) ++same;
-  return same;
 }
 
 // The loader holds five numbers of 32 bits for each token of a step, and of the next one. In
@@ -384,52 +359,6 @@ absl::Status Trainer::Impl::SetUpModel() {
   return stream->Synchronize();
 }
 
-absl::Status Trainer::Impl::SetUpData() {
-  STRETTO_RETURN_IF_ERROR(config.RequireData());
-  STRETTO_ASSIGN_OR_RETURN(tokenizer, OpenTokenizer(config.data.tokenizer));
-  if (tokenizer->vocabulary() > config.model.vocabulary) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "model.vocabulary is ", config.model.vocabulary, " but tokenizer '", config.data.tokenizer,
-        "' has ", tokenizer->vocabulary(), " tokens; raise model.vocabulary to at least that"));
-  }
-  DatasetOptions options = {.sequence_length = config.data.sequence_length,
-                            .vocabulary = config.model.vocabulary,
-                            .end_of_text = tokenizer->end_of_text(),
-                            .mask_across_documents = config.data.document_attention};
-  if (config.data.documents) {
-    STRETTO_ASSIGN_OR_RETURN(documents, DocumentDataset::Open(config.data.train, options));
-    // Evaluation goes over samples, each on a rank of its own.
-    options.sequence_length = std::min(config.data.sequence_length, config.batch.capacity);
-  } else {
-    STRETTO_ASSIGN_OR_RETURN(train_data, TokenDataset::Open(config.data.train, options));
-  }
-  if (!config.data.validation.empty()) {
-    STRETTO_ASSIGN_OR_RETURN(validation_data, TokenDataset::Open(config.data.validation, options));
-  }
-  if (config.data.documents) {
-    STRETTO_RETURN_IF_ERROR(SameDocumentsEverywhere(world, *documents));
-    STRETTO_ASSIGN_OR_RETURN(DocumentPlanner planner,
-                             DocumentPlannerOf(config, PlacesPerMachine(*mesh, machines)));
-    STRETTO_ASSIGN_OR_RETURN(plan_loader,
-                             PlanLoader::Create(*documents, std::move(planner),
-                                                {.seed = static_cast<uint64_t>(config.seed),
-                                                 .shuffle = config.data.shuffle,
-                                                 .step_tokens = config.batch.tokens,
-                                                 .place = dp_group.index,
-                                                 .prefetch = config.data.prefetch}));
-    return absl::OkStatus();
-  }
-  STRETTO_ASSIGN_OR_RETURN(loader,
-                           Loader::Create(*train_data, {.seed = static_cast<uint64_t>(config.seed),
-                                                        .shuffle = config.data.shuffle,
-                                                        .global_batch = config.batch.global,
-                                                        .micro_batch = config.batch.micro,
-                                                        .rank = dp_group.index,
-                                                        .ranks = dp_group.size(),
-                                                        .prefetch = config.data.prefetch}));
-  return absl::OkStatus();
-}
-
 absl::Status Trainer::Impl::Restore() {
   state.config = PrintConfig(ConfigRef(&config));
   absl::Status locked;
@@ -542,101 +471,6 @@ absl::Status Trainer::Impl::Continue(const TrainerState& saved, const std::strin
   STRETTO_RETURN_IF_ERROR(WaitParameters());
   if (world.rank() == 0) LogInfo(absl::StrCat("continuing from ", source));
   return absl::OkStatus();
-}
-
-absl::Status Trainer::Impl::MeasurePeak() {
-  const Arena& frames = stages.front().frames;
-  peak_tflops = config.runtime.peak_tflops;
-  if (peak_tflops > 0) return absl::OkStatus();
-  // The best of a few square products in the model's type, in the activation arena. Long enough
-  // that neither a moment's interruption nor the launch counts.
-  const bool cpu = stream->device().kind == DeviceKind::kCpu;
-  const DType dtype = first_graph().dtype;
-  int64_t n = cpu ? 768 : 8192;
-  const int products = cpu ? 2 : 20;
-  while (n > 64 && 3 * n * n * SizeOf(dtype) > frames.bytes()) n /= 2;
-  if (3 * n * n * SizeOf(dtype) > frames.bytes()) return absl::OkStatus();
-  const auto matrix = [&](int i) {
-    return Tensor::Of(frames.data() + i * n * n * SizeOf(dtype), dtype, {n, n}, stream->device());
-  };
-  // Numbers as a model has them: multiplying zeros draws less power, and a GPU then runs faster.
-  const ParameterSpec noise = {.name = "peak", .shape = {n, n}, .std = 0.02};
-  std::vector<std::byte> values(static_cast<size_t>(n * n * SizeOf(dtype)));
-  InitialValues(noise, 1, 0, Tensor::Of(values.data(), dtype, {n, n}));
-  for (int i : {1, 2}) STRETTO_RETURN_IF_ERROR(CopyFromHost(matrix(i), values.data()));
-  for (int i = 0; i < 5; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    for (int k = 0; k < products; ++k) ops::Linear(ops(), matrix(0), matrix(1), matrix(2), {});
-    STRETTO_RETURN_IF_ERROR(stream->Synchronize());
-    const double seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / products;
-    peak_tflops = std::max(peak_tflops, 2.0 * static_cast<double>(n * n * n) / seconds / 1e12);
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Trainer::Impl::WarmUp() {
-  if (kernels->set_measuring == nullptr) return absl::OkStatus();
-  std::vector<std::byte> scales;
-  if (float8 != nullptr) {
-    STRETTO_ASSIGN_OR_RETURN(scales, float8->Remember());
-  }
-  // Rank 0 measures, then everybody has its choices. Those of a checkpoint come first: a run that
-  // was interrupted goes on with the same bits. With a pipeline or a tensor axis ranks need each
-  // other, so that the others go through it while rank 0 measures.
-  if (!state.choices.empty()) {
-    STRETTO_RETURN_IF_ERROR(kernels->import_choices(state.choices));
-  }
-  std::vector<PackedBatch> batches(1);
-  PackedBatch batch;
-  batch.Clear();
-  const int64_t length = std::min(config.data.sequence_length, plan.micro_batch_tokens);
-  for (int64_t t = 0; t < plan.micro_batch_tokens; ++t) {
-    const auto id = static_cast<int32_t>(t * 7919 % config.model.vocabulary);
-    batch.ids.push_back(id);
-    batch.targets.push_back(id);
-    batch.weights.push_back(1);
-    batch.positions.push_back(static_cast<int32_t>(t % length));
-    if ((t + 1) % length == 0 || t + 1 == plan.micro_batch_tokens) {
-      batch.cu_seqlens.push_back(static_cast<int32_t>(t + 1));
-    }
-  }
-  batch.max_length = length;
-  batches[0] = batch;
-  if (plan.step.stages > 1) batches.resize(step_programs.front()->program().items.size(), batch);
-  const auto run_through = [&]() -> absl::Status {
-    // Gradients are written first and added to afterwards.
-    for (int i = batches.size() > 1 ? 1 : 0; i < 2; ++i) {
-      STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/true, /*hooks=*/false));
-    }
-    for (Stage& stage : stages) stage.evaluation_run->BeginStep();
-    STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/false, /*hooks=*/false));
-    return stream->Synchronize();
-  };
-  for (Stage& stage : stages) stage.run->BeginStep();
-  const bool together = config.parallel.tp > 1 || config.parallel.pp > 1;
-  absl::Status measured;
-  if (world.rank() == 0) {
-    kernels->set_measuring(true);
-    tensor_axis->WaitAtOnce(true);
-    measured = run_through();
-    tensor_axis->WaitAtOnce(false);
-    kernels->set_measuring(false);
-    state.choices = kernels->export_choices();
-  } else if (together) {
-    measured = run_through();
-  }
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                           world.AllGather("measured choices", state.choices));
-  if (world.rank() != 0 && measured.ok()) {
-    state.choices = all[0];
-    measured = kernels->import_choices(all[0]);
-    if (!together && measured.ok()) measured = run_through();
-  }
-  if (float8 != nullptr && measured.ok()) measured = float8->Recall(scales);
-  // From here on nothing is measured, so nothing stands in the way of capturing.
-  if (config.runtime.graphs && stream->CanCapture()) replays.emplace(*stream);
-  return measured;
 }
 
 void Trainer::Impl::OpenProgress() {

@@ -126,6 +126,11 @@ class Tokens {
 
 absl::Status ResolveSteps(int ranks, TrainConfig* config) {
   // Before anything is computed from the sizes.
+  if (config->data.documents && IdsOfABatch(*config) > kMostIds) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "batch.tokens is ", config->batch.tokens, ", more than the ",
+        static_cast<int64_t>(kMostIds), " tokens that are made up for a measurement; lower it"));
+  }
   if (IdsOfABatch(*config) > kMostIds) {
     return absl::InvalidArgumentError(absl::StrCat(
         "batch.global (", config->batch.global, ") times data.sequence_length (",

@@ -438,7 +438,9 @@ class CudnnAttention final : public AttentionKernels {
   static bool RunOn(Stream& s, const Call& c, cudnnHandle_t handle, int device) {
     const int64_t version = Cudnn().version;
     const int64_t uniform = c.shape.uniform;
-    const bool dense = uniform > 1 && c.shape.causal && c.self() &&
+    // A sequence alone comes in any length, and the dense way builds a plan for each of them.
+    const bool few = c.sequences() > 1 || uniform == LengthBucket(uniform);
+    const bool dense = uniform > 1 && few && c.shape.causal && c.self() &&
                        c.sequences() * uniform == c.q.rows() &&
                        (!c.backward() || uniform % 128 == 0 || version > kLastPadding);
     AttentionKey key = {};

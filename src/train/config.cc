@@ -282,6 +282,16 @@ void TrainConfig::ResolveDocuments(std::vector<std::string>* errors) {
          " and data.documents on; ranks that have unequal numbers of micro-batches keep whole "
          "gradients and parameters: set parallel.zero to 1.");
   }
+  if (parallel.pp > 2 && parallel.schedule == "interleaved") {
+    fail("parallel.schedule is interleaved with parallel.pp ", parallel.pp,
+         " and data.documents on; of more than 2 ranks it needs room for messages that depends on "
+         "the documents: choose 1f1b, zb-h1 or v-shaped.");
+  }
+  if (parallel.pp > 1 && parallel.schedule == "interleaved" && parallel.chunks > 2) {
+    fail("parallel.chunks is ", parallel.chunks,
+         " and data.documents on; the interleaved schedule "
+         "then has at most 2: set it to 2.");
+  }
   if (parallel.pp > 1 && parallel.schedule == "gpipe") {
     fail(
         "parallel.schedule is gpipe and data.documents on; its memory grows with the documents of "

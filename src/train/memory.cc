@@ -142,8 +142,8 @@ RingCapacity RingsOf(const TrainConfig& config) {
   const bool fixed = config.parallel.mesh == "static";
   RingCapacity rings;
   rings.ranks = static_cast<int>(fixed ? config.parallel.cp : config.parallel.data_ranks());
-  rings.shares = fixed ? config.batch.capacity * rings.ranks * rings.ranks
-                       : std::max<int64_t>(rings.ranks, kMostShares);
+  rings.shares =
+      fixed ? config.batch.capacity * rings.ranks : std::max<int64_t>(rings.ranks, kMostShares);
   return rings;
 }
 
@@ -209,6 +209,11 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
   plan.buffers.Include(BuffersOf(evaluation, place));
   if (counts.size() > 1) {
     STRETTO_ASSIGN_OR_RETURN(const Program fewer, StepProgram(config, counts.back()));
+    plan.buffers.Include(BuffersOf(fewer, place));
+  }
+  // Steps of documents have as many as it takes.
+  for (int count = 1; config.data.documents && count < counts.front(); ++count) {
+    STRETTO_ASSIGN_OR_RETURN(const Program fewer, StepProgram(config, count));
     plan.buffers.Include(BuffersOf(fewer, place));
   }
   STRETTO_ASSIGN_OR_RETURN(
@@ -331,8 +336,8 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
     }
   }
   if (float8_bytes > 0) plan.arenas.push_back({"fp8 weights", float8_bytes});
+  if (tokens > 0) plan.arenas.push_back({"tokens", tokens});
   if (device != DeviceKind::kCpu) {
-    plan.arenas.push_back({"tokens", tokens});
     plan.arenas.push_back({"workspace", DeviceWorkspaceBytes(device)});
   }
   for (const NamedBytes& a : plan.arenas) plan.arena_bytes += a.bytes;

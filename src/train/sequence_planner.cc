@@ -108,6 +108,11 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
     options.cost.backward.per_pair += options.cost.forward.per_pair;
   }
   AddRest(cost, config.model.layers, &options.cost);
+  // Ranks of a tensor axis share a layer's work.
+  for (StageCost* half : {&options.cost.forward, &options.cost.backward}) {
+    half->per_token /= static_cast<double>(tp);
+    half->per_pair /= static_cast<double>(tp);
+  }
   // Behind keys and values travel the sums of their gradients.
   options.cost.backward_messages =
       (again ? 2 : 1) +

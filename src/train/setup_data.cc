@@ -6,13 +6,33 @@
 
 #include "absl/strings/str_cat.h"
 #include "src/train/trainer_impl.h"
+#include "stretto/core/rng.h"
+#include "stretto/plan/cost.h"
 #include "stretto/train/sequence_planner.h"
 
 namespace stretto {
 namespace {
 
-// Refuses ranks that read different documents: each would plan something else.
-absl::Status SameDocumentsEverywhere(World& world, const DocumentDataset& documents) {
+// Refuses ranks whose documents have other lengths, or cost something else: each would plan
+// differently.
+absl::Status SamePlansEverywhere(World& world, const DocumentDataset& documents,
+                                 const std::string& cost_model) {
+  std::string costs;
+  absl::Status mine;
+  if (!cost_model.empty()) {
+    absl::StatusOr<CostModel> read = ReadCostModel(cost_model);
+    mine = read.status();
+    if (read.ok()) costs = ToJson(*read);
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("reading the cost model", mine));
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> of_costs,
+                           world.AllGather("costs", absl::StrCat(StableHash(costs))));
+  for (int r = 1; r < world.size(); ++r) {
+    if (of_costs[static_cast<size_t>(r)] == of_costs[0]) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat("rank ", r, " finds other costs than rank 0 in '", cost_model,
+                     "' (parallel.cost_model); give all machines the same file"));
+  }
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                            world.AllGather("documents", absl::StrCat(documents.Fingerprint())));
   for (int r = 1; r < world.size(); ++r) {
@@ -60,7 +80,7 @@ absl::Status Trainer::Impl::SetUpData() {
     STRETTO_ASSIGN_OR_RETURN(validation_data, TokenDataset::Open(config.data.validation, options));
   }
   if (config.data.documents) {
-    STRETTO_RETURN_IF_ERROR(SameDocumentsEverywhere(world, *documents));
+    STRETTO_RETURN_IF_ERROR(SamePlansEverywhere(world, *documents, config.parallel.cost_model));
     STRETTO_ASSIGN_OR_RETURN(DocumentPlanner planner,
                              DocumentPlannerOf(config, PlacesPerMachine(*mesh, machines)));
     STRETTO_ASSIGN_OR_RETURN(plan_loader,

@@ -622,7 +622,10 @@ absl::Status CheckDocuments(World& world, const testing::ScratchDirectory& scrat
     for (const Sharing& sharing : sharings) {
       const int replica = sharing.cp * sharing.pp * sharing.tp;
       const int data_ranks = world.size() / (sharing.pp * sharing.tp);
-      if (world.size() % replica != 0 || data_ranks * sharing.capacity < 30) continue;
+      if (world.size() % replica != 0 || data_ranks * sharing.capacity < 30) {
+        if (world.rank() == 0) std::printf("%s, not on %d GPUs\n", sharing.name, world.size());
+        continue;
+      }
       config.parallel = {.dp = world.size() / replica,
                          .cp = sharing.cp,
                          .mesh = sharing.mesh,

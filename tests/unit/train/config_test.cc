@@ -204,6 +204,11 @@ TEST(TrainConfig, DocumentsThatCannotBeSharedAreRefused) {
               HasSubstr("set parallel.zero to 1"));
   EXPECT_THAT(resolved([](TrainConfig& c) { c.parallel.pp = 2, c.parallel.schedule = "gpipe"; }),
               HasSubstr("parallel.schedule is gpipe"));
+  EXPECT_THAT(resolved([](TrainConfig& c) {
+                c.parallel.pp = 4, c.parallel.schedule = "interleaved", c.model.layers = 8;
+                c.batch.capacity = 1000;
+              }),
+              HasSubstr("choose 1f1b, zb-h1 or v-shaped"));
   EXPECT_THAT(resolved([](TrainConfig& c) { c.batch.tokens = int64_t{1} << 62; }),
               HasSubstr("2^40"));
   EXPECT_THAT(resolved([](TrainConfig& c) { c.data.documents = false; }),

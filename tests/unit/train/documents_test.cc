@@ -165,5 +165,20 @@ TEST(DocumentTrainer, SendsTheBytesOfThePlan) {
   EXPECT_GT(rings, 8);
 }
 
+TEST(DocumentPlans, ATensorAxisSharesTheWork) {
+  const ScratchDirectory directory;
+  TrainConfig one = Documents(directory, "qwen3"), two = one;
+  one.model.kv_heads = two.model.kv_heads = 2;
+  two.parallel.tp = 2;
+  ASSERT_TRUE(one.Resolve(2).ok());
+  ASSERT_TRUE(two.Resolve(4).ok());
+  const auto alone = SequenceOptionsOf(one, 2), shared = SequenceOptionsOf(two, 2);
+  ASSERT_TRUE(alone.ok() && shared.ok()) << alone.status() << shared.status();
+  EXPECT_EQ(shared->pipelines, alone->pipelines);
+  EXPECT_DOUBLE_EQ(2 * shared->cost.forward.per_pair, alone->cost.forward.per_pair);
+  EXPECT_DOUBLE_EQ(2 * shared->cost.backward.per_token, alone->cost.backward.per_token);
+  EXPECT_DOUBLE_EQ(2 * shared->cost.ring_bytes_per_token, alone->cost.ring_bytes_per_token);
+}
+
 }  // namespace
 }  // namespace stretto

@@ -246,16 +246,7 @@ def keepers(scratch):
     """They outlive the ranks, and end with the job."""
     program = f"{scratch}/keeper"
     with open(program, "w") as f:
-        f.write(f"#!{sys.executable}\n"
-                "import signal, sys, os\n"
-                "options = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
-                "assert os.environ['STRETTO_JOB_TOKEN']\n"
-                "peers = options['--peers'].split(',')\n"
-                "assert len(peers) == int(options['--nodes'])\n"
-                f"open('{scratch}/started', 'a').write(f'{{os.getpid()}}\\n')\n"
-                "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
-                "print('ready', peers[int(options['--node'])].split(':')[1], flush=True)\n"
-                "while True: signal.pause()\n")
+        f.write(f"#!/bin/sh\necho $$ >> '{scratch}/started'\nexec {KEEPER} \"$@\"\n")
     os.chmod(program, 0o755)
     trainer = f"{scratch}/trainer"
     with open(trainer, "w") as f:

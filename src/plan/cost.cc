@@ -4,9 +4,11 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -304,6 +306,13 @@ absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::str
 }
 
 absl::StatusOr<CostModel> ReadCostModel(const std::string& path) {
+  // Anything else may never end, or never begin.
+  std::error_code unknown;
+  const std::filesystem::file_status what = std::filesystem::status(path, unknown);
+  if (std::filesystem::exists(what) && !std::filesystem::is_regular_file(what)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the cost model '", path, "' is no regular file; name one that stretto-bench fit wrote"));
+  }
   errno = 0;
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;

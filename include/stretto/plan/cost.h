@@ -92,7 +92,8 @@ CostModel UniformCost(double forward, double backward_input, double backward_wei
 // numbers are 0 to 1e9, bytes per second 0 or at least 1.
 std::string ToJson(const CostModel& cost);
 absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::string& source);
-// The file `path`, as stretto-bench fit writes it. NOT_FOUND when it cannot be read.
+// The file `path`, as stretto-bench fit writes it. NOT_FOUND when it cannot be read,
+// INVALID_ARGUMENT when it is no regular file.
 absl::StatusOr<CostModel> ReadCostModel(const std::string& path);
 
 }  // namespace stretto

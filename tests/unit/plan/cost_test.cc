@@ -98,5 +98,14 @@ TEST(CostModel, NamesWhatIsWrongWithAFile) {
   EXPECT_FALSE(ParseCostModel("", "costs.json").ok());
 }
 
+TEST(ReadCostModel, TakesRegularFilesOnly) {
+  EXPECT_THAT(std::string(ReadCostModel("/dev/zero").status().message()),
+              HasSubstr("'/dev/zero' is no regular file"));
+  EXPECT_THAT(std::string(ReadCostModel("/tmp").status().message()), HasSubstr("no regular file"));
+  const absl::Status absent = ReadCostModel("/nowhere/costs.json").status();
+  EXPECT_EQ(absent.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(std::string(absent.message()), HasSubstr("'/nowhere/costs.json' cannot be read"));
+}
+
 }  // namespace
 }  // namespace stretto

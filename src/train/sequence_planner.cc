@@ -127,6 +127,9 @@ absl::StatusOr<SequencePlan> PlanDocuments(const std::vector<int64_t>& lengths,
   if (method != SequenceMethod::kBalanced && method != SequenceMethod::kBalancedPipelines) {
     return plan;
   }
+  // With more of them a fixed mesh is never the best, and takes its time to pack.
+  constexpr int kFew = 64;
+  if (options.pipelines > kFew) return plan;
   for (int context = 1; context <= options.pipelines; ++context) {
     if (options.pipelines % context != 0) continue;
     SequencePlanOptions fixed = options;

@@ -23,8 +23,8 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
 // document's.
 inline constexpr int64_t kMostShares = 1 << 16;
 
-// The plan of a step. With a balanced method that is the best of it and of the fixed meshes: on few
-// ranks, or when documents are alike, it may be one of these.
+// The plan of a step. With a balanced method and at most 64 pipelines that is the best of it and of
+// the fixed meshes: on few ranks, or when documents are alike, it may be one of these.
 absl::StatusOr<SequencePlan> PlanDocuments(const std::vector<int64_t>& lengths,
                                            const SequencePlanOptions& options);
 

@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -100,12 +101,16 @@ class Job:
         wait_for(lambda: self.step() >= step or self.process.poll() is not None, f"step {step}")
         return self.process.poll() is None
 
-    def records(self):
+    def records(self, without=None):
+        """Of all steps; that of step `without` may be missing, and is then None."""
         with open(f"{self.output}/metrics.jsonl") as lines:
             records = [json.loads(line) for line in lines]
         steps = [r["step"] for r in records]
+        if without is not None and without not in steps:
+            steps.insert(without - 1, without)
+            records.insert(without - 1, None)
         check(steps == list(range(1, STEPS + 1)), f"metrics have the steps {steps}")
-        return [(r["loss"], r["grad_norm"], r.get("eval_loss")) for r in records]
+        return [r and (r["loss"], r["grad_norm"], r.get("eval_loss")) for r in records]
 
     def reports(self):
         reports = []
@@ -231,7 +236,7 @@ def fewer(scratch):
     with open(program, "w") as f:
         f.write("#!/bin/sh\n"
                 "[ $WORLD_SIZE$RANK = 21 ] && [ $STRETTO_RESTARTS -gt 0 ] && kill -9 $$\n"
-                f'exec {GPT} "$@"\n')
+                f'exec {shlex.quote(GPT)} "$@"\n')
     os.chmod(program, 0o755)
     job = harmed(scratch, "fewer", send(signal.SIGKILL), "--min-ranks", "1", program=(program,))
     job.end(0)
@@ -246,12 +251,12 @@ def keepers(scratch):
     """They outlive the ranks, and end with the job."""
     program = f"{scratch}/keeper"
     with open(program, "w") as f:
-        f.write(f"#!/bin/sh\necho $$ >> '{scratch}/started'\nexec {KEEPER} \"$@\"\n")
+        f.write(f"#!/bin/sh\necho $$ >> '{scratch}/started'\nexec {shlex.quote(KEEPER)} \"$@\"\n")
     os.chmod(program, 0o755)
     trainer = f"{scratch}/trainer"
     with open(trainer, "w") as f:
         f.write(f"#!/bin/sh\necho $RANK $STRETTO_KEEPER >> '{scratch}/found'\n"
-                f'[ -n "$STRETTO_JOB_TOKEN" ] && exec {GPT} "$@"\n')
+                f'[ -n "$STRETTO_JOB_TOKEN" ] && exec {shlex.quote(GPT)} "$@"\n')
     os.chmod(trainer, 0o755)
     job = harmed(scratch, "keepers", send(signal.SIGKILL), "--keepers", "2", "--keeper", program,
                  program=(trainer,))
@@ -271,8 +276,11 @@ def snapshots(scratch):
     job = harmed(scratch, "snapshots", send(signal.SIGKILL), "--keepers", "2", "--keeper", KEEPER,
                  step=40, settings=("checkpoint.every=0", "snapshot.every=1"))
     job.end(0)
-    check(job.records() == expected, "the losses differ from those of an undisturbed run")
     report = job.reports()[0]
+    # A snapshot may be committed before the line of its step is written.
+    records = job.records(without=report["restored_step"])
+    check(all(r is None or r == e for r, e in zip(records, expected)),
+          "the losses differ from those of an undisturbed run")
     # Steps are so short here that some snapshots are passed over.
     check(0 < report["restored_step"] <= report["last_step"], f"{report}")
     check(report["steps_lost"] == report["last_step"] - report["restored_step"], f"{report}")

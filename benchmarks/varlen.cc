@@ -160,7 +160,7 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
     STRETTO_ASSIGN_OR_RETURN(const SequencePlanOptions plan,
                              SequenceOptionsOf(m.config, std::max(1, places)));
     for (size_t i = 0; i < measured; ++i) {
-      STRETTO_ASSIGN_OR_RETURN(m.plans.emplace_back(), PlanDocuments(batches[skipped + i], plan));
+      STRETTO_ASSIGN_OR_RETURN(m.plans.emplace_back(), PlanSequences(batches[skipped + i], plan));
     }
   }
   // Of several rounds: the first ones build what libraries need for shapes that they have not met.

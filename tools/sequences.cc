@@ -41,9 +41,9 @@ struct Row {
 const std::vector<Row>& Rows() {
   static const auto& rows = *new std::vector<Row>{
       {"static", SequenceMethod::kStatic},
-      {"dynamic", SequenceMethod::kDynamic},
-      {"dynamic+offload(memory)", SequenceMethod::kDynamic, true, true},
-      {"dynamic+offload", SequenceMethod::kDynamic, true},
+      {"unbalanced", SequenceMethod::kUnbalanced},
+      {"unbalanced+offload(memory)", SequenceMethod::kUnbalanced, true, true},
+      {"unbalanced+offload", SequenceMethod::kUnbalanced, true},
       {"balanced", SequenceMethod::kBalanced},
       {"balanced+offload", SequenceMethod::kBalanced, true},
       {"balanced-pipelines", SequenceMethod::kBalancedPipelines},

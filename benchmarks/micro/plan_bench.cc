@@ -37,12 +37,12 @@ void BM_PlanSequences(benchmark::State& state) {
   state.SetLabel(std::string(names[state.range(0)]) + " " + Name(o.method));
 }
 constexpr auto kStatic = static_cast<int64_t>(SequenceMethod::kStatic);
-constexpr auto kDynamic = static_cast<int64_t>(SequenceMethod::kDynamic);
+constexpr auto kUnbalanced = static_cast<int64_t>(SequenceMethod::kUnbalanced);
 constexpr auto kBalanced = static_cast<int64_t>(SequenceMethod::kBalanced);
 constexpr auto kPipelines = static_cast<int64_t>(SequenceMethod::kBalancedPipelines);
 BENCHMARK(BM_PlanSequences)
     ->Unit(benchmark::kMillisecond)
-    ->ArgsProduct({{0, 1}, {512, 1024}, {1}, {kStatic, kDynamic, kBalanced}})
+    ->ArgsProduct({{0, 1}, {512, 1024}, {1}, {kStatic, kUnbalanced, kBalanced}})
     ->ArgsProduct({{0, 1}, {256}, {4}, {kPipelines}});
 
 }  // namespace

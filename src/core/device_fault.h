@@ -19,7 +19,7 @@ struct DeviceFault {
     kSequenceStart = 6,      // cu_q or cu_k starts below 0
     kSequenceOrder = 7,      // row: the sequence whose boundaries decrease
     kSequenceLengths = 8,    // value queries and rows keys of sequence row, which must agree
-    kSequenceEnd = 9,  // value: query, rows: key at which the sequences end, beyond the operands
+    kSequenceEnd = 9,    // value: query, rows: key at which the sequences end, beyond the operands
     kSequenceRoom = 10,  // value queries and rows keys of sequence row, more than there is room for
   };
   int32_t code = kNone;

@@ -1,12 +1,11 @@
 #include "stretto/data/plan_loader.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "src/data/prefetcher.h"
-#include "stretto/plan/context_cut.h"
+#include "stretto/data/ring_share.h"
 
 namespace stretto {
 
@@ -33,6 +32,7 @@ absl::Status PlanLoader::Impl::Make(int64_t step, PlannedStep* planned) {
   }
   STRETTO_ASSIGN_OR_RETURN(planned->program, planner(planned->lengths));
   planned->hash = planned->program.Hash();
+  planned->ends_together = EndsTogether(planned->program, options.place);
   planned->own.clear();
   const std::vector<PlanItem>& items = planned->program.items;
   for (size_t i = 0; i < items.size(); ++i) {
@@ -46,6 +46,7 @@ absl::Status PlanLoader::Impl::Make(int64_t step, PlannedStep* planned) {
   for (size_t k = 0; k < planned->own.size(); ++k) {
     STRETTO_RETURN_IF_ERROR(Read(*planned, items[planned->own[k]], &planned->batches[k]));
   }
+  if (options.prepare) options.prepare(step, *planned);
   return absl::OkStatus();
 }
 
@@ -59,27 +60,13 @@ absl::Status PlanLoader::Impl::Read(const PlannedStep& planned, const PlanItem& 
   if (ranks > 1) {
     batch->ring.ranks = item.pipelines;
     batch->ring.index = index;
-    batch->ring.lengths = item.lengths;
   }
-  const auto tokens = static_cast<size_t>(ContextTokens(item.lengths, ranks, index));
-  batch->ids.resize(tokens);
-  batch->targets.resize(tokens);
-  batch->weights.assign(tokens, 1.0f);
-  batch->positions.resize(tokens);
-  size_t begin = 0;
   for (size_t d = 0; d < item.documents.size(); ++d) {
     const int64_t document = planned.documents[static_cast<size_t>(item.documents[d])];
-    const ContextPart part = ContextPartOf(item.lengths[d], ranks, index);
-    const size_t first = begin;
-    for (const Range& range : {part.front, part.back}) {
-      STRETTO_RETURN_IF_ERROR(
-          dataset.Read(document, range, batch->ids.data() + begin, batch->targets.data() + begin));
-      const auto positions = batch->positions.begin() + static_cast<std::ptrdiff_t>(begin);
-      std::iota(positions, positions + range.count, static_cast<int32_t>(range.first));
-      begin += static_cast<size_t>(range.count);
-    }
-    batch->cu_seqlens.push_back(static_cast<int32_t>(begin));
-    batch->max_length = std::max(batch->max_length, static_cast<int64_t>(begin - first));
+    const auto read = [&](Range range, int64_t at) {
+      return dataset.Read(document, range, batch->ids.data() + at, batch->targets.data() + at);
+    };
+    STRETTO_RETURN_IF_ERROR(AppendRingShare(item.lengths[d], read, batch));
   }
   return absl::OkStatus();
 }

@@ -93,10 +93,13 @@ RankProgress ParseProgress(const std::string& text) {
 }
 
 absl::Status WriteJobFacts(const std::string& directory, const JobFacts& facts) {
-  const nlohmann::ordered_json j = {
-      {"output", facts.output}, {"flight_directory", facts.flight_directory},
-      {"dp", facts.dp},         {"pp", facts.pp},
-      {"tp", facts.tp},         {"dp_fixed", facts.dp_fixed}};
+  const nlohmann::ordered_json j = {{"output", facts.output},
+                                    {"flight_directory", facts.flight_directory},
+                                    {"dp", facts.dp},
+                                    {"pp", facts.pp},
+                                    {"tp", facts.tp},
+                                    {"cp", facts.cp},
+                                    {"dp_fixed", facts.dp_fixed}};
   return observe_internal::ReplaceFile(
       directory + "/job.json",
       j.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n");
@@ -110,7 +113,7 @@ std::optional<JobFacts> ReadJobFacts(const std::string& directory) {
   for (const char* key : {"output", "flight_directory"}) {
     if (!j.contains(key) || !j[key].is_string()) return std::nullopt;
   }
-  for (const char* key : {"dp", "pp", "tp"}) {
+  for (const char* key : {"dp", "pp", "tp", "cp"}) {
     if (!j.contains(key) || !j[key].is_number_integer() || j[key].get<int64_t>() < 1) {
       return std::nullopt;
     }
@@ -121,6 +124,7 @@ std::optional<JobFacts> ReadJobFacts(const std::string& directory) {
                   .dp = j["dp"].get<int64_t>(),
                   .pp = j["pp"].get<int64_t>(),
                   .tp = j["tp"].get<int64_t>(),
+                  .cp = j["cp"].get<int64_t>(),
                   .dp_fixed = j["dp_fixed"].get<bool>()};
 }
 

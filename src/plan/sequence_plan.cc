@@ -176,9 +176,9 @@ std::vector<PlacedItem> PlaceStatic(const std::vector<int64_t>& lengths,
   return items;
 }
 
-std::vector<PlacedItem> PlaceDynamic(const std::vector<int64_t>& lengths,
-                                     const SequencePlanOptions& o, const SequenceClock& clock,
-                                     const SequenceRoom& room, int64_t bound) {
+std::vector<PlacedItem> PlaceUnbalanced(const std::vector<int64_t>& lengths,
+                                        const SequencePlanOptions& o, const SequenceClock& clock,
+                                        const SequenceRoom& room, int64_t bound) {
   const int64_t longest = std::max<int64_t>(1, bound / o.stages);
   std::vector<PlacedItem> items;
   std::vector<int64_t> short_ones;
@@ -207,6 +207,42 @@ std::vector<PlacedItem> PlaceDynamic(const std::vector<int64_t>& lengths,
     next = (next + item.ranks) % o.pipelines;
   }
   return items;
+}
+
+// Documents ascend, and items have their times.
+void Complete(const std::vector<int64_t>& lengths, const SequencePlanOptions& options,
+              const SequenceClock& clock, std::vector<PlacedItem>* placed) {
+  for (PlacedItem& p : *placed) {
+    std::sort(p.documents.begin(), p.documents.end());
+    p.load = LoadOf(lengths, p.documents);
+    p.nanoseconds = clock.Both(p.load, p.ranks, OverNetwork(options, p.first, p.ranks));
+  }
+}
+
+// A fixed mesh, where one is better than `placed`: several short documents may share a ring there,
+// which pays on few ranks, and when documents are alike. With many ranks none ever was, and packing
+// takes its time.
+void ConsiderFixed(const std::vector<int64_t>& lengths, const SequencePlanOptions& options,
+                   const SequenceClock& clock, std::vector<PlacedItem>* placed) {
+  constexpr int kFew = 64;
+  if (options.pipelines > kFew || lengths.empty()) return;
+  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+  int64_t best = MakespanOf(*placed, options, clock);
+  SequencePlanOptions fixed = options;
+  for (fixed.context = 1; fixed.context <= options.pipelines; ++fixed.context) {
+    if (options.pipelines % fixed.context != 0) continue;
+    if (SequenceRoom::LargestPart(longest, fixed.context) > options.capacity) continue;
+    std::vector<PlacedItem> other = PlaceStatic(lengths, fixed);
+    const bool described = std::all_of(other.begin(), other.end(), [&](const PlacedItem& item) {
+      return item.documents.size() * Index(item.ranks) <= Index(options.most_shares);
+    });
+    if (!described) continue;
+    Complete(lengths, options, clock, &other);
+    const int64_t makespan = MakespanOf(other, options, clock);
+    if (makespan >= best) continue;
+    best = makespan;
+    *placed = std::move(other);
+  }
 }
 
 void AddTimes(const std::vector<PlacedItem>& placed, SequencePlan* plan) {
@@ -244,8 +280,8 @@ const char* Name(SequenceMethod method) {
   switch (method) {
     case SequenceMethod::kStatic:
       return "static";
-    case SequenceMethod::kDynamic:
-      return "dynamic";
+    case SequenceMethod::kUnbalanced:
+      return "unbalanced";
     case SequenceMethod::kBalanced:
       return "balanced";
     case SequenceMethod::kBalancedPipelines:
@@ -255,13 +291,13 @@ const char* Name(SequenceMethod method) {
 }
 
 absl::StatusOr<SequenceMethod> ParseSequenceMethod(const std::string& name) {
-  for (const auto method : {SequenceMethod::kStatic, SequenceMethod::kDynamic,
+  for (const auto method : {SequenceMethod::kStatic, SequenceMethod::kUnbalanced,
                             SequenceMethod::kBalanced, SequenceMethod::kBalancedPipelines}) {
     if (name == Name(method)) return method;
   }
   return absl::InvalidArgumentError(
       absl::StrCat("there is no method '", name,
-                   "' for sequences; choose static, dynamic, balanced or "
+                   "' for sequences; choose static, unbalanced, balanced or "
                    "balanced-pipelines"));
 }
 
@@ -340,18 +376,19 @@ absl::StatusOr<SequencePlan> PlanSequences(const std::vector<int64_t>& lengths,
     case SequenceMethod::kStatic:
       placed = PlaceStatic(lengths, options);
       break;
-    case SequenceMethod::kDynamic:
-      placed = PlaceDynamic(lengths, options, clock, room, bound);
+    case SequenceMethod::kUnbalanced:
+      placed = PlaceUnbalanced(lengths, options, clock, room, bound);
       break;
     case SequenceMethod::kBalanced:
     case SequenceMethod::kBalancedPipelines:
       placed = PlaceBalanced(lengths, options, clock, room, bound);
       break;
   }
+  Complete(lengths, options, clock, &placed);
+  const bool balanced = options.method == SequenceMethod::kBalanced ||
+                        options.method == SequenceMethod::kBalancedPipelines;
+  if (balanced) ConsiderFixed(lengths, options, clock, &placed);
   for (PlacedItem& p : placed) {
-    std::sort(p.documents.begin(), p.documents.end());
-    p.load = LoadOf(lengths, p.documents);
-    p.nanoseconds = clock.Both(p.load, p.ranks, OverNetwork(options, p.first, p.ranks));
     PlanItem& item = plan.items.emplace_back();
     item.tokens = p.load.tokens;
     for (const int64_t d : p.documents) item.lengths.push_back(lengths[Index(d)]);

@@ -95,7 +95,15 @@ absl::StatusOr<net::Fd> ListenLocally(const std::string& path) {
   }
   std::memcpy(address.sun_path, path.c_str(), path.size());
   net::Fd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-  unlink(path.c_str());
+  // Of a keeper that was killed. Anything else stays, and is in the way.
+  struct stat what = {};
+  if (lstat(path.c_str(), &what) == 0) {
+    if (!S_ISSOCK(what.st_mode)) {
+      return absl::AlreadyExistsError(
+          absl::StrCat(path, " exists and is no socket; choose another place for the keeper's"));
+    }
+    unlink(path.c_str());
+  }
   const mode_t before = umask(0177);
   const bool bound = fd.valid() &&
                      bind(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) == 0 &&

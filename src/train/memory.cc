@@ -12,8 +12,8 @@
 #include "stretto/parallel/pipeline.h"
 #include "stretto/parallel/stages.h"
 #include "stretto/parallel/tensor_parallel.h"
+#include "stretto/plan/sequence_plan.h"
 #include "stretto/train/flops.h"
-#include "stretto/train/sequence_planner.h"
 
 namespace stretto {
 
@@ -142,8 +142,8 @@ RingCapacity RingsOf(const TrainConfig& config) {
   const bool fixed = config.parallel.mesh == "static";
   RingCapacity rings;
   rings.ranks = static_cast<int>(fixed ? config.parallel.cp : config.parallel.data_ranks());
-  rings.shares =
-      fixed ? config.batch.capacity * rings.ranks : std::max<int64_t>(rings.ranks, kMostShares);
+  rings.shares = fixed ? config.batch.capacity * rings.ranks
+                       : std::max<int64_t>(rings.ranks, SequencePlanOptions().most_shares);
   return rings;
 }
 

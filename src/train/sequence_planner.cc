@@ -90,7 +90,7 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
   options.context = static_cast<int>(config.parallel.cp);
   options.pipelines_per_machine = std::clamp(places_per_machine, 1, options.pipelines);
   options.method = config.parallel.mesh == "static"       ? SequenceMethod::kStatic
-                   : config.parallel.mesh == "unbalanced" ? SequenceMethod::kDynamic
+                   : config.parallel.mesh == "unbalanced" ? SequenceMethod::kUnbalanced
                    : config.parallel.pp > 1               ? SequenceMethod::kBalancedPipelines
                                                           : SequenceMethod::kBalanced;
   const DType dtype = ParseDType(config.runtime.dtype).value_or(DType::kF32);
@@ -120,32 +120,6 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
   return options;
 }
 
-absl::StatusOr<SequencePlan> PlanDocuments(const std::vector<int64_t>& lengths,
-                                           const SequencePlanOptions& options) {
-  STRETTO_ASSIGN_OR_RETURN(SequencePlan plan, PlanSequences(lengths, options));
-  const SequenceMethod method = options.method;
-  if (method != SequenceMethod::kBalanced && method != SequenceMethod::kBalancedPipelines) {
-    return plan;
-  }
-  // With more of them a fixed mesh is never the best, and takes its time to pack.
-  constexpr int kFew = 64;
-  if (options.pipelines > kFew) return plan;
-  for (int context = 1; context <= options.pipelines; ++context) {
-    if (options.pipelines % context != 0) continue;
-    SequencePlanOptions fixed = options;
-    fixed.method = SequenceMethod::kStatic;
-    fixed.context = context;
-    absl::StatusOr<SequencePlan> other = PlanSequences(lengths, fixed);
-    if (!other.ok()) continue;  // a document is too long for so few
-    const bool shares =
-        std::all_of(other->items.begin(), other->items.end(), [&](const PlanItem& item) {
-          return item.documents.size() * item.pipelines.size() <= size_t{kMostShares};
-        });
-    if (shares && other->makespan < plan.makespan) plan = *std::move(other);
-  }
-  return plan;
-}
-
 absl::StatusOr<DocumentPlanner> DocumentPlannerOf(const TrainConfig& config,
                                                   int places_per_machine) {
   STRETTO_ASSIGN_OR_RETURN(const SequencePlanOptions options,
@@ -155,7 +129,7 @@ absl::StatusOr<DocumentPlanner> DocumentPlannerOf(const TrainConfig& config,
   const int pp = static_cast<int>(config.parallel.pp);
   const int chunks = static_cast<int>(config.parallel.chunks);
   return [=](const std::vector<int64_t>& lengths) -> absl::StatusOr<Program> {
-    STRETTO_ASSIGN_OR_RETURN(SequencePlan plan, PlanDocuments(lengths, options));
+    STRETTO_ASSIGN_OR_RETURN(SequencePlan plan, PlanSequences(lengths, options));
     return MakeProgram(kind, options.pipelines, pp, chunks, std::move(plan.items));
   };
 }

@@ -496,6 +496,7 @@ void Trainer::Impl::WriteFacts() const {
                   .dp = config.parallel.dp,
                   .pp = config.parallel.pp,
                   .tp = config.parallel.tp,
+                  .cp = config.parallel.cp,
                   .dp_fixed = dp_fixed});
   if (!written.ok()) LogWarning(std::string(written.message()));
 }

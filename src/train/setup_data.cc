@@ -83,13 +83,19 @@ absl::Status Trainer::Impl::SetUpData() {
     STRETTO_RETURN_IF_ERROR(SamePlansEverywhere(world, *documents, config.parallel.cost_model));
     STRETTO_ASSIGN_OR_RETURN(DocumentPlanner planner,
                              DocumentPlannerOf(config, PlacesPerMachine(*mesh, machines)));
+    const auto prepare = [this](int64_t step, const PlannedStep& planned) {
+      if (plan.step.stages == 1) return;
+      planned_programs[step % 2] = std::make_unique<RankProgram>(
+          PipelineOf(planned.program, dp_group.index), pp_group.index);
+    };
     STRETTO_ASSIGN_OR_RETURN(plan_loader,
                              PlanLoader::Create(*documents, std::move(planner),
                                                 {.seed = static_cast<uint64_t>(config.seed),
                                                  .shuffle = config.data.shuffle,
                                                  .step_tokens = config.batch.tokens,
                                                  .place = dp_group.index,
-                                                 .prefetch = config.data.prefetch}));
+                                                 .prefetch = config.data.prefetch,
+                                                 .prepare = prepare}));
     return absl::OkStatus();
   }
   STRETTO_ASSIGN_OR_RETURN(loader,

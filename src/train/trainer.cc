@@ -41,7 +41,7 @@ absl::Status Trainer::Impl::RunBatches(std::span<const PackedBatch> batches, boo
   STRETTO_RETURN_IF_ERROR(worker->Use(parts));
   worker->SetReplays(training && hooks && replays ? &*replays : nullptr);
   // Gradients leave behind the last micro-batch, not in it.
-  const bool later = planned != nullptr && !EndsTogether(planned->program, dp_group.index);
+  const bool later = planned != nullptr && !planned->ends_together;
   const auto run = [&](const RankProgram& program, size_t first, bool more) -> absl::Status {
     worker->SetBatches(program, batches, first, more);
     return executor->Run(program, *worker);
@@ -54,10 +54,9 @@ absl::Status Trainer::Impl::RunBatches(std::span<const PackedBatch> batches, boo
                                             plan.micro_batches, " were planned"));
   }
   if (plan.step.stages > 1 && planned != nullptr) {
-    const RankProgram program(PipelineOf(planned->program, dp_group.index), pp_group.index);
     // Of several stages on a rank one is done while others still have documents that this rank
     // shares with some that have more to do on the first.
-    return run(program, 0, /*more=*/stages.size() > 1 || later);
+    return run(*planned_programs[state.step % 2], 0, /*more=*/stages.size() > 1 || later);
   }
   if (plan.step.stages > 1) {
     if (all_alike) return run(*step_programs.front(), 0, false);

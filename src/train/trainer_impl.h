@@ -108,6 +108,8 @@ struct Trainer::Impl {
   // With data.documents in place of `train_data` and `loader`.
   std::unique_ptr<DocumentDataset> documents;
   std::unique_ptr<PlanLoader> plan_loader;
+  // Of this rank, with a pipeline: of the step that runs and of the next one, by the step's parity.
+  std::unique_ptr<RankProgram> planned_programs[2];
   std::vector<PackedBatch> evaluation_batch;  // one
   std::vector<PackedBatch> no_batch;          // none
 

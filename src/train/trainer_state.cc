@@ -101,9 +101,10 @@ absl::Status SameRun(const std::string& saved, const std::string& current,
                      const std::string& source) {
   const Settings settings(saved, current, source);
   STRETTO_RETURN_IF_ERROR(SameModel(settings));
-  for (const char* path : {"/seed", "/batch/global", "/batch/tokens", "/data/sequence_length",
-                           "/data/documents", "/data/shuffle", "/runtime/dtype", "/runtime/fp8",
-                           "/optimizer/moments", "/optimizer/masters"}) {
+  for (const char* path :
+       {"/seed", "/batch/global", "/batch/tokens", "/data/sequence_length", "/data/documents",
+        "/data/document_attention", "/data/shuffle", "/runtime/dtype", "/runtime/fp8",
+        "/optimizer/moments", "/optimizer/masters"}) {
     STRETTO_RETURN_IF_ERROR(settings.Same(path));
   }
   return absl::OkStatus();

@@ -502,6 +502,31 @@ absl::StatusOr<std::vector<double>> TrainLosses(World& world, const TrainConfig&
   return losses;
 }
 
+// On rank 0's GPU; empty on other ranks, whose losses are those of rank 0.
+absl::StatusOr<std::vector<double>> LossesOfOne(World& world, const TrainConfig& config) {
+  std::vector<double> alone;
+  absl::Status ran;
+  if (world.rank() == 0) {
+    ran = World::RunThreads(1, [&](World& one) -> absl::Status {
+      STRETTO_ASSIGN_OR_RETURN(alone, TrainLosses(one, config));
+      return absl::OkStatus();
+    });
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("one GPU", ran));
+  return alone;
+}
+
+// Whether the first `count` losses of several GPUs are those of one, where this rank has them.
+absl::Status CloseTo(const std::vector<double>& alone, const std::vector<double>& losses,
+                     std::size_t count, const std::string& name) {
+  for (std::size_t i = 0; i < std::min(count, alone.size()); ++i) {
+    if (std::fabs(losses[i] - alone[i]) <= 1e-5 * alone[i]) continue;
+    return absl::InternalError(absl::StrCat(name, ", step ", i + 1, ": loss ", losses[i],
+                                            " on several GPUs, ", alone[i], " on one"));
+  }
+  return absl::OkStatus();
+}
+
 // Every level of ZeRO gives the losses of one GPU, and the same bits again, also from graphs.
 absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch) {
   for (const char* family : {"gpt2", "qwen3"}) {
@@ -510,15 +535,7 @@ absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch
     config.steps = 4;
     config.model.layers = 4;    // two stages on each of two ranks
     config.model.kv_heads = 2;  // one on each
-    std::vector<double> alone;
-    absl::Status ran;
-    if (world.rank() == 0) {
-      ran = World::RunThreads(1, [&](World& one) -> absl::Status {
-        STRETTO_ASSIGN_OR_RETURN(alone, TrainLosses(one, config));
-        return absl::OkStatus();
-      });
-    }
-    STRETTO_RETURN_IF_ERROR(world.Agree("one GPU", ran));
+    STRETTO_ASSIGN_OR_RETURN(const std::vector<double> alone, LossesOfOne(world, config));
     struct Layout {
       const char* name;
       int zero = 1, pp = 1, tp = 1;
@@ -566,12 +583,7 @@ absl::Status CheckTrainer(World& world, const testing::ScratchDirectory& scratch
         STRETTO_ASSIGN_OR_RETURN(const std::vector<double> replayed, TrainLosses(world, config));
         if (losses != replayed) verdict = Differs(absl::StrCat("a run with graphs of ", name));
       }
-      for (std::size_t i = 0; i < alone.size(); ++i) {
-        if (std::fabs(losses[i] - alone[i]) <= 1e-5 * alone[i]) continue;
-        verdict.Update(
-            absl::InternalError(absl::StrCat(name, ", step ", i + 1, ": loss ", losses[i], " on ",
-                                             world.size(), " GPUs, ", alone[i], " on one")));
-      }
+      verdict.Update(CloseTo(alone, losses, alone.size(), name));
       STRETTO_RETURN_IF_ERROR(world.Agree("comparing", verdict));
     }
   }
@@ -591,15 +603,7 @@ absl::Status CheckDocuments(World& world, const testing::ScratchDirectory& scrat
     config.data.sequence_length = 29;
     config.batch.tokens = 230;
     config.batch.capacity = 30;
-    std::vector<double> alone;
-    absl::Status ran;
-    if (world.rank() == 0) {
-      ran = World::RunThreads(1, [&](World& one) -> absl::Status {
-        STRETTO_ASSIGN_OR_RETURN(alone, TrainLosses(one, config));
-        return absl::OkStatus();
-      });
-    }
-    STRETTO_RETURN_IF_ERROR(world.Agree("one GPU", ran));
+    STRETTO_ASSIGN_OR_RETURN(const std::vector<double> alone, LossesOfOne(world, config));
     struct Sharing {
       const char* name;
       const char* mesh;
@@ -648,12 +652,7 @@ absl::Status CheckDocuments(World& world, const testing::ScratchDirectory& scrat
       STRETTO_ASSIGN_OR_RETURN(const std::vector<double> replayed, TrainLosses(world, config));
       if (losses != replayed) verdict = Differs(absl::StrCat("a run with graphs of ", name));
       // The last one is of an evaluation, over samples that a rank holds.
-      for (std::size_t i = 0; i + 1 < alone.size(); ++i) {
-        if (std::fabs(losses[i] - alone[i]) <= 1e-5 * alone[i]) continue;
-        verdict.Update(
-            absl::InternalError(absl::StrCat(name, ", step ", i + 1, ": loss ", losses[i], " on ",
-                                             world.size(), " GPUs, ", alone[i], " on one")));
-      }
+      verdict.Update(CloseTo(alone, losses, alone.size() - 1, name));
       STRETTO_RETURN_IF_ERROR(world.Agree("comparing", verdict));
     }
   }

@@ -1,5 +1,7 @@
 """What the tests of failing runs share."""
 import json
+import os
+import re
 import subprocess
 
 
@@ -10,6 +12,22 @@ def running(pid):
             return f.read().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def ranks_of(program, process):
+    """Process ids of the ranks that run `program`, children of the process."""
+    ids = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/stat") as f:
+                parent = re.search(r"\) \S (\d+)", f.read()).group(1)
+            with open(f"/proc/{pid}/cmdline") as f:
+                name = f.read().split("\0")[0]
+        except OSError:
+            continue
+        if int(parent) == process.pid and os.path.basename(name) == os.path.basename(program):
+            ids.append(int(pid))
+    return ids
 
 
 def prepare(tokenize, scratch, config, words=lambda: "milk"):

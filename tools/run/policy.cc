@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -10,11 +11,16 @@ namespace stretto {
 
 int FewerRanks(int ranks, int lost, int min_ranks, const std::optional<JobFacts>& facts,
                std::string* reason) {
-  const int64_t replica = facts ? facts->pp * facts->tp : 1;
+  // Ranks of a copy of the model, times those that share its documents.
+  const int64_t replica = facts ? facts->cp * facts->pp * facts->tp : 1;
   const auto axes = [&] {
-    return facts->tp == 1   ? absl::StrCat("parallel.pp=", facts->pp)
-           : facts->pp == 1 ? absl::StrCat("parallel.tp=", facts->tp)
-                            : absl::StrCat("parallel.pp=", facts->pp, " x tp=", facts->tp);
+    std::string text;
+    for (const auto& [name, size] :
+         {std::pair("pp", facts->pp), std::pair("tp", facts->tp), std::pair("cp", facts->cp)}) {
+      if (size == 1) continue;
+      absl::StrAppend(&text, text.empty() ? "parallel." : " x ", name, "=", size);
+    }
+    return text;
   };
   if (facts && facts->dp_fixed) {
     *reason =

@@ -346,7 +346,7 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
     cause.time = last_sign;
     cause.ranks = Behind(notes, job_->ranks(), "all");
     // With the data axis alone its group holds all ranks, too.
-    if (cause.ranks.empty() && facts && facts->dp == job_->ranks()) {
+    if (cause.ranks.empty() && facts && facts->dp * facts->cp == job_->ranks()) {
       cause.ranks = Behind(notes, job_->ranks(), "dp");
     }
   }

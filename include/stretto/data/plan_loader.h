@@ -21,24 +21,29 @@ namespace stretto {
 // same lengths.
 using DocumentPlanner = std::function<absl::StatusOr<Program>(const std::vector<int64_t>& lengths)>;
 
-struct PlanLoaderOptions {
-  uint64_t seed = 0;
-  bool shuffle = true;
-  int64_t step_tokens = 0;  // at most, see DocumentOrder
-  int place = 0;            // of this rank along the data axis
-  bool prefetch = true;     // plan and read the next step from a background thread
-};
-
 // A step, planned and read.
 struct PlannedStep {
   std::vector<int64_t> documents;  // of the dataset
   std::vector<int64_t> lengths;    // theirs
   Program program;
   uint64_t hash = 0;                 // of `program`: the same on all ranks
+  bool ends_together = true;         // EndsTogether, of this rank's place
   std::vector<size_t> own;           // items that this rank takes part in, ascending
   std::vector<PackedBatch> batches;  // of these, and more behind them that are nobody's
   // This rank's share of each of its items.
   std::span<const PackedBatch> shares() const { return {batches.data(), own.size()}; }
+};
+
+struct PlanLoaderOptions {
+  uint64_t seed = 0;
+  bool shuffle = true;
+  int64_t step_tokens = 0;  // at most, see DocumentOrder
+  int place = 0;            // of this rank along the data axis
+  bool prefetch = true;     // plan and read the next step from a background thread
+  // What else a step needs, made where and when the step is: while another one runs. Called once
+  // for each step that is made. Two steps live at a time, that of the last call of Step and the
+  // next one; any other has ended.
+  std::function<void(int64_t step, const PlannedStep& planned)> prepare;
 };
 
 // A rank reads what it works on and nothing else.

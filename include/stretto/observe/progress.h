@@ -63,7 +63,7 @@ RankProgress ParseProgress(const std::string& text);
 struct JobFacts {
   std::string output;  // directories, absolute
   std::string flight_directory;
-  int64_t dp = 0, pp = 0, tp = 0;
+  int64_t dp = 0, pp = 0, tp = 0, cp = 1;
   bool dp_fixed = false;  // the configuration names dp, so that no other number of ranks fits
 };
 // <directory>/job.json.

@@ -22,15 +22,17 @@ enum class SequenceMethod : uint8_t {
   // Each document has the fewest ranks that have room for it and are done within the step, short
   // ones are packed for one rank; pipelines take them in the order of the batch (ByteScale,
   // algorithm 1).
-  kDynamic,
+  kUnbalanced,
   // The longest ones first, each to the ranks that end first, with as many ranks as make the step
   // short; then short documents fill up what ranks have left.
+  //
+  // On few pipelines a fixed mesh is taken where that is better.
   kBalanced,
   // The same where each pipeline has several stages: as a micro-batch that lasts longer than its
   // neighbours makes all stages wait, long and short ones go to different pipelines.
   kBalancedPipelines,
 };
-// "static", "dynamic", "balanced", "balanced-pipelines".
+// "static", "unbalanced", "balanced", "balanced-pipelines".
 const char* Name(SequenceMethod method);
 absl::StatusOr<SequenceMethod> ParseSequenceMethod(const std::string& name);
 
@@ -40,9 +42,12 @@ struct SequencePlanOptions {
   int64_t capacity = 0;  // tokens of a rank in a micro-batch
   SequenceMethod method = SequenceMethod::kBalanced;
   int context = 1;  // ranks of each ring with kStatic; divides `pipelines`
-  // kDynamic: ranks from memory alone, as ByteScale's equation 3 has it, even where a document then
-  // takes longer than all others together.
+  // kUnbalanced: ranks from memory alone, as ByteScale's equation 3 has it, even where a document
+  // then takes longer than all others together.
   bool ranks_from_memory = false;
+  // With the balanced methods: ranks times documents of an item that several of both share, at
+  // most.
+  int64_t most_shares = int64_t{1} << 16;
   // Pipelines with neighbouring numbers whose ranks lie on one machine.
   int pipelines_per_machine = 1;
   SequenceCost cost;

@@ -2,9 +2,6 @@
 #ifndef STRETTO_TRAIN_SEQUENCE_PLANNER_H_
 #define STRETTO_TRAIN_SEQUENCE_PLANNER_H_
 
-#include <cstdint>
-#include <vector>
-
 #include "stretto/core/status.h"
 #include "stretto/data/plan_loader.h"
 #include "stretto/plan/sequence_plan.h"
@@ -18,15 +15,6 @@ namespace stretto {
 // FAILED_PRECONDITION when the file is for another model, NOT_FOUND when there is none.
 absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
                                                       int places_per_machine);
-
-// Places times documents of an item that a dynamic mesh may form, at most, unless it is a single
-// document's.
-inline constexpr int64_t kMostShares = 1 << 16;
-
-// The plan of a step. With a balanced method and at most 64 pipelines that is the best of it and of
-// the fixed meshes: on few ranks, or when documents are alike, it may be one of these.
-absl::StatusOr<SequencePlan> PlanDocuments(const std::vector<int64_t>& lengths,
-                                           const SequencePlanOptions& options);
 
 // Plans steps as a run of `config` does: documents to items, items to a program.
 absl::StatusOr<DocumentPlanner> DocumentPlannerOf(const TrainConfig& config,

@@ -92,9 +92,9 @@ absl::Status FaultStatus(const DeviceFault& fault) {
           absl::StrCat("Attention: causal attention needs as many queries as keys; sequence ",
                        fault.row, " has ", fault.value, " and ", fault.rows));
     case DeviceFault::kSequenceRoom:
-      return absl::InvalidArgumentError(absl::StrCat(
-          "Attention: sequence ", fault.row, " has ", fault.value, " queries and ", fault.rows,
-          " keys, not as many as there is room for"));
+      return absl::InvalidArgumentError(absl::StrCat("Attention: sequence ", fault.row, " has ",
+                                                     fault.value, " queries and ", fault.rows,
+                                                     " keys, not as many as there is room for"));
     case DeviceFault::kSequenceEnd:
       return absl::InvalidArgumentError(absl::StrCat("Attention: the sequences end at query ",
                                                      fault.value, " and key ", fault.rows,

@@ -22,7 +22,7 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from support import prepare  # noqa: E402
+from support import prepare, ranks_of  # noqa: E402
 
 GPT, TOKENIZE, KEEPER, MPIRUN = sys.argv[1:5]
 NUMBERS = [int(a) for a in sys.argv[5:] if "=" not in a]
@@ -129,7 +129,7 @@ class Run:
                and time.time() < deadline):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 0.03))
-        victims = ranks_of(process)
+        victims = ranks_of(GPT, process)
         if victims:
             os.kill(random.choice(victims), signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
@@ -143,21 +143,6 @@ class Run:
         if [r["step"] for r in records] != list(range(1, STEPS + 1)):
             fail(f"metrics have the steps {[r['step'] for r in records]}")
         return [(r["loss"], r["grad_norm"]) for r in records]
-
-
-def ranks_of(process):
-    ids = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/stat") as f:
-                parent = re.search(r"\) \S (\d+)", f.read()).group(1)
-            with open(f"/proc/{pid}/cmdline") as f:
-                program = f.read().split("\0")[0]
-        except OSError:
-            continue
-        if int(parent) == process.pid and os.path.basename(program) == os.path.basename(GPT):
-            ids.append(int(pid))
-    return ids
 
 
 def restored_step(output):

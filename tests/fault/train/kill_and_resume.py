@@ -11,7 +11,6 @@ as parallel.pp=2, are those of the 2 ranks.
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from support import prepare  # noqa: E402
+from support import prepare, ranks_of  # noqa: E402
 
 GPT, TOKENIZE, MPIRUN = sys.argv[1:4]
 NUMBERS = [int(a) for a in sys.argv[4:] if "=" not in a]
@@ -66,22 +65,6 @@ class Run:
                 for r in records]
 
 
-def ranks_of(process):
-    """Process ids of the trainer's ranks."""
-    ids = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/stat") as f:
-                parent = re.search(r"\) \S (\d+)", f.read()).group(1)
-            with open(f"/proc/{pid}/cmdline") as f:
-                program = f.read().split("\0")[0]
-        except OSError:
-            continue
-        if int(parent) == process.pid and os.path.basename(program) == os.path.basename(GPT):
-            ids.append(int(pid))
-    return ids
-
-
 def wait_for(condition, seconds=60):
     deadline = time.time() + seconds
     while time.time() < deadline:
@@ -115,10 +98,10 @@ def main():
             run = Run(scratch, f"trial{trial}")
             for _ in range(4):
                 process = run.start(2, *SETTINGS)
-                wait_for(lambda: len(ranks_of(process)) == 2 or process.poll() is not None)
+                wait_for(lambda: len(ranks_of(GPT, process)) == 2 or process.poll() is not None)
                 moment = random.uniform(0, duration)
                 time.sleep(moment)
-                victims = ranks_of(process)
+                victims = ranks_of(GPT, process)
                 if process.poll() is None and victims:
                     os.kill(random.choice(victims), signal.SIGKILL)
                 output, _ = process.communicate(timeout=60)
@@ -139,7 +122,7 @@ def main():
         process = run.start(2, *SETTINGS)
         metrics = os.path.join(run.output, "metrics.jsonl")
         wait_for(lambda: os.path.exists(metrics) and sum(1 for _ in open(metrics)) > 4)
-        for pid in ranks_of(process):
+        for pid in ranks_of(GPT, process):
             os.kill(pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         if process.returncode not in (0, 75):

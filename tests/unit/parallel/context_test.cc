@@ -126,7 +126,16 @@ TEST(ContextTest, DocumentsDoNotSeeEachOther) {
       share.Clear();
       share.ring.ranks = together[0].pipelines;
       share.ring.index = place;
-      AppendRingShare(dealt->whole[0][0], {first, length}, &share);
+      const PackedBatch& whole = dealt->whole[0][0];
+      const auto read = [&](Range range, int64_t at) {
+        const auto from = static_cast<ptrdiff_t>(first + range.first);
+        const auto to = static_cast<ptrdiff_t>(at);
+        std::copy_n(whole.ids.begin() + from, range.count, share.ids.begin() + to);
+        std::copy_n(whole.targets.begin() + from, range.count, share.targets.begin() + to);
+        std::copy_n(whole.weights.begin() + from, range.count, share.weights.begin() + to);
+        return absl::OkStatus();
+      };
+      ASSERT_TRUE(AppendRingShare(length, read, &share).ok());
     }
     const auto one = StepOnThreads(config, {.dp = 3}, {}, alone);
     ASSERT_TRUE(one.ok()) << one.status();

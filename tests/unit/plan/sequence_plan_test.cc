@@ -20,7 +20,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-constexpr SequenceMethod kMethods[] = {SequenceMethod::kStatic, SequenceMethod::kDynamic,
+constexpr SequenceMethod kMethods[] = {SequenceMethod::kStatic, SequenceMethod::kUnbalanced,
                                        SequenceMethod::kBalanced,
                                        SequenceMethod::kBalancedPipelines};
 
@@ -148,7 +148,7 @@ TEST_P(EveryPlan, HasRingsOfNeighboursInAscendingOrder) {
       EXPECT_GE(ring.front(), 0);
       EXPECT_LT(ring.back(), c.options.pipelines);
       // Algorithm 1 goes on with the first pipeline behind the last one.
-      if (GetParam() != SequenceMethod::kDynamic) {
+      if (GetParam() != SequenceMethod::kUnbalanced) {
         EXPECT_EQ(ring.back() - ring.front() + 1, static_cast<int>(ring.size()));
       }
       if (GetParam() == SequenceMethod::kStatic) {
@@ -224,7 +224,7 @@ TEST(PlanSequences, StaticFillsRingsInTurn) {
 
 TEST(PlanSequences, DynamicGoesRoundInTheOrderOfTheBatch) {
   // 25 needs 3 ranks; 4 and 6 are a pack; 12 goes on behind it and over the end.
-  SequencePlanOptions o = Linear(5, 10, SequenceMethod::kDynamic);
+  SequencePlanOptions o = Linear(5, 10, SequenceMethod::kUnbalanced);
   EXPECT_EQ(Text({25, 4, 12, 6}, o), "0 0-2: 0\n0 3: 1 3\n1 0-4: 2\n");
 }
 
@@ -251,7 +251,7 @@ TEST(PlanSequences, TheTimeOfAStepAsksForMoreRanksThanMemory) {
   EXPECT_GT(plan->items.front().pipelines.size(), 4u);
   EXPECT_LT(plan->makespan, 1.3 * plan->lower_bound);
   // By memory alone it is on one.
-  o.method = SequenceMethod::kDynamic;
+  o.method = SequenceMethod::kUnbalanced;
   o.ranks_from_memory = true;
   const auto published = PlanSequences(lengths, o);
   ASSERT_TRUE(published.ok());
@@ -260,7 +260,7 @@ TEST(PlanSequences, TheTimeOfAStepAsksForMoreRanksThanMemory) {
 }
 
 TEST(PlanSequences, HostMemoryMakesRingsSmaller) {
-  SequencePlanOptions o = Linear(16, 10, SequenceMethod::kDynamic);
+  SequencePlanOptions o = Linear(16, 10, SequenceMethod::kUnbalanced);
   o.cost.layers = 32;
   o.ranks_from_memory = true;
   o.memory = {.bytes_per_token = 1, .offload = true, .host_bytes_per_second = 1e9};
@@ -285,16 +285,16 @@ TEST(PlanSequences, RoundingCounts) {
   // Of 10 tokens the parts are 2 3 2 3, two ranks have 5 each; of 9 tokens on four ranks some
   // has 3.
   EXPECT_EQ(SequencePlan::TokensOf({.lengths = {9}, .pipelines = {0, 1, 2, 3}}, 0), 3);
-  SequencePlanOptions o = Linear(3, 5, SequenceMethod::kDynamic);
+  SequencePlanOptions o = Linear(3, 5, SequenceMethod::kUnbalanced);
   o.ranks_from_memory = true;
   EXPECT_EQ(Text({10}, o), "0 0-1: 0\n");
   EXPECT_EQ(Text({11}, o), "0 0-2: 0\n");
   // 8 parts of 11 tokens are 1 1 2 1 1 2 1 2, so the third of four ranks would have 4 of them.
-  o = Linear(8, 3, SequenceMethod::kDynamic);
+  o = Linear(8, 3, SequenceMethod::kUnbalanced);
   o.ranks_from_memory = true;
   EXPECT_EQ(Text({12}, o), "0 0-3: 0\n");
   EXPECT_EQ(Text({11}, o), "0 0-4: 0\n");
-  o = Linear(8, 2, SequenceMethod::kDynamic);
+  o = Linear(8, 2, SequenceMethod::kUnbalanced);
   o.ranks_from_memory = true;
   EXPECT_EQ(Text({8}, o), "0 0-3: 0\n");
   EXPECT_EQ(Text({9}, o), "0 0-4: 0\n");
@@ -384,7 +384,7 @@ TEST(PlanSequences, AnEmptyBatchIsAnEmptyPlan) {
 
 // Rings send what was counted: all tokens' keys and values to all others of the ring.
 TEST(PlanSequences, CountsTheBytesOfRings) {
-  SequencePlanOptions o = Linear(4, 10, SequenceMethod::kDynamic);
+  SequencePlanOptions o = Linear(4, 10, SequenceMethod::kUnbalanced);
   o.ranks_from_memory = true;
   o.cost.layers = 3;
   o.cost.ring_bytes_per_token = 100;
@@ -436,6 +436,51 @@ TEST(SequenceCostOf, TakesBlocksAndLinksOfAFit) {
   EXPECT_EQ(cost.network.latency, 3);
   model.parts->network.emplace().point_to_point.latency = 4;
   EXPECT_EQ(SequenceCostOf(model, 2, 5).network.latency, 4);
+}
+
+// On few pipelines a balanced plan is no worse than any fixed mesh.
+TEST(SequencePlan, FixedMeshesAreTriedOnFewPipelines) {
+  for (uint64_t seed = 0; seed < 60; ++seed) {
+    SCOPED_TRACE(seed);
+    Case c = Draw(seed, SequenceMethod::kBalanced);
+    c.options.memory.offload = false;
+    const absl::StatusOr<SequencePlan> balanced = PlanSequences(c.lengths, c.options);
+    ASSERT_TRUE(balanced.ok()) << balanced.status();
+    SequencePlanOptions fixed = c.options;
+    fixed.method = SequenceMethod::kStatic;
+    for (fixed.context = 1; fixed.context <= fixed.pipelines; ++fixed.context) {
+      if (fixed.pipelines % fixed.context != 0) continue;
+      const absl::StatusOr<SequencePlan> other = PlanSequences(c.lengths, fixed);
+      if (!other.ok()) continue;
+      EXPECT_LE(balanced->makespan, other->makespan * (1 + 1e-12));
+    }
+    c.options.most_shares = 0;  // none may be described
+    const absl::StatusOr<SequencePlan> without = PlanSequences(c.lengths, c.options);
+    ASSERT_TRUE(without.ok()) << without.status();
+    for (const PlanItem& item : without->items) {
+      EXPECT_TRUE(item.pipelines.size() == 1 || item.documents.size() == 1);
+    }
+  }
+}
+
+// One that shares a ring among short documents, where nothing else is as even.
+TEST(SequencePlan, AFixedMeshIsTakenWhereItIsBetter) {
+  SequencePlanOptions o;
+  o.pipelines = 4;
+  o.capacity = 8000;
+  o.cost.forward = {.per_token = 1e-6, .per_pair = 1e-9};
+  o.cost.backward = {.per_token = 2e-6, .per_pair = 2e-9};
+  const std::vector<int64_t> lengths = {16000, 8000, 3000, 5000};
+  const absl::StatusOr<SequencePlan> plan = PlanSequences(lengths, o);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  ASSERT_EQ(plan->items.size(), 1u);
+  EXPECT_EQ(plan->items[0].pipelines.size(), 4u);
+  EXPECT_EQ(plan->items[0].documents.size(), 4u);
+  o.most_shares = 15;
+  const absl::StatusOr<SequencePlan> without = PlanSequences(lengths, o);
+  ASSERT_TRUE(without.ok()) << without.status();
+  EXPECT_GT(without->items.size(), 1u);
+  EXPECT_GT(without->makespan, plan->makespan);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ std::vector<int64_t> Batch(const std::string& name, uint64_t step, int64_t token
 // executor's program event by event.
 TEST(SimulateSequences, TakesTheTimeThatThePlanSays) {
   for (const int stages : {1, 3}) {
-    for (const auto method : {SequenceMethod::kStatic, SequenceMethod::kDynamic,
+    for (const auto method : {SequenceMethod::kStatic, SequenceMethod::kUnbalanced,
                               SequenceMethod::kBalanced, SequenceMethod::kBalancedPipelines}) {
       for (uint64_t step = 0; step < 3; ++step) {
         SequencePlanOptions o = Figures(24, stages, method);
@@ -63,7 +63,7 @@ TEST(SimulateSequences, BalancedPlansOf512RanksComeCloseToTheBound) {
       EXPECT_LE(balanced->makespan, 1.05 * balanced->lower_bound);
       EXPECT_LE(balanced->makespan, 1.05 * balanced->mean);
       // Without balance it is another matter, so the bound says something.
-      o.method = SequenceMethod::kDynamic;
+      o.method = SequenceMethod::kUnbalanced;
       const auto dynamic = PlanSequences(lengths, o);
       ASSERT_TRUE(dynamic.ok());
       EXPECT_GE(dynamic->makespan, 1.5 * dynamic->lower_bound);

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <thread>
 #include <vector>
 
@@ -358,6 +359,16 @@ TEST_F(Keepers, TurnStrangersAway) {
   EXPECT_THAT(Message(Keeper::Start(wrong).status()), HasSubstr("needs a job token"));
   wrong.nodes = 3;
   EXPECT_THAT(Message(Keeper::Start(wrong).status()), HasSubstr("0 peers"));
+}
+
+TEST_F(Keepers, LeaveOtherFilesAlone) {
+  KeeperOptions o;
+  o.job = "a";
+  o.token = "secret";
+  o.socket = scratch_.File("precious");
+  std::ofstream(o.socket) << "text";
+  EXPECT_THAT(Message(Keeper::Start(o).status()), HasSubstr("exists and is no socket"));
+  EXPECT_EQ(std::filesystem::file_size(o.socket), 4u);
 }
 
 TEST_F(Keepers, TheBudgetIsKept) {

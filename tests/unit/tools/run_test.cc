@@ -122,6 +122,8 @@ TEST(FewerRanks, OnlyTheDataAxisShrinks) {
             "1 rank is left, and none of them could be used");
   EXPECT_EQ(FewerRanks(8, 1, 7, JobFacts{.dp = 2, .pp = 2, .tp = 2}, &reason), 0);
   EXPECT_THAT(reason, HasSubstr("(parallel.pp=2 x tp=2): 7 ranks are left, and 4 of them"));
+  EXPECT_EQ(FewerRanks(8, 1, 1, JobFacts{.dp = 4, .pp = 1, .tp = 1, .cp = 2}, &reason), 6);
+  EXPECT_EQ(FewerRanks(8, 1, 8, JobFacts{.dp = 2, .pp = 2, .tp = 1, .cp = 2}, &reason), 0);
   EXPECT_EQ(FewerRanks(2, 1, 1, JobFacts{.dp = 2, .pp = 1, .tp = 1, .dp_fixed = true}, &reason), 0);
   EXPECT_THAT(reason, HasSubstr("the configuration sets parallel.dp=2"));
   EXPECT_EQ(FewerRanks(5, 2, 1, std::nullopt, &reason), 3);  // another program: it will say
@@ -343,7 +345,7 @@ std::string Hanging(bool flight) {
     program +=
         "f=$PWD/flight-rank$RANK.json; rm -f $f\n"
         "echo '{\"output\":\"o\",\"flight_directory\":\"'$PWD'\",\"dp\":2,\"pp\":1,\"tp\":1,"
-        "\"dp_fixed\":false}' > $STRETTO_PROGRESS/job.json\n"
+        "\"cp\":1,\"dp_fixed\":false}' > $STRETTO_PROGRESS/job.json\n"
         "trap 'echo \"{\\\"rank\\\":$RANK,\\\"records\\\":[{\\\"op\\\":\\\"all_reduce\\\","
         "\\\"group_name\\\":\\\"all\\\",\\\"sequence\\\":$((7 - RANK)),"
         "\\\"state\\\":\\\"started\\\"}]}\" > $f' USR2\n";

@@ -152,9 +152,9 @@ void Communicator::Impl::Finish(Operation& o) {
   GroupState& state = *Find(*o.group);
   recorder.Finished(o.record);
   state.bytes_sent += o.bytes_sent;
-  if (trace != nullptr) {
+  if (trace != nullptr && o.device == Operation::OnDevice::kNo) {
     if (o.op != CommOp::kReceive) trace->SetBytes(o.trace, o.bytes_sent);
-    if (o.device == Operation::OnDevice::kNo) trace->End(o.trace);
+    trace->End(o.trace);
   }
   if (!o.point_to_point()) {
     if (o.device == Operation::OnDevice::kNo) --state.active;

@@ -61,7 +61,10 @@ absl::Status DeviceOperations::Issue(std::span<Operation* const> batch) {
     o->done = done;
     o->bytes_sent = BytesToSend(*o);
     recorder_.Started(o->record);
-    if (trace_ != nullptr) trace_->End(o->trace, stream);
+    if (trace_ != nullptr) {
+      if (o->op != CommOp::kReceive) trace_->SetBytes(o->trace, o->bytes_sent);
+      trace_->End(o->trace, stream);
+    }
     ++queued_;
     queued_items_ += Items(*o);
   }

@@ -279,6 +279,16 @@ class OpsTest : public ::testing::TestWithParam<Setting> {
   ops::Context c;
 };
 
+// Those of AllSettings that `has` is true of.
+template <class Has>
+std::vector<Setting> SettingsThat(Has has) {
+  std::vector<Setting> some;
+  for (const Setting& s : AllSettings()) {
+    if (has(s)) some.push_back(s);
+  }
+  return some;
+}
+
 #define STRETTO_ALL_SETTINGS(suite)                                                      \
   INSTANTIATE_TEST_SUITE_P(, suite, ::testing::ValuesIn(::stretto::test::AllSettings()), \
                            ::stretto::test::SettingName)

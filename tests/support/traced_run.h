@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "stretto/parallel/pipeline.h"
 #include "stretto/train/memory.h"
 #include "tests/support/training.h"
@@ -128,8 +129,23 @@ inline void CheckCollectives(const TrainConfig& config, int ranks, int rank, Ran
     }
     return bytes;
   };
-  EXPECT_EQ(sent({"dp"}), 2 * (plan.gradient_bytes_sent + plan.parameter_bytes_sent));
-  EXPECT_EQ(sent({"tp"}), 2 * plan.tensor_bytes_sent);
+  // For messages: what was sent by each name.
+  const auto listed = [&](const char* row) {
+    std::map<std::string, std::pair<int, int64_t>> names;
+    for (const Json& s : trace.Of(row)) {
+      auto& [count, bytes] = names[s["name"]];
+      ++count;
+      bytes += Arg(s, "bytes");
+    }
+    std::string text;
+    for (const auto& [name, sum] : names) {
+      text += absl::StrCat("\n", name, ": ", sum.first, " times, ", sum.second, " bytes");
+    }
+    return text;
+  };
+  EXPECT_EQ(sent({"dp"}), 2 * (plan.gradient_bytes_sent + plan.parameter_bytes_sent))
+      << listed("dp");
+  EXPECT_EQ(sent({"tp"}), 2 * plan.tensor_bytes_sent) << listed("tp");
   EXPECT_EQ(sent({"pp send"}), 2 * (plan.boundary_bytes_sent + plan.tied_bytes_sent));
   EXPECT_EQ(sent({"all"}), 2 * plan.scalar_bytes_sent);
   if (config.parallel.dp == 1 || config.parallel.zero > 1) return;

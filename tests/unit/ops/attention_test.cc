@@ -129,8 +129,14 @@ void CheckBackward(const Runner& run, ops::Context c) {
 TEST_P(AttentionTest, BackwardMatchesF64) { CheckBackward(run, c); }
 
 // The same through the library's kernels where a GPU's tensor cores have kernels of this project.
-TEST_P(AttentionTest, LibraryBackwardMatchesF64) {
-  if (run.on_cpu()) GTEST_SKIP() << "a GPU has a choice of kernels, the CPU has none";
+class GpuAttentionTest : public OpsTest {};
+INSTANTIATE_TEST_SUITE_P(, GpuAttentionTest, ::testing::ValuesIn(SettingsThat([](const Setting& s) {
+                           return s.mode == StreamMode::kDevice;
+                         })),
+                         SettingName);
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(GpuAttentionTest);  // in a build without CUDA
+
+TEST_P(GpuAttentionTest, LibraryBackwardMatchesF64) {
   setenv("STRETTO_ATTENTION_BACKWARD", "cudnn", 1);
   CheckBackward(run, c);
   unsetenv("STRETTO_ATTENTION_BACKWARD");

@@ -22,14 +22,10 @@ class Float8OpsTest : public OpsTest {
   // Sums of f32 products on the CPU; the tensor cores' sums have fewer bits.
   double SumTolerance() const { return run.on_cpu() ? 4e-6 : 2e-3; }
 };
-std::vector<Setting> Bf16Settings() {
-  std::vector<Setting> settings;
-  for (const Setting& s : AllSettings()) {
-    if (s.dtype == DType::kBF16) settings.push_back(s);
-  }
-  return settings;
-}
-INSTANTIATE_TEST_SUITE_P(, Float8OpsTest, ::testing::ValuesIn(Bf16Settings()), SettingName);
+INSTANTIATE_TEST_SUITE_P(, Float8OpsTest, ::testing::ValuesIn(SettingsThat([](const Setting& s) {
+                           return s.dtype == DType::kBF16;
+                         })),
+                         SettingName);
 
 double Converted(double x, double scale, DType format) {
   const float y = static_cast<float>(x) * static_cast<float>(scale);

@@ -11,6 +11,20 @@ namespace {
 class OptimizerTest : public OpsTest {};
 STRETTO_ALL_SETTINGS(OptimizerTest);
 
+// Parameters of bf16, which are rounded.
+class Bf16OptimizerTest : public OptimizerTest {};
+INSTANTIATE_TEST_SUITE_P(, Bf16OptimizerTest,
+                         ::testing::ValuesIn(SettingsThat([](const Setting& s) {
+                           return s.dtype == DType::kBF16;
+                         })),
+                         SettingName);
+// Moments may be kept in bf16.
+class Bf16MomentsTest : public OptimizerTest {};
+INSTANTIATE_TEST_SUITE_P(, Bf16MomentsTest, ::testing::ValuesIn(SettingsThat([](const Setting& s) {
+                           return s.dtype != DType::kF64;
+                         })),
+                         SettingName);
+
 Values Scalars(bool skip) {
   Values scalars(StepScalars::kCount, 0.0);
   scalars[StepScalars::kScale] = 0.125;
@@ -294,8 +308,7 @@ TEST_P(OptimizerTest, APartHasTheBitsOfTheWhole) {
 }
 
 // The bits are those of Rng, on every backend: with these operands arithmetic is exact.
-TEST_P(OptimizerTest, RandomBitsAreThoseOfTheGenerator) {
-  if (run.dtype() != DType::kBF16) GTEST_SKIP() << "parameters of bf16 only";
+TEST_P(Bf16OptimizerTest, RandomBitsAreThoseOfTheGenerator) {
   for (const uint64_t first : {uint64_t{0}, uint64_t{6}, (uint64_t{1} << 34) + 4}) {
     const int64_t n = 203, step = 5;
     const Update values(run, {true, false}, {{n, 0, 0, 1}}, 0.0);  // gradients of zero
@@ -336,8 +349,7 @@ TEST_P(OptimizerTest, RandomBitsAreThoseOfTheGenerator) {
 }
 
 // The mean over many elements, parameters and steps is what was rounded.
-TEST_P(OptimizerTest, StochasticRoundingHasNoBias) {
-  if (run.dtype() != DType::kBF16) GTEST_SKIP() << "parameters of bf16 only";
+TEST_P(Bf16OptimizerTest, StochasticRoundingHasNoBias) {
   std::vector<Shard> shards;
   constexpr int64_t kElements = 1000;
   for (unsigned k = 0; k < 16; ++k) shards.push_back({kElements, 0, 3, k + 1});
@@ -382,8 +394,7 @@ TEST_P(OptimizerTest, StochasticRoundingHasNoBias) {
 }
 
 // What rounding to nearest would do: nothing, for ever.
-TEST_P(OptimizerTest, SmallUpdatesAreNotLostWithoutMasters) {
-  if (run.dtype() != DType::kBF16) GTEST_SKIP() << "parameters of bf16 only";
+TEST_P(Bf16OptimizerTest, SmallUpdatesAreNotLostWithoutMasters) {
   constexpr int64_t kElements = 4096, kSteps = 100;
   constexpr double kRate = 1e-4;  // bf16 numbers around 1 lie 4e-3 and 8e-3 apart
   Update update(run, {false, false}, {{kElements, 0, 0, 1}});
@@ -414,8 +425,7 @@ TEST_P(OptimizerTest, SmallUpdatesAreNotLostWithoutMasters) {
 }
 
 // A second moment of bf16 falls to that of smaller gradients; rounded to nearest it would stay.
-TEST_P(OptimizerTest, Bf16MomentsFollowTheGradient) {
-  if (run.dtype() == DType::kF64) GTEST_SKIP() << "no bf16 moments for f64";
+TEST_P(Bf16MomentsTest, Bf16MomentsFollowTheGradient) {
   constexpr int64_t kElements = 2048, kSteps = 400;
   Update update(run, {true, false}, {{kElements, 0, 0, 1}});
   update.WriteV(0, 1);
@@ -433,8 +443,7 @@ TEST_P(OptimizerTest, Bf16MomentsFollowTheGradient) {
   EXPECT_EQ(static_cast<float>(BFloat16(once)), 1.0f);
 }
 
-TEST_P(OptimizerTest, NonFiniteMomentsStaySo) {
-  if (run.dtype() == DType::kF64) GTEST_SKIP() << "no bf16 moments for f64";
+TEST_P(Bf16MomentsTest, NonFiniteMomentsStaySo) {
   Update update(run, {true, false}, {{11, 0, 0, 1}});
   update.WriteGrad(0, NAN);
   update.Step(1);

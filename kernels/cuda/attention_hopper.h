@@ -8,10 +8,10 @@
 
 namespace stretto::cuda {
 
-// AttentionKernels::Backward for causal self-attention of all rows in bf16 with heads of 64
-// numbers, on a Hopper GPU, unless the environment asks for the library
-// (STRETTO_ATTENTION_BACKWARD=cudnn). False, with nothing enqueued, where that is not so or the
-// workspace is too small for two f32 a token and head.
+// AttentionKernels::Backward in bf16 with heads of 64 or 128 numbers, on a Hopper GPU, unless the
+// environment asks for the library (STRETTO_ATTENTION_BACKWARD=cudnn). False, with nothing
+// enqueued, where that is not so or the workspace is too small for two f32 a token and head. Rows
+// that take no part are read, and must be finite.
 bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor d_o, Tensor o,
                              Tensor lse, Tensor q, Tensor k, Tensor v, const AttentionShape& shape);
 

@@ -86,6 +86,9 @@ std::vector<AttentionSizes> Cases() {
       {5, 5, 5, {0, 9, 80}, {0, 9, 80}, false, 0.5},
       // A step of ring attention: other people's keys, more or fewer than there are queries.
       {6, 2, 16, {0, 5, 5, 75}, {0, 130, 131, 135}, false, 0.25},
+      // ... with heads that a GPU's tensor cores take.
+      {4, 2, 128, {0, 5, 5, 300}, {0, 130, 131, 435}, false, 0.1, true},
+      {3, 3, 64, {0, 200, 456}, {0, 333, 461}, false, 0.125, true},
       {1, 1, 1, {0, 1}, {0, 1}, true, 1.0},
   };
 }

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
+#include "stretto/core/log.h"
 #include "stretto/data/length_distribution.h"
 #include "stretto/plan/sequence_plan.h"
 #include "stretto/train/flops.h"
@@ -145,6 +146,12 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
       for (size_t i = 0; i < steps.size(); ++i) {
         m.seconds[i].push_back(1e-3 * steps[i].step_ms);
         m.exposed += 1e-3 * steps[i].comm_exposed_ms / static_cast<double>(steps.size());
+      }
+      if (world.rank() == 0 && !steps.empty()) {
+        double sum = 0;
+        for (const auto& of_batch : m.seconds) sum += of_batch.back();
+        LogInfo(absl::StrFormat("round %d of %d, %s: %.0f ms a step", round + 1, options.rounds,
+                                m.name, 1e3 * sum / static_cast<double>(steps.size())));
       }
     }
   }

@@ -136,6 +136,15 @@ __device__ void ToOperand(Operand& a, const float (&d)[32]) {
 // Blocks that have the rows of a sequence.
 __device__ inline int BlocksOf(int rows) { return (rows + kBlock - 1) / kBlock; }
 
+// Frees a block of the other side unread, once it is there: who frees it earlier may free the one
+// before it in its place, for a warpgroup that still reads that.
+template <class M>
+__device__ void Skip(M& memory, Ring<M::kStages>* other) {
+  Wait(&memory.other_full[other->place], other->parity);
+  ArriveWarp(&memory.other_empty[other->place]);
+  other->Next();
+}
+
 // A thread's part of a warpgroup's scores [64 x 64]: its first row (the other is 8 further) and
 // column.
 struct Lanes {
@@ -270,8 +279,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (blocks > 0) ArriveWarp(&memory.other_empty[other.Before()]);
       // The first warpgroup does not see the last block.
       if (kCausal && group + 1 < kConsumers) {
-        ArriveWarp(&memory.other_empty[other.place]);
-        other.Next();
+        Skip(memory, &other);
       }
       if (!kHeld) ArriveWarp(&memory.own_empty[own.place]);
       own.Next();
@@ -353,8 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       const int blocks = loaded - skipped;
       for (int h = 0; h < shared_by; ++h) {
         if (skipped > 0) {
-          ArriveWarp(&memory.other_empty[other.place]);
-          other.Next();
+          Skip(memory, &other);
         }
         for (int b = 0; b < blocks; ++b) {
           const auto& [queries, d_o] = memory.other[other.place];

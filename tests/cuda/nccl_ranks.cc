@@ -1,7 +1,7 @@
 // The communicator on GPUs, one for each rank, under mpirun: every collective against the host's
 // reference, the order of operations, waits between streams, submission far ahead of the device,
 // bytes counted, and the trainer against itself on one GPU. Prints SKIP where there are fewer GPUs
-// than ranks.
+// than ranks. usage: nccl_ranks [collectives|layouts|documents], all of them by default
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -659,11 +659,8 @@ absl::Status CheckDocuments(World& world, const testing::ScratchDirectory& scrat
   return absl::OkStatus();
 }
 
-absl::Status RunAll(World& world) {
+absl::Status CheckCollectives(World& world) {
   const Device device = Device::Cuda(world.info().local_rank);
-  STRETTO_ASSIGN_OR_RETURN(const bool gpus, testing::EveryRankHasAGpu(world));
-  if (!gpus) return absl::OkStatus();
-  const testing::ScratchDirectory scratch;
   STRETTO_ASSIGN_OR_RETURN(const uint64_t first, RunCases(world, device));
   STRETTO_ASSIGN_OR_RETURN(const uint64_t second, RunCases(world, device));
   STRETTO_RETURN_IF_ERROR(world.Agree(
@@ -672,9 +669,23 @@ absl::Status RunAll(World& world) {
   STRETTO_RETURN_IF_ERROR(world.Agree("far ahead", CheckFarAhead(world, device)));
   STRETTO_RETURN_IF_ERROR(world.Agree("large at once", CheckLargeAtOnce(world, device)));
   STRETTO_RETURN_IF_ERROR(world.Agree("bytes", CheckBytes(world, device)));
-  STRETTO_RETURN_IF_ERROR(world.Agree("alone", CheckAlone(device)));
-  STRETTO_RETURN_IF_ERROR(world.Agree("trainer", CheckTrainer(world, scratch)));
-  STRETTO_RETURN_IF_ERROR(world.Agree("documents", CheckDocuments(world, scratch)));
+  return world.Agree("alone", CheckAlone(device));
+}
+
+const char* part = "";  // empty: all
+
+absl::Status RunAll(World& world) {
+  STRETTO_ASSIGN_OR_RETURN(const bool gpus, testing::EveryRankHasAGpu(world));
+  if (!gpus) return absl::OkStatus();
+  const testing::ScratchDirectory scratch;
+  const auto wanted = [](const char* name) { return part[0] == 0 || std::string(part) == name; };
+  if (wanted("collectives")) STRETTO_RETURN_IF_ERROR(CheckCollectives(world));
+  if (wanted("layouts")) {
+    STRETTO_RETURN_IF_ERROR(world.Agree("trainer", CheckTrainer(world, scratch)));
+  }
+  if (wanted("documents")) {
+    STRETTO_RETURN_IF_ERROR(world.Agree("documents", CheckDocuments(world, scratch)));
+  }
   // Nobody removes the files that another rank still reads.
   return world.Barrier("end");
 }
@@ -682,7 +693,8 @@ absl::Status RunAll(World& world) {
 }  // namespace
 }  // namespace stretto
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1) stretto::part = argv[1];
   // Delays before each operation must not change a bit, nor make two ranks wait for each other.
   return stretto::testing::RankMain(stretto::RunAll, {.random_delay_us = 200, .delay_seed = 7});
 }

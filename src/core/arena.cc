@@ -127,6 +127,27 @@ Arena& Arena::operator=(Arena&& other) noexcept {
   return *this;
 }
 
+absl::StatusOr<HostRegistration> HostRegistration::Create(Device device, std::byte* memory,
+                                                          int64_t bytes) {
+  const DeviceRuntime* runtime = RuntimeOf(device.kind);
+  if (runtime == nullptr) return HostRegistration(device, nullptr);
+  STRETTO_RETURN_IF_ERROR(runtime->RegisterHost(device.index, memory, bytes));
+  return HostRegistration(device, memory);
+}
+
+HostRegistration::~HostRegistration() {
+  if (memory_ != nullptr) RuntimeOf(device_.kind)->UnregisterHost(memory_);
+}
+
+HostRegistration::HostRegistration(HostRegistration&& other) noexcept
+    : device_(other.device_), memory_(std::exchange(other.memory_, nullptr)) {}
+
+HostRegistration& HostRegistration::operator=(HostRegistration&& other) noexcept {
+  std::swap(device_, other.device_);
+  std::swap(memory_, other.memory_);
+  return *this;
+}
+
 void Arena::Release() {
   if (data_ == nullptr) return;
   if (device_.kind == DeviceKind::kCpu) {

@@ -23,4 +23,9 @@ absl::StatusOr<DeviceInfo> DescribeDevice(Device device) {
   return runtime->Describe(device.index);
 }
 
+absl::Status UseDevice(Device device) {
+  const DeviceRuntime* runtime = RuntimeOf(device.kind);
+  return runtime == nullptr ? absl::OkStatus() : runtime->Use(device.index);
+}
+
 }  // namespace stretto

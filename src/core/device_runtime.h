@@ -64,6 +64,12 @@ class DeviceRuntime {
   // read and write at the same address.
   virtual absl::StatusOr<std::byte*> AllocateHost(int index, int64_t bytes) const = 0;
   virtual void FreeHost(std::byte* memory) const = 0;
+  // Makes host memory that somebody else allocated what AllocateHost gives, or undoes it. `memory`
+  // lies on a page and `bytes` is a multiple of pages.
+  virtual absl::Status RegisterHost(int index, std::byte* memory, int64_t bytes) const = 0;
+  virtual void UnregisterHost(std::byte* memory) const = 0;
+  // For the calling thread.
+  virtual absl::Status Use(int index) const = 0;
   virtual absl::StatusOr<std::unique_ptr<DeviceQueue>> CreateQueue(
       int index, const StreamOptions& options) const = 0;
   // With room for `count` marks.

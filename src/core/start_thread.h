@@ -6,6 +6,7 @@
 #include <system_error>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "stretto/core/status.h"
@@ -23,6 +24,20 @@ absl::StatusOr<std::thread> StartThread(const std::string& whose, Body&& body) {
                                                      " could not be started: ", error.what(),
                                                      "; raise the limit on threads (ulimit -u)"));
   }
+}
+
+// Calls body(0) here and body(1) .. body(threads - 1) in threads of their own, as many as the
+// system gives; returns when all have. For bodies that share work out among those who are there.
+template <class Body>
+void OnThreads(int threads, const std::string& whose, const Body& body) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) {
+    absl::StatusOr<std::thread> thread = StartThread(whose, [&body, i] { body(i); });
+    if (!thread.ok()) break;
+    others.push_back(*std::move(thread));
+  }
+  body(0);
+  for (std::thread& thread : others) thread.join();
 }
 
 }  // namespace stretto

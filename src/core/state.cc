@@ -115,6 +115,12 @@ const StateEntry* StateRegistry::Find(const std::string& name) const {
   return it == index_.end() ? nullptr : &entries_[it->second.front()];
 }
 
+void StateRegistry::SetUpdatePart(const std::string& name, int part) {
+  const auto found = index_.find(name);
+  if (found == index_.end()) return;
+  for (const std::size_t i : found->second) entries_[i].update_part = part;
+}
+
 void StateRegistry::SetEpoch(int64_t epoch) {
   for (StateEntry& entry : entries_) entry.epoch = epoch;
 }

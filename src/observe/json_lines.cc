@@ -91,6 +91,7 @@ std::string StepStatsJson(const StepStats& s, double unix_seconds) {
   record["exposed_context_ms"] = s.exposed_context_ms;
   record["exposed_pipeline_ms"] = s.exposed_pipeline_ms;
   record["exposed_world_ms"] = s.exposed_world_ms;
+  record["exposed_snapshot_ms"] = s.exposed_snapshot_ms;
   record["time"] = unix_seconds;
   return record.dump();
 }

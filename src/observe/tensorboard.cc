@@ -147,6 +147,7 @@ absl::Status TensorBoardSink::Write(const StepStats& s) {
   AppendScalar("perf/exposed_context_ms", s.exposed_context_ms, &summary);
   AppendScalar("perf/exposed_pipeline_ms", s.exposed_pipeline_ms, &summary);
   AppendScalar("perf/exposed_world_ms", s.exposed_world_ms, &summary);
+  AppendScalar("perf/exposed_snapshot_ms", s.exposed_snapshot_ms, &summary);
   if (s.mfu_causal > 0) AppendScalar("perf/mfu_causal", s.mfu_causal, &summary);
   if (s.mfu_palm > 0) AppendScalar("perf/mfu_palm", s.mfu_palm, &summary);
   AppendScalar("perf/memory_gib", static_cast<double>(s.memory_bytes) / (1 << 30), &summary);

@@ -61,13 +61,23 @@ int64_t OptimizerTable::Bytes(const std::vector<int64_t>& elements) {
   return TableBytes(entries, chunks);
 }
 
+OptimizerShards OptimizerTable::Part(int64_t first, int64_t count) const {
+  const int64_t begin = chunks_before_[static_cast<size_t>(first)];
+  OptimizerShards part = shards_;
+  part.chunk_count = chunks_before_[static_cast<size_t>(first + count)] - begin;
+  if (part.chunk_count > 0) part.chunks += begin;
+  return part;
+}
+
 absl::StatusOr<OptimizerTable> OptimizerTable::Create(Device device,
                                                       const std::vector<OptimizerItem>& items) {
   std::vector<OptimizerEntry> entries;
   std::vector<OptimizerChunk> chunks;
+  OptimizerTable table;
   const OptimizerItem* first = nullptr;
   for (size_t i = 0; i < items.size(); ++i) {
     const OptimizerItem& item = items[i];
+    table.chunks_before_.push_back(static_cast<int64_t>(chunks.size()));
     if (item.param.elements() == 0) continue;
     if (first == nullptr) first = &item;
     if (const char* rule = Misfit(item, *first, device); rule != nullptr) {
@@ -90,7 +100,7 @@ absl::StatusOr<OptimizerTable> OptimizerTable::Create(Device device,
       chunks.push_back({.entry = entry, .index = static_cast<int32_t>(k)});
     }
   }
-  OptimizerTable table;
+  table.chunks_before_.push_back(static_cast<int64_t>(chunks.size()));
   const int64_t entry_bytes = TableBytes(static_cast<int64_t>(entries.size()), 0);
   const int64_t bytes = entry_bytes + TableBytes(0, static_cast<int64_t>(chunks.size()));
   STRETTO_ASSIGN_OR_RETURN(table.memory_, Arena::Create(device, "optimizer table", bytes));

@@ -111,14 +111,28 @@ void PrepareStep(Context c, Tensor scalars, double max_norm, double max_loss) {
   if (check.ok()) c.kernels->optimizer->PrepareStep(*c.stream, scalars, max_norm, max_loss);
 }
 
-void AdamW(Context c, const OptimizerTable& table, const AdamWArgs& a) {
+namespace {
+
+void AdamWOf(Context c, const OptimizerTable& table, const OptimizerShards& shards,
+             const AdamWArgs& a) {
   Check check(c, "AdamW", {{"scalars", a.scalars}});
   check.Supported(table.shards().param)
       .That(table.device().kind == c.kernels->device, "the table must be on the kernels' device")
       .That(a.scalars.present() && Is(a.scalars, DType::kF64, {StepScalars::kCount}),
             "scalars must be f64[StepScalars::kCount]")
       .That(a.step >= 1, "step must count from 1");
-  if (check.ok()) c.kernels->optimizer->AdamW(*c.stream, table.shards(), a);
+  if (check.ok()) c.kernels->optimizer->AdamW(*c.stream, shards, a);
+}
+
+}  // namespace
+
+void AdamW(Context c, const OptimizerTable& table, const AdamWArgs& a) {
+  AdamWOf(c, table, table.shards(), a);
+}
+
+void AdamW(Context c, const OptimizerTable& table, const AdamWArgs& a, int64_t first,
+           int64_t count) {
+  AdamWOf(c, table, table.Part(first, count), a);
 }
 
 void Zero(Context c, Tensor x) {

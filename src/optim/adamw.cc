@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "stretto/core/rng.h"
 #include "stretto/optim/optimizer.h"
 
@@ -97,6 +99,10 @@ absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const Graph& graph,
   }
   std::vector<OptimizerItem> all, counted;
   const bool numbered = DrawsNumbers(graph.dtype, options);
+  int64_t written = bytes.state;  // by the whole update
+  for (const ParameterShard& shard : adamw->shards_) written += shard.value.bytes();
+  const int64_t part_bytes = std::max(options.part_bytes, written / kMostParts + 1);
+  int64_t in_part = 0;
   for (const ParameterShard& shard : adamw->shards_) {
     const ParameterInfo& info = graph.parameters[shard.param.value];
     // Of the gradient's shape, and of the device's kernels wherever it lies.
@@ -116,6 +122,14 @@ absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const Graph& graph,
     item.decay = info.spec.weight_decay;
     item.key = Rng(options.seed, "round/" + info.spec.name).key();
     adamw->items_.push_back(item);
+    if (in_part >= part_bytes || adamw->part_ends_.empty()) {
+      adamw->part_ends_.push_back(0);
+      in_part = 0;
+    }
+    adamw->parts_.push_back(adamw->parts() - 1);
+    for (const Tensor* t : {&item.param, &item.m, &item.v, &item.master}) {
+      if (t->present()) in_part += t->bytes();
+    }
     for (const ItemRows& part :
          RowsOfItems(info, {shard.first_row, shard.value.rows()}, numbered)) {
       OptimizerItem rows = item;
@@ -126,6 +140,7 @@ absl::StatusOr<std::unique_ptr<AdamW>> AdamW::Create(const Graph& graph,
       all.push_back(rows);
       if (info.owned) counted.push_back(rows);
     }
+    adamw->part_ends_.back() = static_cast<int64_t>(all.size());
   }
   STRETTO_ASSIGN_OR_RETURN(adamw->table_, OptimizerTable::Create(device, all));
   if (counted.size() != all.size()) {
@@ -146,18 +161,26 @@ void AdamW::AddSumSquares(Tensor scalars) const {
                      counted_ ? *counted_ : table_);
 }
 
-void AdamW::Step(Tensor scalars, double lr, int64_t step) const {
-  ops::AdamW(ops_, table_,
-             {.scalars = scalars,
-              .lr = lr,
-              .beta1 = options_.beta1,
-              .beta2 = options_.beta2,
-              .eps = options_.eps,
-              .weight_decay = options_.weight_decay,
-              .step = step});
+void AdamW::Step(Tensor scalars, double lr, int64_t step,
+                 const std::function<void(int part)>& before) const {
+  const AdamWArgs args = {.scalars = scalars,
+                          .lr = lr,
+                          .beta1 = options_.beta1,
+                          .beta2 = options_.beta2,
+                          .eps = options_.eps,
+                          .weight_decay = options_.weight_decay,
+                          .step = step};
+  if (!before) return ops::AdamW(ops_, table_, args);
+  int64_t first = 0;
+  for (int part = 0; part < parts(); ++part) {
+    before(part);
+    const int64_t end = part_ends_[static_cast<size_t>(part)];
+    ops::AdamW(ops_, table_, args, first, end - first);
+    first = end;
+  }
 }
 
-absl::Status AdamW::Register(StateRegistry* registry) const {
+absl::Status AdamW::Register(StateRegistry* registry, int first_part) const {
   for (size_t i = 0; i < items_.size(); ++i) {
     const OptimizerItem& item = items_[i];
     const ParameterInfo& info = graph_.parameters[shards_[i].param.value];
@@ -169,6 +192,9 @@ absl::Status AdamW::Register(StateRegistry* registry) const {
     STRETTO_RETURN_IF_ERROR(add("optim.exp_avg.", item.m));
     STRETTO_RETURN_IF_ERROR(add("optim.exp_avg_sq.", item.v));
     if (item.master.present()) STRETTO_RETURN_IF_ERROR(add("optim.master.", item.master));
+    for (const char* prefix : {"", "optim.exp_avg.", "optim.exp_avg_sq.", "optim.master."}) {
+      registry->SetUpdatePart(prefix + info.spec.name, first_part + parts_[i]);
+    }
   }
   return absl::OkStatus();
 }

@@ -19,7 +19,6 @@
 #include "src/core/format.h"
 #include "src/core/start_thread.h"
 #include "src/snapshot/file_io.h"
-#include "stretto/core/copy.h"
 
 namespace stretto {
 namespace {
@@ -149,7 +148,9 @@ SlotMemory::SlotMemory(std::string name, std::byte* base, int64_t capacity)
 
 SlotMemory::~SlotMemory() { munmap(base_, static_cast<size_t>(kPage + capacity_)); }
 
-std::byte* SlotMemory::payload() const { return base_ + kPage; }
+int64_t SlotMemory::mapped_bytes() const {
+  return (kPayloadOffset + capacity_ + kPage - 1) / kPage * kPage;
+}
 
 void SlotMemory::Unlink() { shm_unlink(name_.c_str()); }
 
@@ -229,14 +230,7 @@ absl::Status SlotMemory::Prefault(int threads) {
       }
     }
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) {
-    absl::StatusOr<std::thread> thread = StartThread("prefaulting snapshots", touch);
-    if (!thread.ok()) break;  // fewer do it as well
-    others.push_back(*std::move(thread));
-  }
-  touch();
-  for (std::thread& thread : others) thread.join();
+  OnThreads(threads, "prefaulting snapshots", [&](int) { touch(); });
   if (error == 0) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat("no memory for a slot of a snapshot of ",
                                                    HumanBytes(bytes), ": ", std::strerror(error),
@@ -328,35 +322,27 @@ absl::Status SlotMemory::VerifyData(const SlotContents& contents) const {
   for (const SlotEntry& entry : contents.entries) {
     if (entry.bytes == 0) continue;
     if (XXH3_64bits(payload() + entry.offset, static_cast<size_t>(entry.bytes)) != entry.checksum) {
-      return absl::DataLossError(absl::StrCat("/dev/shm", name_, ": the bytes of ", entry.name,
-                                              " are not those that were written"));
+      return Damaged(entry);
     }
   }
   return absl::OkStatus();
 }
 
-absl::Status FillSlot(const StateRegistry& registry, SlotContents* contents, SlotMemory& slot,
-                      SlotHeader* header) {
-  size_t next = 0;
-  for (const StateEntry& entry : registry.entries()) {
-    SlotEntry& planned = contents->entries[next++];
-    if (planned.bytes == 0) continue;
-    if (planned.offset + planned.bytes > slot.capacity()) {
-      return absl::ResourceExhaustedError("the slot is smaller than the rank's state");
-    }
-    std::byte* to = slot.payload() + planned.offset;
-    STRETTO_RETURN_IF_ERROR(CopyToHost(to, entry.local));
-    planned.checksum = XXH3_64bits(to, static_cast<size_t>(planned.bytes));
-  }
-  const std::string text = EncodeContents(*contents);
+absl::Status SlotMemory::Damaged(const SlotEntry& entry) const {
+  return absl::DataLossError(absl::StrCat("/dev/shm", name_, ": the bytes of ", entry.name,
+                                          " are not those that were written"));
+}
+
+absl::Status FinishSlot(const SlotContents& contents, SlotMemory& slot, SlotHeader* header) {
+  const std::string text = EncodeContents(contents);
   const auto size = static_cast<int64_t>(text.size());
-  if (size > slot.capacity() - contents->data_bytes) {
+  if (size > slot.capacity() - contents.data_bytes) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "the table of contents of a snapshot has outgrown its slot by ",
-        size - (slot.capacity() - contents->data_bytes), " bytes: the trainer's state has grown"));
+        size - (slot.capacity() - contents.data_bytes), " bytes: the trainer's state has grown"));
   }
-  std::memcpy(slot.payload() + contents->data_bytes, text.data(), text.size());
-  header->payload_bytes = contents->data_bytes + size;
+  std::memcpy(slot.payload() + contents.data_bytes, text.data(), text.size());
+  header->payload_bytes = contents.data_bytes + size;
   header->contents_bytes = size;
   header->contents_checksum = HashOf(text);
   return absl::OkStatus();

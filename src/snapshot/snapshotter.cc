@@ -19,7 +19,7 @@
 #include "src/core/start_thread.h"
 #include "src/snapshot/keeper_wire.h"
 #include "src/snapshot/restore_boxes.h"
-#include "stretto/core/copy.h"
+#include "src/snapshot/slot_copies.h"
 #include "stretto/core/log.h"
 #include "stretto/snapshot/slot.h"
 
@@ -33,6 +33,7 @@ using snapshot_internal::ReaderOn;
 using snapshot_internal::ReceiveAnswer;
 using snapshot_internal::Restorable;
 using snapshot_internal::SendFrame;
+using snapshot_internal::SlotCopies;
 
 // A keeper answers at once, save when it is asked what can be restored.
 constexpr auto kPatience = std::chrono::seconds(30);
@@ -118,12 +119,21 @@ struct Snapshotter::Impl {
   bool busy = false, end = false, broken = false;
   int64_t epoch = 0;
   std::string trainer_state;
+  std::vector<int64_t> missed;  // steps to be captured while another one was
   std::thread thread;
-  int64_t captured = 0, passed = 0;
-  double waited = 0;
+  SnapshotStats stats;
+  std::unique_ptr<SlotCopies> copies;
 
   Impl(World& w, const StateRegistry& r, SnapshotterOptions o)
       : world(w), registry(r), options(std::move(o)) {}
+  ~Impl() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      end = true;
+    }
+    changed.notify_all();
+    if (thread.joinable()) thread.join();
+  }
 
   absl::Status Meet();
   absl::Status Attach(int local_ranks, uint64_t attempt);
@@ -131,6 +141,12 @@ struct Snapshotter::Impl {
   void Loop();
   // Whether the step was captured.
   absl::StatusOr<bool> CaptureNow();
+  // Asks the keeper for a slot. Null: it has none.
+  absl::StatusOr<std::shared_ptr<SlotMemory>> AskForSlot(int64_t of_epoch);
+  // Whether the snapshot counts.
+  absl::StatusOr<bool> Seal(int64_t of_epoch, bool whole, const SlotHeader& header);
+  // The keeper hears of a step that this rank has no part of: others may be writing it.
+  absl::Status PassOver(int64_t missed_epoch);
 };
 
 absl::Status Snapshotter::Impl::Meet() {
@@ -245,28 +261,27 @@ absl::StatusOr<std::unique_ptr<Snapshotter>> Snapshotter::Create(World& world,
   STRETTO_RETURN_IF_ERROR(impl->Meet());
   if (impl->options.keeper.empty()) return std::unique_ptr<Snapshotter>();
   Impl& i = *impl;
-  absl::StatusOr<std::thread> thread = StartThread("snapshots", [&i] { i.Loop(); });
-  if (thread.ok()) i.thread = *std::move(thread);
-  STRETTO_RETURN_IF_ERROR(world.Agree("starting snapshots", thread.status()));
+  i.stats.bytes = i.planned.data_bytes;
+  const auto start = [&]() -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(
+        i.copies, SlotCopies::Create(registry, i.planned,
+                                     {.device = i.options.device, .threads = i.options.threads}));
+    STRETTO_ASSIGN_OR_RETURN(i.thread, StartThread("snapshots", [&i] { i.Loop(); }));
+    return absl::OkStatus();
+  };
+  STRETTO_RETURN_IF_ERROR(world.Agree("starting snapshots", start()));
   return std::unique_ptr<Snapshotter>(new Snapshotter(std::move(impl)));
 }
 
 Snapshotter::Snapshotter(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Snapshotter::~Snapshotter() {
-  {
-    const std::lock_guard<std::mutex> lock(impl_->mutex);
-    impl_->end = true;
-  }
-  impl_->changed.notify_all();
-  if (impl_->thread.joinable()) impl_->thread.join();
-}
+Snapshotter::~Snapshotter() = default;
 
 const std::optional<RestorableSnapshot>& Snapshotter::restorable() const {
   return impl_->restorable;
 }
 bool Snapshotter::lost() const { return impl_->told.lost; }
 
-absl::Status Snapshotter::Restore(const StateRegistry& registry) {
+absl::Status Snapshotter::Restore() {
   Impl& s = *impl_;
   if (!s.restorable) return absl::NotFoundError("the keepers hold no snapshot");
   std::shared_ptr<SlotMemory> memory;
@@ -281,21 +296,18 @@ absl::Status Snapshotter::Restore(const StateRegistry& registry) {
                                               header.id.epoch, ", not ", s.told.id.epoch));
     }
     if (header.layout == s.layout && header.world_size == s.world.size()) {
-      STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents));
+      STRETTO_RETURN_IF_ERROR(s.copies->Verify(*memory, contents));
     } else {
       memory.reset();
     }
   }
+  if (memory != nullptr) STRETTO_RETURN_IF_ERROR(s.copies->Restore(*memory, contents));
   std::optional<BoxSource> others;
   size_t index = 0;
-  for (const StateEntry& entry : registry.entries()) {
+  for (const StateEntry& entry : s.registry.entries()) {
     const size_t i = index++;
     if (entry.local.bytes() == 0) continue;
-    if (memory != nullptr && contents.entries[i].bytes == entry.local.bytes()) {
-      STRETTO_RETURN_IF_ERROR(
-          CopyFromHost(entry.local, memory->payload() + contents.entries[i].offset));
-      continue;
-    }
+    if (memory != nullptr && contents.entries[i].bytes == entry.local.bytes()) continue;
     if (!others) {
       others.emplace(s.told, s.options.token, s.keeper.job);
       STRETTO_RETURN_IF_ERROR(others->Open());
@@ -311,24 +323,31 @@ void Snapshotter::Impl::Loop() {
     changed.wait(lock, [this] { return busy || end; });
     if (!busy) return;
     lock.unlock();
-    const absl::StatusOr<bool> done = CaptureNow();
+    absl::StatusOr<bool> done = CaptureNow();
+    copies->End();
+    absl::Status status = done.status();
     lock.lock();
+    if (status.ok()) ++(*done ? stats.captured : stats.passed_over);
+    while (status.ok() && !missed.empty()) {
+      const std::vector<int64_t> epochs = std::exchange(missed, {});
+      stats.passed_over += static_cast<int64_t>(epochs.size());
+      lock.unlock();
+      for (const int64_t missed_epoch : epochs) status.Update(PassOver(missed_epoch));
+      lock.lock();
+    }
     busy = false;
-    if (!done.ok()) {
+    if (!status.ok()) {
       broken = true;
-      LogWarning(absl::StrCat("no snapshot of step ", epoch, ": ",
-                              std::string(done.status().message()),
+      LogWarning(absl::StrCat("no snapshot of step ", epoch, ": ", std::string(status.message()),
                               ". Training goes on without snapshots."));
-    } else {
-      ++(*done ? captured : passed);
     }
     changed.notify_all();
   }
 }
 
-absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
+absl::StatusOr<std::shared_ptr<SlotMemory>> Snapshotter::Impl::AskForSlot(int64_t of_epoch) {
   wire::Writer begin;
-  begin.Int(KeeperKind::kBegin).Int(epoch);
+  begin.Int(KeeperKind::kBegin).Int(of_epoch);
   STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, begin, net::After(kPatience)));
   STRETTO_ASSIGN_OR_RETURN(const std::string answer,
                            ReceiveAnswer(keeper.fd, net::After(kPatience)));
@@ -337,59 +356,102 @@ absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
   const std::string name = in.Text(), why = in.Text();
   if (!in.ok()) return absl::DataLossError("the keeper sent a malformed answer");
   if (slot < 0) {
-    LogDebug(absl::StrCat("step ", epoch, " is passed over by snapshots: ", why));
-    return false;
+    LogDebug(absl::StrCat("step ", of_epoch, " is passed over by snapshots: ", why));
+    return std::shared_ptr<SlotMemory>();
   }
   std::shared_ptr<SlotMemory>& memory = slots[slot];
-  absl::Status filled;
-  if (memory == nullptr || memory->name() != name) {
-    absl::StatusOr<std::shared_ptr<SlotMemory>> opened = SlotMemory::Open(name);
-    filled = opened.status();
-    memory = opened.ok() ? *std::move(opened) : nullptr;
+  if (memory != nullptr && memory->name() == name) return memory;
+  absl::StatusOr<std::shared_ptr<SlotMemory>> opened = SlotMemory::Open(name);
+  memory = opened.ok() ? *opened : nullptr;
+  if (!opened.ok()) {
+    STRETTO_RETURN_IF_ERROR(Seal(of_epoch, /*whole=*/false, {}).status());
   }
-  SlotHeader header;
-  planned.trainer_state = trainer_state;
-  if (filled.ok()) filled = FillSlot(registry, &planned, *memory, &header);
+  return opened;
+}
+
+absl::StatusOr<bool> Snapshotter::Impl::Seal(int64_t of_epoch, bool whole,
+                                             const SlotHeader& header) {
   wire::Writer seal;
-  seal.Int(KeeperKind::kSeal).Int(epoch).Int(static_cast<uint8_t>(filled.ok()));
+  seal.Int(KeeperKind::kSeal).Int(of_epoch).Int(static_cast<uint8_t>(whole));
   seal.Int(header.payload_bytes).Int(header.contents_bytes).Int(header.contents_checksum);
   STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, seal, net::After(kPatience)));
   STRETTO_ASSIGN_OR_RETURN(const std::string sealed,
                            ReceiveAnswer(keeper.fd, net::After(kPatience)));
-  STRETTO_RETURN_IF_ERROR(filled);
   wire::Reader counts = ReaderOn(sealed);
   return counts.Int<uint8_t>() != 0 && counts.ok();
 }
 
-void Snapshotter::Capture(int64_t epoch, std::string trainer_state) {
-  Wait();
+absl::Status Snapshotter::Impl::PassOver(int64_t missed_epoch) {
+  STRETTO_ASSIGN_OR_RETURN(const std::shared_ptr<SlotMemory> slot, AskForSlot(missed_epoch));
+  return slot == nullptr ? absl::OkStatus() : Seal(missed_epoch, /*whole=*/false, {}).status();
+}
+
+absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
+  const auto start = std::chrono::steady_clock::now();
+  STRETTO_ASSIGN_OR_RETURN(const std::shared_ptr<SlotMemory> slot, AskForSlot(epoch));
+  if (slot == nullptr) return false;
+  if (copies->WantsRegistration(slot)) {
+    // This takes longer than a step. The slot stays free meanwhile, and training goes on.
+    copies->End();
+    STRETTO_RETURN_IF_ERROR(Seal(epoch, /*whole=*/false, {}).status());
+    const absl::Status registered = copies->Register(slot);
+    if (!registered.ok()) {
+      LogWarning(absl::StrCat("the driver does not page-lock the keeper's memory (",
+                              std::string(registered.message()),
+                              "); snapshots go through a ring of page-locked memory, which is "
+                              "slower"));
+    }
+    return false;
+  }
+  planned.trainer_state = trainer_state;
+  SlotHeader header;
+  absl::Status filled = copies->Capture(slot, &planned);
+  copies->End();
+  if (filled.ok()) filled = FinishSlot(planned, *slot, &header);
+  STRETTO_ASSIGN_OR_RETURN(const bool counts, Seal(epoch, filled.ok(), header));
+  STRETTO_RETURN_IF_ERROR(filled);
+  if (counts) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    stats.copy_seconds = copies->copy_seconds();
+    stats.seal_seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  return counts;
+}
+
+void Snapshotter::Capture(int64_t epoch, std::string trainer_state, const Event& after) {
   const std::lock_guard<std::mutex> lock(impl_->mutex);
   if (impl_->broken) return;
+  if (impl_->busy) {
+    impl_->missed.push_back(epoch);
+    return;
+  }
   impl_->epoch = epoch;
   impl_->trainer_state = std::move(trainer_state);
+  impl_->copies->Begin(after);
   impl_->busy = true;
   impl_->changed.notify_all();
 }
 
-void Snapshotter::Wait() {
-  std::unique_lock<std::mutex> lock(impl_->mutex);
-  if (!impl_->busy) return;
+void Snapshotter::WaitForPart(Stream& stream, int part) {
+  if (!copying()) return;
   const auto start = std::chrono::steady_clock::now();
-  impl_->changed.wait(lock, [this] { return !impl_->busy; });
-  impl_->waited += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  impl_->copies->WaitForPart(stream, part);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  impl_->stats.waited_seconds += seconds.count();
 }
 
-int64_t Snapshotter::captured() const {
-  const std::lock_guard<std::mutex> lock(impl_->mutex);
-  return impl_->captured;
+bool Snapshotter::copying() const { return impl_->copies->under_way(); }
+
+void Snapshotter::Wait() {
+  std::unique_lock<std::mutex> lock(impl_->mutex);
+  impl_->changed.wait(lock, [this] { return !impl_->busy; });
 }
-int64_t Snapshotter::passed_over() const {
+
+SnapshotStats Snapshotter::stats() const {
   const std::lock_guard<std::mutex> lock(impl_->mutex);
-  return impl_->passed;
-}
-double Snapshotter::waited_seconds() const {
-  const std::lock_guard<std::mutex> lock(impl_->mutex);
-  return impl_->waited;
+  return impl_->stats;
 }
 
 }  // namespace stretto

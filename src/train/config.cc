@@ -197,6 +197,11 @@ void TrainConfig::Snapshot::Visit(ConfigVisitor& v) {
       "is restored",
       {.min = 0});
   v.Field(
+      "part_bytes", &part_bytes,
+      "bytes of state that the optimizer updates at once while a snapshot is being copied; each "
+      "such part waits for its own copy",
+      {.min = 1});
+  v.Field(
       "keeper", &keeper,
       "this node's stretto-keeper: the path of its socket or host:port; empty: what STRETTO_KEEPER "
       "says, if anything");

@@ -63,7 +63,8 @@ AdamWOptions OptimizerOptions(const TrainConfig& config) {
           .bf16_moments = o.moments == "bf16",
           .masters = o.masters,
           .offload = o.offload,
-          .seed = static_cast<uint64_t>(config.seed)};
+          .seed = static_cast<uint64_t>(config.seed),
+          .part_bytes = config.snapshot.part_bytes};
 }
 
 int64_t DeviceWorkspaceBytes(DeviceKind device) {

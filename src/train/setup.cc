@@ -251,7 +251,10 @@ absl::Status Trainer::Impl::SetUpModel() {
       "planning the memory",
       planned.ok() ? CheckMemory(*planned, config, world, stream->device()) : planned.status()));
   plan = *std::move(planned);
-  timer->Reserve(2 * WaitsOfStep(plan));  // a phase begins with each wait, and another behind it
+  timer->Reserve(
+      2 * (WaitsOfStep(plan) +
+           static_cast<int64_t>(plan.stages.size()) *
+               (AdamW::kMostParts + 1)));  // a phase begins with each wait, and another behind it
   const Graph& graph = first_graph();
   const DType dtype = graph.dtype;
   std::vector<StageMemory> memory;
@@ -312,6 +315,7 @@ absl::Status Trainer::Impl::SetUpModel() {
   }
   STRETTO_ASSIGN_OR_RETURN(Program forward, EvaluationProgram(config));
   evaluation_program.emplace(std::move(forward), pp_group.index);
+  int update_parts = 0;
   for (size_t i = 0; i < stages.size(); ++i) {
     Stage& stage = stages[i];
     stage.run.emplace(ops());
@@ -324,7 +328,8 @@ absl::Status Trainer::Impl::SetUpModel() {
       run->SetContextAxis(context_axis.get());
     }
     STRETTO_RETURN_IF_ERROR(stage.dp->Register(&registry, plan.stages[i].copy));
-    STRETTO_RETURN_IF_ERROR(stage.optimizer->Register(&registry));
+    STRETTO_RETURN_IF_ERROR(stage.optimizer->Register(&registry, update_parts));
+    update_parts += stage.optimizer->parts();
   }
   if (plan.stages.front().stage == 0 && !plan.stages.back().copy.valid() && plan.step.stages > 1 &&
       config.model.tie_embeddings) {

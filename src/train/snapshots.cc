@@ -2,6 +2,7 @@
 // told of.
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <string>
 #include <utility>
 
@@ -28,6 +29,11 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
   options.token = Variable("STRETTO_JOB_TOKEN");
   options.timeout =
       std::chrono::milliseconds(static_cast<int64_t>(config.runtime.timeout_seconds * 1000));
+  options.device = stream->device();
+  // On the CPU training needs the cores; beside a GPU half of them have nothing to do.
+  const bool cpu = options.device.kind == DeviceKind::kCpu;
+  options.threads =
+      cpu ? 1 : static_cast<int>(std::clamp<int64_t>(config.runtime.threads / 2, 1, 8));
   STRETTO_ASSIGN_OR_RETURN(snapshots, Snapshotter::Create(world, registry, std::move(options)));
   if (snapshots == nullptr || config.checkpoint.resume == "never") return false;
   if (snapshots->lost() && world.rank() == 0) {
@@ -42,7 +48,7 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
   const auto load = [&]() -> absl::Status {
     STRETTO_ASSIGN_OR_RETURN(saved, ParseTrainerState(snapshot->trainer_state, source));
     STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, source));
-    return snapshots->Restore(registry);
+    return snapshots->Restore();
   };
   const absl::Status loaded = world.Agree("restoring a snapshot", load());
   if (!loaded.ok()) {
@@ -59,18 +65,41 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
   return true;
 }
 
+void Trainer::Impl::Snapshot() {
+  if (snapshots != nullptr) snapshots->Capture(state.step, ToJson(state), stream->Record());
+}
+
+void Trainer::Impl::WaitForSnapshot(int part) {
+  if (snapshots == nullptr || !snapshots->copying()) return;
+  const int before = timer->Begin(static_cast<int>(StepPhase::kExposedSnapshot));
+  snapshots->WaitForPart(*stream, part);
+  timer->Begin(before);
+}
+
+void Trainer::Impl::Update(double lr) {
+  int first_part = 0;
+  for (const Stage& stage : stages) {
+    const auto wait = [&](int part) { WaitForSnapshot(first_part + part); };
+    const bool copying = snapshots != nullptr && snapshots->copying();
+    stage.optimizer->Step(scalars, lr, state.applied + 1,
+                          copying ? std::function<void(int)>(std::cref(wait)) : nullptr);
+    first_part += stage.optimizer->parts();
+  }
+  WaitForSnapshot(-1);  // what follows the update writes the rest
+}
+
 void Trainer::Impl::FinishSnapshots() {
   if (snapshots == nullptr) return;
   snapshots->Wait();
-  const int64_t taken = snapshots->captured(), passed = snapshots->passed_over();
-  if (world.rank() != 0 || taken + passed == 0) return;
+  const SnapshotStats stats = snapshots->stats();
+  if (world.rank() != 0 || stats.captured + stats.passed_over == 0) return;
   LogInfo(absl::StrFormat(
-      "%d snapshots taken and %d passed over because no slot was free: one every %.1f steps; "
-      "training waited %.3f s for copies",
-      taken, passed,
-      static_cast<double>(config.snapshot.every * (taken + passed)) /
-          static_cast<double>(std::max<int64_t>(1, taken)),
-      snapshots->waited_seconds()));
+      "%d snapshots taken and %d passed over: one every %.1f steps; the host waited %.3f s for "
+      "copies to be enqueued",
+      stats.captured, stats.passed_over,
+      static_cast<double>(config.snapshot.every * (stats.captured + stats.passed_over)) /
+          static_cast<double>(std::max<int64_t>(1, stats.captured)),
+      stats.waited_seconds));
 }
 
 }  // namespace stretto

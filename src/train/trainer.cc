@@ -254,10 +254,8 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   ops::PrepareStep(ops(), scalars, config.optimizer.clip_norm, config.spikes.max_loss);
   const double lr = learning_rate->At(state.step);
   {
-    // The update changes what a snapshot of the step before may still be copying.
-    if (snapshots != nullptr) snapshots->Wait();
     const TraceSpan span(recorder, "compute", "optimizer", &*stream);
-    for (const Stage& stage : stages) stage.optimizer->Step(scalars, lr, state.applied + 1);
+    Update(lr);
   }
   STRETTO_RETURN_IF_ERROR(EndFloat8Step());
   CopyBytes(*stream, host_scalars, scalars.data, scalars.bytes());
@@ -317,6 +315,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   stats.exposed_context_ms = ms(StepPhase::kExposedContext);
   stats.exposed_pipeline_ms = ms(StepPhase::kExposedPipeline);
   stats.exposed_world_ms = ms(StepPhase::kExposedWorld);
+  stats.exposed_snapshot_ms = ms(StepPhase::kExposedSnapshot);
   stats.comm_exposed_ms = stats.exposed_data_ms + stats.exposed_tensor_ms +
                           stats.exposed_context_ms + stats.exposed_pipeline_ms +
                           stats.exposed_world_ms;
@@ -398,6 +397,13 @@ absl::Status Trainer::Save() {
   return t.checkpoints->Save(t.state.step, t.registry, ToJson(t.state));
 }
 
+void Trainer::Snapshot() { impl_->Snapshot(); }
+
+std::optional<SnapshotStats> Trainer::snapshot_stats() const {
+  if (impl_->snapshots == nullptr) return std::nullopt;
+  return impl_->snapshots->stats();
+}
+
 absl::Status Trainer::Finish() {
   Impl& t = *impl_;
   t.progress.Beat("finish", t.state.step);
@@ -451,7 +457,7 @@ absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
       STRETTO_RETURN_IF_ERROR(save());
     }
     if (t.snapshots != nullptr && every(t.state.step, t.config.snapshot.every) && sound) {
-      t.snapshots->Capture(t.state.step, ToJson(t.state));
+      t.Snapshot();
     }
     if (last && !sound) {
       const absl::Status finished = trainer.Finish();

@@ -150,6 +150,12 @@ struct Trainer::Impl {
   // Finds the keepers, if there are any, and restores from their memory; false: they have nothing
   // as new as step `newest`, or it cannot be read and there is a checkpoint (newest >= 0).
   absl::StatusOr<bool> RestoreSnapshot(int64_t newest);
+  // Begins one of the state as it is now, where there is a keeper.
+  void Snapshot();
+  // Work enqueued from now on may write what part `part` of the update does; -1: everything.
+  void WaitForSnapshot(int part);
+  // The optimizer of all stages, in parts where a snapshot still reads what it writes.
+  void Update(double lr);
   void FinishSnapshots();
   absl::Status MeasurePeak();
   // Runs one micro-batch of made-up tokens, so that libraries are loaded and what the backend

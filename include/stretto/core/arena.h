@@ -44,6 +44,24 @@ class Arena {
   int64_t bytes_ = 0;
 };
 
+// Host memory of somebody else, page-locked for a device while the object lives: the device copies
+// from and to it as from an arena of CreateHost. Movable, not copyable. A copy must not reach from
+// one registration into another, also where their memory is adjacent.
+class HostRegistration {
+ public:
+  // `memory` lies on a page and `bytes` is a multiple of pages. Takes seconds for some GiB. The
+  // driver's words where it refuses. Nothing on the CPU.
+  static absl::StatusOr<HostRegistration> Create(Device device, std::byte* memory, int64_t bytes);
+  ~HostRegistration();
+  HostRegistration(HostRegistration&& other) noexcept;
+  HostRegistration& operator=(HostRegistration&& other) noexcept;
+
+ private:
+  HostRegistration(Device device, std::byte* memory) : device_(device), memory_(memory) {}
+  Device device_;
+  std::byte* memory_ = nullptr;
+};
+
 }  // namespace stretto
 
 #endif  // STRETTO_CORE_ARENA_H_

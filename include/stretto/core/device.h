@@ -37,6 +37,10 @@ struct DeviceInfo {
 // is no driver or no such device, in one sentence that says what to do.
 absl::StatusOr<DeviceInfo> DescribeDevice(Device device);
 
+// What the calling thread asks of a backend from now on is for this device; every thread that works
+// with streams or memory of a device that is not the first does so once. Nothing on the CPU.
+absl::Status UseDevice(Device device);
+
 // A library of somebody else that a backend opens when it is first needed.
 struct LibraryInfo {
   std::string name;      // "cuBLASLt"

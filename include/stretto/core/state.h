@@ -30,6 +30,10 @@ struct StateEntry {
   int64_t first_column = 0;           // columns [first_column, first_column + local.dims[1])
   // false: another rank has the same box and saves it. A load fills it all the same.
   bool owned = true;
+  // The part of the optimizer's update that writes it, counted in the order in which parts run; -1:
+  // it is written after all of them. What copies the state copies the first parts first, and each
+  // part of the next update waits for its own copy.
+  int update_part = -1;
 
   // Elements of a row of the whole tensor.
   int64_t row_elements() const {
@@ -50,6 +54,8 @@ class StateRegistry {
   // The first box. Null when there is none. The pointer is valid until the next Add.
   const StateEntry* Find(const std::string& name) const;
   void SetEpoch(int64_t epoch);
+  // Of all boxes of that name, if there are any.
+  void SetUpdatePart(const std::string& name, int part);
   // Sum of local bytes.
   int64_t LocalBytes() const;
 

@@ -35,6 +35,8 @@ struct StepStats {
   double exposed_pipeline_ms = 0;  // for another stage: bubbles, and messages on their way
   double exposed_world_ms = 0;     // for the step's scalars, which all ranks sum
   double comm_exposed_ms = 0;      // the sum of the five
+  // Before parts of the update: for copies of a snapshot that were still reading what it writes.
+  double exposed_snapshot_ms = 0;
 };
 
 }  // namespace stretto

@@ -78,7 +78,10 @@ void LossFused(Context c, Tensor logits, Tensor losses, Tensor total, Tensor tar
 
 void AddSumSquares(Context c, Tensor total, const OptimizerTable& table);
 void PrepareStep(Context c, Tensor scalars, double max_norm, double max_loss);
+// All items of the table, or `count` of them from item `first` on.
 void AdamW(Context c, const OptimizerTable& table, const AdamWArgs& args);
+void AdamW(Context c, const OptimizerTable& table, const AdamWArgs& args, int64_t first,
+           int64_t count);
 
 void Zero(Context c, Tensor x);
 void Copy(Context c, Tensor y, Tensor x);

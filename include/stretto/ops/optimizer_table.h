@@ -71,11 +71,14 @@ class OptimizerTable {
   static int64_t Bytes(const std::vector<int64_t>& elements);
 
   const OptimizerShards& shards() const { return shards_; }
+  // Items [first, first + count) of those that Create was given, in their order.
+  OptimizerShards Part(int64_t first, int64_t count) const;
   Device device() const { return memory_.device(); }
 
  private:
   Arena memory_;
   OptimizerShards shards_;
+  std::vector<int64_t> chunks_before_;  // each item of Create, and at the end all chunks
 };
 
 }  // namespace stretto

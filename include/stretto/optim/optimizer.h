@@ -3,6 +3,7 @@
 #define STRETTO_OPTIM_OPTIMIZER_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -27,7 +28,9 @@ struct AdamWOptions {
   // is. No matter on the CPU.
   bool offload = false;
   uint64_t seed = 0;  // of stochastic rounding
-  ParamId without;    // a parameter that somebody else updates; invalid: none
+  // A part of the update (Step) is closed when what it writes reaches this size.
+  int64_t part_bytes = int64_t{64} << 20;
+  ParamId without;  // a parameter that somebody else updates; invalid: none
 };
 
 // AdamW (Loshchilov & Hutter, "Decoupled weight decay regularization", 2019) on this rank's shards.
@@ -42,15 +45,21 @@ class AdamW {
   // Adds the sum of squares of all gradient shards to scalars[kSumSquares] (this rank's part of
   // it), but for what another rank of a tensor axis has as well and counts (ParameterInfo::owned).
   void AddSumSquares(Tensor scalars) const;
-  // Updates all shards; `scalars` as PrepareStep left them. `step` counts from 1.
-  void Step(Tensor scalars, double lr, int64_t step) const;
+  // Updates all shards; `scalars` as PrepareStep left them. `step` counts from 1. With `before` the
+  // update goes part by part, and before(i) is called before part i is enqueued: for who reads the
+  // state still. The bits are the same.
+  void Step(Tensor scalars, double lr, int64_t step,
+            const std::function<void(int part)>& before = nullptr) const;
+  static constexpr int kMostParts = 128;
+  int parts() const { return static_cast<int>(part_ends_.size()); }
   // Master weights start as copies of the parameters; call again after parameters were loaded
   // without optimizer state.
   void ResetMasters() const;
 
   // Adds "optim.exp_avg.<name>", "optim.exp_avg_sq.<name>" and, with masters,
-  // "optim.master.<name>".
-  absl::Status Register(StateRegistry* registry) const;
+  // "optim.master.<name>"; notes for these and for the parameters that are registered already which
+  // part of the update writes them, where parts of others come first.
+  absl::Status Register(StateRegistry* registry, int first_part = 0) const;
   int64_t bytes() const { return state_.bytes(); }
 
   // What Create takes on a rank, for planners.
@@ -70,6 +79,8 @@ class AdamW {
   Arena state_;
   std::vector<ParameterShard> shards_;
   std::vector<OptimizerItem> items_;  // of the shards, in their order
+  std::vector<int> parts_;            // by shard: which part of the update it is in
+  std::vector<int64_t> part_ends_;    // by part: behind its last item of the table
   OptimizerTable table_;
   // Of what this rank counts in the global norm, where that is not all.
   std::optional<OptimizerTable> counted_;

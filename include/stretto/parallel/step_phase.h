@@ -21,6 +21,7 @@ enum class StepPhase : int {
   kExposedContext,   // for the ranks that share a document
   kExposedPipeline,  // for another stage: a schedule's bubbles, and messages on their way
   kExposedWorld,     // for the step's scalars, which all ranks sum: the slowest one
+  kExposedSnapshot,  // until copies have left what the update writes: for this rank's own keeper
   kUpdate,           // norm, clipping, optimizer
   kCount,
 };

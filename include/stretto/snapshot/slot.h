@@ -83,7 +83,11 @@ class SlotMemory {
 
   const std::string& name() const { return name_; }
   int64_t capacity() const { return capacity_; }
-  std::byte* payload() const;
+  std::byte* payload() const { return base_ + kPayloadOffset; }
+  // All of it, on whole pages.
+  std::byte* mapping() const { return base_; }
+  int64_t mapped_bytes() const;
+  static constexpr int64_t kPayloadOffset = 4096;  // the header's page
   // Touches all pages, with `threads` of them: the first touch of shared memory is slow (0.25 GB/s
   // by one thread), and where memory is short it is better to learn it here than by SIGBUS.
   absl::Status Prefault(int threads);
@@ -98,6 +102,8 @@ class SlotMemory {
                                             SlotHeader* header = nullptr) const;
   // DATA_LOSS names the first tensor whose bytes are not those that were written.
   absl::Status VerifyData(const SlotContents& contents) const;
+  // That error, for an entry of the contents.
+  absl::Status Damaged(const SlotEntry& entry) const;
 
  private:
   SlotMemory(std::string name, std::byte* base, int64_t capacity);
@@ -106,11 +112,14 @@ class SlotMemory {
   int64_t capacity_;
 };
 
-// Copies what the registry's owned entries hold now into the payload, with checksums, and the table
-// of contents behind; fills in the header's sizes. `contents` is what PlanContents said. The
-// tensors must not change meanwhile. RESOURCE_EXHAUSTED when the slot is too small.
-absl::Status FillSlot(const StateRegistry& registry, SlotContents* contents, SlotMemory& slot,
-                      SlotHeader* header);
+// Page-locked host memory through which a trainer's copies from and to a device go where they do
+// not go into the slot itself, and on a restart: so many chunks of so many bytes.
+inline constexpr int64_t kSnapshotChunkBytes = int64_t{16} << 20;
+inline constexpr int kSnapshotChunks = 8;
+
+// Writes the table of contents behind the data and fills in the header's sizes. RESOURCE_EXHAUSTED
+// when the slot is too small.
+absl::Status FinishSlot(const SlotContents& contents, SlotMemory& slot, SlotHeader* header);
 
 }  // namespace stretto
 

@@ -10,8 +10,10 @@
 #include <string>
 
 #include "stretto/comm/world.h"
+#include "stretto/core/device.h"
 #include "stretto/core/state.h"
 #include "stretto/core/status.h"
+#include "stretto/core/stream.h"
 
 namespace stretto {
 
@@ -22,6 +24,17 @@ struct SnapshotterOptions {
   std::string token;  // of the job (STRETTO_JOB_TOKEN)
   // How long the keepers may take to agree, rebuilding included.
   std::chrono::milliseconds timeout = std::chrono::seconds(600);
+  Device device;    // whose streams write the registry's tensors
+  int threads = 1;  // for checksums, and for copies within host memory
+};
+
+struct SnapshotStats {
+  int64_t captured = 0;       // sealed by this rank
+  int64_t passed_over = 0;    // asked for, and no slot was free or an older one not yet sealed
+  int64_t bytes = 0;          // of the tensors of one
+  double waited_seconds = 0;  // that the host waited in WaitForPart
+  // Of the last that was sealed: until its copies had left the tensors, and until it was sealed.
+  double copy_seconds = 0, seal_seconds = 0;
 };
 
 // What all ranks were told at the start.
@@ -45,22 +58,27 @@ class Snapshotter {
   // The keepers had something, and too little of it is left to put it together.
   bool lost() const;
 
-  // Fills every box of the registry: from this rank's own memory what lies there under the same
-  // layout, else from the parts of the ranks that have it, through their keepers. What this rank
-  // has is checked before anything is changed; DATA_LOSS names what is damaged.
-  absl::Status Restore(const StateRegistry& registry);
+  // Fills every box of the registry of Create: from this rank's own memory what lies there under
+  // the same layout, else from the parts of the ranks that have it, through their keepers. What
+  // this rank has is checked before anything is changed; DATA_LOSS names what is damaged.
+  absl::Status Restore();
 
-  // Begins to copy the owned boxes, in a thread of its own; the registry must live and its tensors
-  // must not change until Wait. Work on the tensors must have finished. When the keeper has no free
-  // slot the step is passed over. A keeper that is gone ends snapshots with a warning, not
-  // training. `trainer_state` is a JSON object.
-  void Capture(int64_t epoch, std::string trainer_state);
-  // Returns when the copy is done; at once where none is under way.
+  // Begins to copy the owned boxes as they are at `after` (by default now), beside whatever streams
+  // do; the registry must live. Each tensor must not change until WaitForPart has returned for the
+  // part of the update that it is in. When the keeper has no free slot, or an earlier snapshot is
+  // not yet sealed, the step is passed over. A keeper that is gone ends snapshots with a warning,
+  // not training. `trainer_state` is a JSON object.
+  void Capture(int64_t epoch, std::string trainer_state, const Event& after = {});
+  // Work enqueued on `stream` from now on may change what this part of the optimizer's update
+  // writes (StateEntry::update_part) and the parts before it; -1: everything. The host waits until
+  // the copies are enqueued, the stream until they are done. At once where none are under way.
+  void WaitForPart(Stream& stream, int part);
+  // Whether WaitForPart could wait.
+  bool copying() const;
+  // Returns when what was captured is sealed or given up; at once where nothing is under way.
   void Wait();
 
-  int64_t captured() const;     // sealed by this rank
-  int64_t passed_over() const;  // asked for, and no slot was free
-  double waited_seconds() const;
+  SnapshotStats stats() const;
 
  private:
   struct Impl;

@@ -121,6 +121,7 @@ struct TrainConfig {
 
   struct Snapshot {
     int64_t every = 1;
+    int64_t part_bytes = int64_t{64} << 20;
     std::string keeper;
     void Visit(ConfigVisitor& v);
   } snapshot;

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "stretto/model/model.h"
 #include "stretto/observe/metrics.h"
 #include "stretto/observe/step_stats.h"
+#include "stretto/snapshot/snapshotter.h"
 #include "stretto/train/config.h"
 
 namespace stretto {
@@ -43,6 +45,11 @@ class Trainer {
                                      int64_t top_k);
   absl::Status
   Save();  // asynchronous when configured; errors of it surface in the next Save or Finish
+  // Run does it as configured: begins a snapshot of the state in the memory of this node's keeper,
+  // copied beside the next step; passed over where there is none, or no room in it. All ranks
+  // alike.
+  void Snapshot();
+  std::optional<SnapshotStats> snapshot_stats() const;  // of this rank; none without a keeper
   absl::Status Finish();
 
   // Sinks receive every step on rank 0; added before Run.

@@ -409,6 +409,22 @@ class Runtime final : public DeviceRuntime {
 
   void FreeHost(std::byte* memory) const override { cudaFreeHost(memory); }
 
+  absl::Status RegisterHost(int index, std::byte* memory, int64_t bytes) const override {
+    STRETTO_RETURN_IF_ERROR(Use(index));
+    const cudaError_t error = cudaHostRegister(memory, static_cast<size_t>(bytes),
+                                               cudaHostRegisterPortable | cudaHostRegisterMapped);
+    if (error != cudaSuccess && !ContextLost(error)) cudaGetLastError();  // no error of a kernel
+    return Called("cudaHostRegister", error, index);
+  }
+
+  void UnregisterHost(std::byte* memory) const override {
+    if (cudaHostUnregister(memory) != cudaSuccess) cudaGetLastError();
+  }
+
+  absl::Status Use(int index) const override {
+    return Called("cudaSetDevice", cudaSetDevice(index), index);
+  }
+
   absl::StatusOr<std::unique_ptr<DeviceQueue>> CreateQueue(
       int index, const StreamOptions& options) const override {
     STRETTO_RETURN_IF_ERROR(Describe(index).status());

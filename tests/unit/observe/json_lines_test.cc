@@ -64,8 +64,9 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   s.exposed_context_ms = 0.375;
   s.exposed_pipeline_ms = 0.5;
   s.exposed_world_ms = 0.25;
+  s.exposed_snapshot_ms = 0.125;
   const Json j = Json::parse(StepStatsJson(s, 1.5e9));
-  EXPECT_EQ(j.size(), 24u);
+  EXPECT_EQ(j.size(), 25u);
   EXPECT_EQ(j["step"], 12);
   EXPECT_EQ(j["loss"].get<double>(), 0.1 + 0.2);  // all digits: curves can be compared bit for bit
   EXPECT_EQ(j["grad_norm"].get<double>(), 1e-300);
@@ -87,6 +88,7 @@ TEST(StepStatsJson, RoundTripsEveryField) {
   EXPECT_EQ(j["exposed_context_ms"], 0.375);
   EXPECT_EQ(j["exposed_pipeline_ms"], 0.5);
   EXPECT_EQ(j["exposed_world_ms"], 0.25);
+  EXPECT_EQ(j["exposed_snapshot_ms"], 0.125);
   EXPECT_EQ(j["time"], 1.5e9);
 }
 

@@ -116,6 +116,7 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
   s.exposed_context_ms = 0.375;
   s.exposed_pipeline_ms = 0.5;
   s.exposed_world_ms = 0.25;
+  s.exposed_snapshot_ms = 0.125;
   for (const int64_t step : {1, 127, 128, 300000}) {
     s.step = step;
     s.loss = 0.5 + static_cast<double>(step);
@@ -146,6 +147,7 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
   EXPECT_EQ(scalars.at("perf/exposed_context_ms"), 0.375f);
   EXPECT_EQ(scalars.at("perf/exposed_pipeline_ms"), 0.5f);
   EXPECT_EQ(scalars.at("perf/exposed_world_ms"), 0.25f);
+  EXPECT_EQ(scalars.at("perf/exposed_snapshot_ms"), 0.125f);
   const auto other = Scalars(ParseMessage(records[5]));
   EXPECT_EQ(other.at("train/loss"), 300000.5f);
   EXPECT_EQ(other.count("eval/loss"), 0u);

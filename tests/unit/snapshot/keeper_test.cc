@@ -159,7 +159,7 @@ class Keepers : public ::testing::Test {
       if (!snapshots.restorable()) return absl::NotFoundError("nothing");
       EXPECT_EQ(snapshots.restorable()->epoch, step);
       EXPECT_EQ(snapshots.restorable()->trainer_state, absl::StrCat("{\"step\":", step, "}"));
-      const absl::Status restored = snapshots.Restore(state.registry);
+      const absl::Status restored = snapshots.Restore();
       if (restored.ok()) state.ExpectIs(step);
       return restored;
     });
@@ -245,7 +245,7 @@ TEST_F(Keepers, MoreThanTheCodeBearsIsSaidAndNothingIsRestored) {
   const absl::Status status = Train(3, [](World&, RankState& state, Snapshotter& snapshots) {
     EXPECT_TRUE(snapshots.lost());
     EXPECT_FALSE(snapshots.restorable().has_value());
-    EXPECT_FALSE(snapshots.Restore(state.registry).ok());
+    EXPECT_FALSE(snapshots.Restore().ok());
     return absl::OkStatus();
   });
   EXPECT_TRUE(status.ok()) << status;
@@ -317,7 +317,7 @@ TEST_F(Keepers, AFlippedByteIsRefusedByName) {
     slot->payload()[100] ^= std::byte{1};
   }
   const absl::Status status =
-      Train(1, [](World&, RankState& state, Snapshotter& s) { return s.Restore(state.registry); });
+      Train(1, [](World&, RankState&, Snapshotter& s) { return s.Restore(); });
   EXPECT_THAT(Message(status), HasSubstr("the bytes of w are not those that were written"));
 }
 
@@ -330,7 +330,7 @@ TEST_F(Keepers, MayDieUnderTrainersThatGoOn) {
       snapshots.Capture(step, "{}");
       snapshots.Wait();
     }
-    EXPECT_EQ(snapshots.captured(), 0);
+    EXPECT_EQ(snapshots.stats().captured, 0);
     return absl::OkStatus();
   });
   EXPECT_TRUE(status.ok()) << status;
@@ -385,8 +385,8 @@ TEST_F(Keepers, TheBudgetIsKept) {
       snapshots.Wait();
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
-    EXPECT_EQ(snapshots.captured(), 0);
-    EXPECT_EQ(snapshots.passed_over(), 4);
+    EXPECT_EQ(snapshots.stats().captured, 0);
+    EXPECT_EQ(snapshots.stats().passed_over, 4);
     return absl::OkStatus();
   });
   EXPECT_TRUE(status.ok()) << status;

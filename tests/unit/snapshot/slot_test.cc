@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "src/snapshot/slot_copies.h"
 #include "unit/snapshot/testing.h"
 
 namespace stretto {
@@ -52,7 +53,11 @@ class Slots : public ::testing::Test {
     header.rank = 1;
     header.world_size = 4;
     header.id = {2, 30};
-    ASSERT_TRUE(FillSlot(registry_, &contents_, *slot_, &header).ok());
+    const auto copies = *snapshot_internal::SlotCopies::Create(registry_, contents_, {});
+    copies->Begin({});
+    ASSERT_TRUE(copies->Capture(slot_, &contents_).ok());
+    copies->End();
+    ASSERT_TRUE(FinishSlot(contents_, *slot_, &header).ok());
     header.state = state;
     slot_->WriteHeader(header);
   }
@@ -139,7 +144,7 @@ TEST_F(Slots, RefuseWhatDoesNotFit) {
   EXPECT_TRUE(absl::IsNotFound(SlotMemory::Open(name_ + "-none").status()));
   contents_.trainer_state.assign(1 << 20, ' ');
   SlotHeader header;
-  EXPECT_THAT(Message(FillSlot(registry_, &contents_, *slot_, &header)), HasSubstr("outgrown"));
+  EXPECT_THAT(Message(FinishSlot(contents_, *slot_, &header)), HasSubstr("outgrown"));
 }
 
 TEST(SlotContents, AreReadBackOrRefused) {

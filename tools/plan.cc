@@ -140,6 +140,7 @@ struct Summary {
   int64_t parameters = 0;
   int64_t device_memory = -1;  // -1: not given
   std::string advice;          // when it does not fit
+  std::vector<NamedBytes> snapshots;  // memory of a machine
 
   bool fits() const { return device_memory < 0 || plan.arena_bytes <= device_memory; }
 };
@@ -168,6 +169,13 @@ std::string Text(const Summary& s) {
           : absl::StrFormat("%d samples of %d tokens", s.config.batch.global,
                             s.config.data.sequence_length),
       s.plan.micro_batch_tokens, s.config.runtime.recompute, s.plan.MemoryTable());
+  if (!s.snapshots.empty()) {
+    absl::StrAppend(&out, "host memory of a machine for snapshots:\n");
+    for (const NamedBytes& m : s.snapshots) {
+      absl::StrAppendFormat(&out, "  %-18s %12s\n", m.name, HumanBytes(m.bytes));
+    }
+    absl::StrAppend(&out, "\n");
+  }
   absl::StrAppend(&out, "activations of a training micro-batch, largest buffers first:\n",
                   s.plan.stages.front().train_frame.plan.Report(kBuffersShown), "\n");
   const auto tokens = static_cast<double>(StepTokens(s.config));
@@ -208,6 +216,8 @@ std::string Json(const Summary& s) {
   for (const NamedBytes& arena : s.plan.arenas) j["arenas"][arena.name] = arena.bytes;
   j["arena_bytes"] = s.plan.arena_bytes;
   for (const NamedBytes& arena : s.plan.host_arenas) j["host_arenas"][arena.name] = arena.bytes;
+  j["snapshot_bytes"] = s.plan.snapshot_bytes;
+  for (const NamedBytes& m : s.snapshots) j["snapshots"][m.name] = m.bytes;
   const auto frame = [](const FrameLayout& layout) {
     const MemoryPlan& plan = layout.plan;
     nlohmann::ordered_json f;
@@ -261,6 +271,7 @@ std::string Buckets(const RunPlan& plan) {
 absl::StatusOr<int> Main(int argc, char** argv) {
   std::vector<std::string> sets;
   int64_t ranks = 1;
+  int64_t keepers = 0, parity = -1;
   std::string device_memory;
   bool json = false, buckets = false, suggest = false;
   SuggestArguments suggestions;
@@ -272,6 +283,9 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
   arguments.Add("ranks", "N", "ranks of the run", &ranks);
   arguments.Add("device-memory", "SIZE", "what a rank has, e.g. 80GiB", &device_memory);
+  arguments.Add("keepers", "N", "with so many keepers of snapshots, one a machine", &keepers);
+  arguments.Add("parity", "M", "parity blocks of the keepers' code; by default 1, alone 0",
+                &parity);
   arguments.AddFlag("json", "print JSON", &json);
   arguments.AddFlag("buckets", "print when buckets come and go with ZeRO-2 and 3, nothing else",
                     &buckets);
@@ -301,6 +315,12 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   }
   STRETTO_RETURN_IF_ERROR(s.config.Resolve(s.ranks));
   STRETTO_ASSIGN_OR_RETURN(s.plan, LargestPlan(s.config, s.ranks));
+  if (keepers != 0) {
+    STRETTO_ASSIGN_OR_RETURN(
+        s.snapshots, SnapshotMemory(s.plan, s.ranks,
+                                    static_cast<int>(std::clamp<int64_t>(keepers, -1, 1 << 20)),
+                                    static_cast<int>(std::clamp<int64_t>(parity, -1, 1 << 20))));
+  }
   const int64_t tokens = StepTokens(s.config);
   s.flops = TrainingFlops(s.config.model, {tokens, Product(tokens, s.config.data.sequence_length)});
   s.parameters = ParameterCount(s.config.model);

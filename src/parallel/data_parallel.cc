@@ -164,7 +164,7 @@ class DataParallel::BufferHooks : public ActionHooks {
 };
 
 DataParallel::DataParallel(Communicator& comm, const Group& group, const Graph& graph,
-                           Stream& stream, const KernelTable& kernels,
+                           Stream& stream, const KernelTable& kernels, uint64_t seed,
                            const DataParallelOptions& options)
     : comm_(comm),
       group_(group),
@@ -172,6 +172,7 @@ DataParallel::DataParallel(Communicator& comm, const Group& group, const Graph& 
       stream_(stream),
       ops_{&stream, &kernels},
       options_(options),
+      seed_(seed),
       zero_(options.buckets == nullptr ? 1 : options.buckets->zero),
       plain_hooks_(std::make_unique<Hooks>(*this, false)),
       last_hooks_(std::make_unique<Hooks>(*this, true)) {}
@@ -181,7 +182,7 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     Communicator& comm, const Group& group, const Graph& graph, Stream& stream,
     const KernelTable& kernels, uint64_t seed, Budget& budget, const DataParallelOptions& options) {
   auto dp =
-      std::unique_ptr<DataParallel>(new DataParallel(comm, group, graph, stream, kernels, options));
+      std::unique_ptr<DataParallel>(new DataParallel(comm, group, graph, stream, kernels, seed, options));
   const int n = group.size();
   const DType acc = AccumulateType(graph.dtype);
   const BucketPlan* const plan = options.buckets;
@@ -209,7 +210,6 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     STRETTO_RETURN_IF_ERROR(make("bucket buffers", plan->buffer_bytes, &dp->buffer_arena_));
   }
 
-  ThreadPool pool(options.threads);
   std::vector<Tensor> stored_values, stored_grads;  // with padding rows; of shards, a part
   std::byte* value = dp->parameter_arena_.data();
   std::byte* grad = dp->gradient_arena_.data();
@@ -230,10 +230,8 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     const Tensor my_grad = lay_out(whole_gradients, acc, &grad, &stored_grads.emplace_back(),
                                    &dp->gradients_.emplace_back());
     dp->shards_.push_back({id, cut.first, my_value, my_grad});
-    STRETTO_RETURN_IF_ERROR(whole_parameters
-                                ? FillParameter(p.spec, seed, pool, 0, dp->parameters_.back())
-                                : FillParameter(p.spec, seed, pool, cut.first, my_value));
   }
+  if (options.initialize) STRETTO_RETURN_IF_ERROR(dp->Initialize());
 
   std::byte* constant = dp->constant_arena_.data();
   for (const ConstantInfo& c : graph.constants) {
@@ -285,6 +283,18 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     dp->buckets_.push_back(std::move(bucket));
   }
   return dp;
+}
+
+absl::Status DataParallel::Initialize() {
+  ThreadPool pool(options_.threads);
+  for (size_t i = 0; i < shards_.size(); ++i) {
+    const ParameterSpec& spec = graph_.parameters[i].spec;
+    const Tensor& whole = parameters_[i];  // absent where this rank keeps its shard alone
+    STRETTO_RETURN_IF_ERROR(zero_ < 3 ? FillParameter(spec, seed_, pool, 0, whole)
+                                      : FillParameter(spec, seed_, pool, shards_[i].first_row,
+                                                      shards_[i].value));
+  }
+  return absl::OkStatus();
 }
 
 void DataParallel::Attach(Run* run, Tensor loss_total) const {

@@ -13,6 +13,8 @@
 #include "stretto/parallel/stages.h"
 #include "stretto/parallel/tensor_parallel.h"
 #include "stretto/plan/sequence_plan.h"
+#include "stretto/snapshot/parity.h"
+#include "stretto/snapshot/slot.h"
 #include "stretto/train/flops.h"
 
 namespace stretto {
@@ -69,6 +71,31 @@ AdamWOptions OptimizerOptions(const TrainConfig& config) {
 
 int64_t DeviceWorkspaceBytes(DeviceKind device) {
   return device == DeviceKind::kCpu ? 0 : int64_t{2} << 30;
+}
+
+absl::StatusOr<std::vector<NamedBytes>> SnapshotMemory(const RunPlan& plan, int ranks, int keepers,
+                                                       int parity) {
+  if (keepers < 1 || ranks % keepers != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        ranks, " ranks cannot be dealt evenly to ", keepers, " keepers; give a number that divides",
+        " the ranks"));
+  }
+  if (parity < 0) parity = keepers > 1 ? 1 : 0;
+  if (parity > 0 && parity >= keepers) {
+    return absl::InvalidArgumentError(absl::StrCat("parity ", parity, " leaves no data of ",
+                                                   keepers, " keepers; give less"));
+  }
+  STRETTO_ASSIGN_OR_RETURN(const ParityLayout layout,
+                           ParityLayout::Create(keepers, keepers - parity, parity));
+  const int64_t local = ranks / keepers, state = local * plan.snapshot_bytes;
+  std::vector<NamedBytes> memory = {{"snapshot slots", kSlots * state}};
+  if (parity > 0) {
+    memory.push_back({"snapshot parity", kSlots * parity * layout.BlockBytes(state)});
+  }
+  if (plan.on_gpu) {
+    memory.push_back({"snapshot rings", local * kSnapshotChunks * kSnapshotChunkBytes});
+  }
+  return memory;
 }
 
 absl::StatusOr<Mesh> MeshOf(const TrainConfig& config, int ranks, int rank) {
@@ -186,6 +213,33 @@ std::vector<int> StepCounts(const TrainConfig& config) {
   }
   return counts;
 }
+
+namespace {
+
+// Of the boxes that a rank owns, as the optimizer and the storage of parameters register them.
+int64_t SnapshotBytes(const RunPlan& plan, const TrainConfig& config, int dp, int dp_index) {
+  constexpr int64_t kEntry = 192, kState = int64_t{128} << 10;  // of the table of contents
+  const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  int64_t bytes = kState;
+  for (const StagePlan& stage : plan.stages) {
+    const Graph& graph = stage.model.graph;
+    const AdamWOptions options = OptimizerOptions(config);
+    const DType moments = options.bf16_moments ? DType::kBF16 : AccumulateType(graph.dtype);
+    const bool masters = graph.dtype == DType::kBF16 && options.masters;
+    for (size_t i = 0; i < graph.parameters.size(); ++i) {
+      const ParameterInfo& p = graph.parameters[i];
+      if (static_cast<int>(i) == stage.copy.value) continue;
+      bytes += (masters ? 4 : 3) * kEntry;
+      if (!p.owned) continue;
+      const int64_t elements = CutRows(p.rows(), dp, dp_index).count * p.columns();
+      bytes += aligned(elements * SizeOf(graph.dtype)) + 2 * aligned(elements * SizeOf(moments)) +
+               (masters ? aligned(elements * SizeOf(DType::kF32)) : 0);
+    }
+  }
+  return bytes;
+}
+
+}  // namespace
 
 absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) {
   const DeviceKind device = config.runtime.device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
@@ -311,6 +365,8 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       }
     }
   }
+  plan.on_gpu = device != DeviceKind::kCpu;
+  plan.snapshot_bytes = SnapshotBytes(plan, config, dp, dp_index);
   plan.arenas = {
       {"parameters", storage.parameters},
       {"gradients", storage.gradients},

@@ -188,6 +188,7 @@ absl::Status Trainer::Impl::SetUpRuntime() {
                .workspace_bytes = DeviceWorkspaceBytes(device.kind)});
   STRETTO_RETURN_IF_ERROR(world.Agree("starting the device's stream", made.status()));
   stream = *std::move(made);
+  set_up.Enter("device");
   timer = std::make_unique<PhaseTimer>(*stream, static_cast<int>(StepPhase::kCount));
   comm = std::make_unique<Communicator>(world);
   STRETTO_RETURN_IF_ERROR(comm->UseDevice(device));
@@ -251,6 +252,7 @@ absl::Status Trainer::Impl::SetUpModel() {
       "planning the memory",
       planned.ok() ? CheckMemory(*planned, config, world, stream->device()) : planned.status()));
   plan = *std::move(planned);
+  set_up.Enter("plan");
   timer->Reserve(
       2 * (WaitsOfStep(plan) +
            static_cast<int64_t>(plan.stages.size()) *
@@ -269,7 +271,9 @@ absl::Status Trainer::Impl::SetUpModel() {
                                         .bucket_bytes = config.parallel.bucket_bytes,
                                         .buckets = &planned.buckets,
                                         .timer = timer.get(),
-                                        .threads = static_cast<int>(config.runtime.threads)}));
+                                        .threads = static_cast<int>(config.runtime.threads),
+                                        // When it is known that nothing is loaded (Restore).
+                                        .initialize = false}));
     STRETTO_ASSIGN_OR_RETURN(
         stage.partial,
         PartialGradients::Create(*comm, tp_group, part, *stage.dp, ops(), budget, timer.get()));
@@ -416,7 +420,7 @@ absl::Status Trainer::Impl::Restore() {
                            RestoreSnapshot(newest ? newest->step : -1));
   if (restored_snapshot) return absl::OkStatus();
   if (!newest) {
-    if (config.checkpoint.initial.empty()) return absl::OkStatus();
+    if (config.checkpoint.initial.empty()) return Initialize();
     // A new run that starts from given weights: data order, step and optimizer begin at 0.
     STRETTO_ASSIGN_OR_RETURN(const std::optional<CheckpointInfo> initial,
                              choose(config.checkpoint.initial, /*required=*/true));
@@ -478,6 +482,15 @@ absl::Status Trainer::Impl::Continue(const TrainerState& saved, const std::strin
   return absl::OkStatus();
 }
 
+absl::Status Trainer::Impl::Initialize() {
+  set_up.Enter("restore");
+  for (const Stage& stage : stages) STRETTO_RETURN_IF_ERROR(stage.dp->Initialize());
+  for (const Stage& stage : stages) stage.optimizer->ResetMasters();
+  STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+  set_up.Enter("initial values");
+  return absl::OkStatus();
+}
+
 void Trainer::Impl::OpenProgress() {
   const char* directory = std::getenv(kProgressVariable);
   if (directory == nullptr || *directory == '\0') return;
@@ -511,13 +524,19 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const Tra
   impl->dp_fixed = config.parallel.dp != 0;
   impl->OpenProgress();
   STRETTO_RETURN_IF_ERROR(world.Agree("setting up the runtime", impl->SetUpRuntime()));
+  impl->set_up.Enter("communicators");
   STRETTO_RETURN_IF_ERROR(world.Agree("planning and building the model", impl->SetUpModel()));
+  impl->set_up.Enter("arenas");
   impl->WriteFacts();
   STRETTO_RETURN_IF_ERROR(world.Agree("opening the data", impl->SetUpData()));
+  impl->set_up.Enter("data");
   STRETTO_RETURN_IF_ERROR(world.Agree("measuring the device", impl->MeasurePeak()));
+  impl->set_up.Enter("peak");
   STRETTO_RETURN_IF_ERROR(world.Agree("restoring a checkpoint", impl->Restore()));
+  impl->set_up.Enter("restore");
   impl->progress.Restored(impl->state.step);
   STRETTO_RETURN_IF_ERROR(world.Agree("warming up", impl->WarmUp()));
+  impl->set_up.Enter("warm-up");
   return std::unique_ptr<Trainer>(new Trainer(std::move(impl)));
 }
 

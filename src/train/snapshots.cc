@@ -10,6 +10,7 @@
 #include "absl/strings/str_format.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/log.h"
+#include "stretto/snapshot/slot.h"
 
 namespace stretto {
 namespace {
@@ -34,6 +35,10 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
   const bool cpu = options.device.kind == DeviceKind::kCpu;
   options.threads =
       cpu ? 1 : static_cast<int>(std::clamp<int64_t>(config.runtime.threads / 2, 1, 8));
+  if (!options.keeper.empty() && !cpu) {
+    STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "ring of snapshots",
+                                           kSnapshotChunks * kSnapshotChunkBytes));
+  }
   STRETTO_ASSIGN_OR_RETURN(snapshots, Snapshotter::Create(world, registry, std::move(options)));
   if (snapshots == nullptr || config.checkpoint.resume == "never") return false;
   if (snapshots->lost() && world.rank() == 0) {

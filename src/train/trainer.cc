@@ -4,6 +4,7 @@
 #include <cmath>
 #include <filesystem>
 #include <functional>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -196,7 +197,8 @@ absl::StatusOr<StepStats> Trainer::Impl::Step() {
 absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   const auto start = std::chrono::steady_clock::now();
   if (!clock_started) last_step_end = start;
-  clock_started = true;
+  const bool first = !std::exchange(clock_started, true);
+  if (first) set_up.Enter("warm-up");  // what the caller did in between, too
   std::span<const PackedBatch> batches;
   const PlannedStep* planned = nullptr;
   {
@@ -344,6 +346,10 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
     }
   }
   progress.Step(state.step);
+  if (first) {
+    set_up.Enter("first step");
+    if (world.rank() == 0) LogInfo(absl::StrCat("set-up: ", set_up.Text()));
+  }
   return stats;
 }
 
@@ -496,6 +502,9 @@ absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
   return RunResult::kFinished;
 }
 
+const std::vector<std::pair<std::string, double>>& Trainer::set_up_seconds() const {
+  return impl_->set_up.seconds();
+}
 int64_t Trainer::step() const { return impl_->state.step; }
 const TrainConfig& Trainer::config() const { return impl_->config; }
 int64_t Trainer::BytesSent(const std::string& axis) const { return impl_->comm->BytesSent(axis); }

@@ -7,6 +7,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "src/train/output_lock.h"
@@ -59,6 +60,31 @@ absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const st
 
 // What a rank writes to the step's scalars from the host, from StepScalars::kStop on.
 inline constexpr int kHostInputs = 4;
+
+// Where the time before and in the first step goes.
+class SetUpTimes {
+ public:
+  // What was done since the last call, or since the object was made, belongs to this phase.
+  void Enter(const char* phase) {
+    const auto now = std::chrono::steady_clock::now();
+    const double seconds = std::chrono::duration<double>(now - last_).count();
+    last_ = now;
+    for (auto& [name, sum] : seconds_) {
+      if (name == phase) {
+        sum += seconds;
+        return;
+      }
+    }
+    seconds_.emplace_back(phase, seconds);
+  }
+  const std::vector<std::pair<std::string, double>>& seconds() const { return seconds_; }
+  // "device 1.20 s, communicators 0.40 s".
+  std::string Text() const;
+
+ private:
+  std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
+  std::vector<std::pair<std::string, double>> seconds_;
+};
 
 struct Trainer::Impl {
   Impl(World& w, const TrainConfig& c)
@@ -125,6 +151,7 @@ struct Trainer::Impl {
   std::chrono::steady_clock::time_point last_step_end;
   bool clock_started = false;
   ProgressFile progress;  // where STRETTO_PROGRESS says
+  SetUpTimes set_up;
   bool dp_fixed = false;  // by the configuration as it was asked for
 
   // Last, so that they end first: whatever is in flight reads and writes the memory above.
@@ -145,6 +172,8 @@ struct Trainer::Impl {
   absl::Status SetUpModel();
   absl::Status SetUpData();
   absl::Status Restore();
+  // Random parameters, where nothing was loaded.
+  absl::Status Initialize();
   // What the registry was loaded with becomes the run's state: `saved`, from `source`.
   absl::Status Continue(const TrainerState& saved, const std::string& source);
   // Finds the keepers, if there are any, and restores from their memory; false: they have nothing

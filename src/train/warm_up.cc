@@ -5,10 +5,20 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_format.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/copy.h"
+#include "stretto/core/thread_pool.h"
 
 namespace stretto {
+
+std::string SetUpTimes::Text() const {
+  std::string text;
+  for (const auto& [phase, seconds] : seconds_) {
+    absl::StrAppendFormat(&text, "%s%s %.2f s", text.empty() ? "" : ", ", phase, seconds);
+  }
+  return text;
+}
 
 absl::Status Trainer::Impl::MeasurePeak() {
   const Arena& frames = stages.front().frames;
@@ -28,7 +38,11 @@ absl::Status Trainer::Impl::MeasurePeak() {
   // Numbers as a model has them: multiplying zeros draws less power, and a GPU then runs faster.
   const ParameterSpec noise = {.name = "peak", .shape = {n, n}, .std = 0.02};
   std::vector<std::byte> values(static_cast<size_t>(n * n * SizeOf(dtype)));
-  InitialValues(noise, 1, 0, Tensor::Of(values.data(), dtype, {n, n}));
+  ThreadPool pool(static_cast<int>(config.runtime.threads));
+  pool.ParallelFor(n, 1, [&](int64_t begin, int64_t end, int) {
+    const Tensor all = Tensor::Of(values.data(), dtype, {n, n});
+    InitialValues(noise, 1, begin, all.Rows(begin, end - begin));
+  });
   for (int i : {1, 2}) STRETTO_RETURN_IF_ERROR(CopyFromHost(matrix(i), values.data()));
   for (int i = 0; i < 5; ++i) {
     const auto start = std::chrono::steady_clock::now();

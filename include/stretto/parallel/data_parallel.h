@@ -43,6 +43,8 @@ struct DataParallelOptions {
   PhaseTimer* timer = nullptr;
   // Host threads that draw the initial values.
   int threads = 1;
+  // false: all parameters are 0 until Initialize, or until they are loaded from somewhere.
+  bool initialize = true;
 };
 
 // The rows of one parameter that this rank updates: views into the storages. Rows are cut evenly,
@@ -76,7 +78,7 @@ StorageBytes DataParallelStorage(const Graph& graph, int ranks, int zero = 1);
 // go through as many of them: one that has fewer calls FollowHooks in place of Execute.
 class DataParallel {
  public:
-  // Reserves its arenas from `budget` and draws initial values from `seed`.
+  // Reserves its arenas from `budget`. Initial values are drawn from `seed`.
   static absl::StatusOr<std::unique_ptr<DataParallel>> Create(Communicator& comm,
                                                               const Group& group,
                                                               const Graph& graph, Stream& stream,
@@ -84,6 +86,10 @@ class DataParallel {
                                                               uint64_t seed, Budget& budget,
                                                               const DataParallelOptions& options);
   ~DataParallel();
+
+  // Draws the initial values, which takes seconds for some billions. No work may be enqueued on
+  // parameters.
+  absl::Status Initialize();
 
   const std::vector<ParameterShard>& shards() const { return shards_; }
   const Group& group() const { return group_; }
@@ -138,7 +144,7 @@ class DataParallel {
     bool submitted = false;
   };
   DataParallel(Communicator& comm, const Group& group, const Graph& graph, Stream& stream,
-               const KernelTable& kernels, const DataParallelOptions& options);
+               const KernelTable& kernels, uint64_t seed, const DataParallelOptions& options);
   void SubmitReduce(Run& run, Bucket& bucket);
   int64_t NumberOf(const Bucket& bucket) const { return &bucket - buckets_.data(); }
   absl::Status WaitLayer(int layer);
@@ -149,6 +155,7 @@ class DataParallel {
   Stream& stream_;
   ops::Context ops_;
   DataParallelOptions options_;
+  uint64_t seed_;
   int zero_ = 1;
   Arena parameter_arena_, gradient_arena_, constant_arena_, buffer_arena_, complete_arena_;
   std::vector<Tensor> parameters_, gradients_, constants_;

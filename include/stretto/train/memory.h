@@ -66,6 +66,10 @@ struct RunPlan {
   std::vector<NamedBytes> overheads;
   int64_t overhead_bytes = 0;  // their sum
 
+  bool on_gpu = false;
+  // Of a snapshot: what this rank owns, with its table of contents, about.
+  int64_t snapshot_bytes = 0;
+
   // Payload bytes that this rank sends in one step, by purpose.
   int64_t gradient_bytes_sent = 0;
   int64_t parameter_bytes_sent = 0;
@@ -79,6 +83,13 @@ struct RunPlan {
   // Arenas and overheads as a table.
   std::string MemoryTable() const;
 };
+
+// Host memory of a machine for snapshots, its keeper being one of `keepers` that keep `parity`
+// blocks of parity for each keepers - parity (docs/snapshots.md), and the same number of ranks with
+// each; -1: the keeper's default. By purpose: the keeper's slots and parity, and the ranks'
+// page-locked rings. INVALID_ARGUMENT for a code that is none.
+absl::StatusOr<std::vector<NamedBytes>> SnapshotMemory(const RunPlan& plan, int ranks, int keepers,
+                                                       int parity = -1);
 
 // `config` must be resolved for `ranks` ranks; runtime.device says for which kind of device, "auto"
 // counting as the CPU.

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "stretto/comm/world.h"
@@ -57,6 +58,9 @@ class Trainer {
 
   int64_t step() const;  // completed steps
   const TrainConfig& config() const;
+  // By phase in order: "device", "communicators", "plan", "arenas", "data", "peak", "restore",
+  // "initial values" where nothing was loaded, "warm-up", and "first step" behind that.
+  const std::vector<std::pair<std::string, double>>& set_up_seconds() const;
   // Without pipelines the whole model, else this rank's first stage.
   const Model& model() const;
   // Payload bytes that this rank has sent to others since the start, on the axis "dp", "pp" or

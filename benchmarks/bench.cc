@@ -30,6 +30,7 @@ constexpr Command kCommands[] = {
     {"compare", "two files that --json wrote", &Compare},
     {"fit", "a cost model of a configuration on these ranks, for stretto-plan --suggest", &Fit},
     {"varlen", "steps of documents of unequal length, static meshes beside dynamic ones", &Varlen},
+    {"snapshot", "steps with and without snapshots in memory, beside the link's rate", &Snapshot},
     {"predict", "steps of several layouts beside what a cost model predicts", &Predict},
 };
 

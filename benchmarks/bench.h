@@ -30,6 +30,7 @@ int Comm(int argc, const char* const* argv);
 int Train(int argc, const char* const* argv);
 int Compare(int argc, const char* const* argv);
 int Fit(int argc, const char* const* argv);
+int Snapshot(int argc, const char* const* argv);
 int Predict(int argc, const char* const* argv);
 int Varlen(int argc, const char* const* argv);
 
@@ -73,9 +74,13 @@ absl::Status SameEverywhere(World& world, TrainConfig config, const std::string&
 // of too many tokens to make up, a trace without a file.
 absl::Status ResolveSteps(int ranks, TrainConfig* config);
 
+// Calls `body` with a trainer on random tokens, on all ranks; with data.documents the tokens are
+// documents of `lengths`, in this order.
+absl::Status WithTrainer(World& world, TrainConfig config, const std::vector<int64_t>* lengths,
+                         const std::function<absl::Status(Trainer&)>& body);
+
 // The steps behind the warm-up of a run of config.steps steps on random tokens, on all ranks. Calls
-// `inspect` with the trainer when they are done. With data.documents the tokens are documents of
-// `lengths`, in this order.
+// `inspect` with the trainer when they are done. `lengths`: see WithTrainer.
 absl::StatusOr<std::vector<StepStats>> TimedSteps(
     World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect,
     const std::vector<int64_t>* lengths = nullptr);

@@ -147,20 +147,12 @@ absl::Status ResolveSteps(int ranks, TrainConfig* config) {
   return config->Resolve(ranks);
 }
 
-absl::StatusOr<std::vector<StepStats>> TimedSteps(
-    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect,
-    const std::vector<int64_t>* lengths) {
+absl::Status WithTrainer(World& world, TrainConfig config, const std::vector<int64_t>* lengths,
+                         const std::function<absl::Status(Trainer&)>& body) {
   STRETTO_RETURN_IF_ERROR(SameEverywhere(world, config));
   TrainConfig resolved = config;
   STRETTO_RETURN_IF_ERROR(
       world.Agree("reading the configuration", ResolveSteps(world.size(), &resolved)));
-  // Alone, a rank ends in order between steps. Several would have to agree on when, which takes
-  // time that a measurement does not have: there a signal ends the program at once.
-  std::optional<StopSignals> signals;
-  if (world.size() == 1) {
-    STRETTO_ASSIGN_OR_RETURN(StopSignals installed, StopSignals::Install());
-    signals.emplace(std::move(installed));
-  }
   Tokens tokens;
   absl::Status made;
   if (world.rank() == 0) made = tokens.Make(resolved, lengths);
@@ -171,31 +163,49 @@ absl::StatusOr<std::vector<StepStats>> TimedSteps(
   config.data.train = Tokens::File(folders[0]);
   config.checkpoint.resume = "never";
   config.steps = resolved.steps;
-  std::vector<StepStats> steps;
   {
     STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
     // All ranks have the tokens open, and steps alone write nothing there: from here on nothing is
     // left behind however the program ends.
     tokens.Remove();
-    while (trainer->step() < config.steps && StopSignals::Received() == 0) {
-      STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer->Step());
+    STRETTO_RETURN_IF_ERROR(body(*trainer));
+  }
+  return world.Barrier("done");
+}
+
+absl::StatusOr<std::vector<StepStats>> TimedSteps(
+    World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect,
+    const std::vector<int64_t>* lengths) {
+  // Alone, a rank ends in order between steps. Several would have to agree on when, which takes
+  // time that a measurement does not have: there a signal ends the program at once.
+  std::optional<StopSignals> signals;
+  if (world.size() == 1) {
+    STRETTO_ASSIGN_OR_RETURN(StopSignals installed, StopSignals::Install());
+    signals.emplace(std::move(installed));
+  }
+  std::vector<StepStats> steps;
+  const auto body = [&](Trainer& trainer) -> absl::Status {
+    const int64_t last = trainer.config().steps;
+    while (trainer.step() < last && StopSignals::Received() == 0) {
+      STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer.Step());
       if (stats.step > kWarmUp) steps.push_back(stats);
     }
-    STRETTO_RETURN_IF_ERROR(trainer->Finish());
-    if (trainer->step() < config.steps) {
-      return world.Agree("measuring", absl::CancelledError(absl::StrCat(
-                                          "a signal asked to stop after ", trainer->step(), " of ",
-                                          config.steps, " steps")));
+    STRETTO_RETURN_IF_ERROR(trainer.Finish());
+    if (trainer.step() < last) {
+      return world.Agree(
+          "measuring", absl::CancelledError(absl::StrCat("a signal asked to stop after ",
+                                                         trainer.step(), " of ", last, " steps")));
     }
-    STRETTO_RETURN_IF_ERROR(inspect(*trainer));
-  }
-  STRETTO_RETURN_IF_ERROR(world.Barrier("done"));
+    return inspect(trainer);
+  };
+  STRETTO_RETURN_IF_ERROR(WithTrainer(world, std::move(config), lengths, body));
   return steps;
 }
 
 namespace {
 
 absl::Status Steps(World& world, const TrainConfig& config, Results* results) {
+  Json set_up = Json::object();
   int64_t before = 0, planned = 0, overhead = 0, peak = 0, driver = 0, threads = 0;
   if (const auto memory = ReadProcessMemory(); memory.ok()) before = memory->peak_resident_bytes;
   const auto inspect = [&](Trainer& trainer) -> absl::Status {
@@ -210,6 +220,7 @@ absl::Status Steps(World& world, const TrainConfig& config, Results* results) {
                               : Device::Cpu();
     results->device = DeviceName(device);
     driver = DriverBytes(device);
+    for (const auto& [phase, seconds] : trainer.set_up_seconds()) set_up[phase] = seconds;
     return absl::OkStatus();
   };
   STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps, TimedSteps(world, config, inspect));
@@ -254,6 +265,7 @@ absl::Status Steps(World& world, const TrainConfig& config, Results* results) {
   }
   Json result = {{"name", "step"}, {"seconds", step_ms * 1e-3}};
   result.update(figures);
+  result["set_up_seconds"] = set_up;
   results->results.push_back(std::move(result));
   return absl::OkStatus();
 }

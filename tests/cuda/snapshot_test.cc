@@ -22,9 +22,8 @@ TEST_P(CudaSnapshots, GoThereAndBack) {
   testing::CheckThereAndBack(gpu_, StreamMode::kDevice, GetParam());
 }
 
-INSTANTIATE_TEST_SUITE_P(DirectOrRing, CudaSnapshots, ::testing::Bool(), [](const auto& info) {
-  return info.param ? "Direct" : "Ring";
-});
+INSTANTIATE_TEST_SUITE_P(DirectOrRing, CudaSnapshots, ::testing::Bool(),
+                         [](const auto& info) { return info.param ? "Direct" : "Ring"; });
 
 }  // namespace
 }  // namespace stretto

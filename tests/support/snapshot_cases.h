@@ -9,9 +9,9 @@
 #include <chrono>
 #include <cstring>
 #include <memory>
-#include <tuple>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "absl/strings/str_cat.h"

@@ -23,9 +23,7 @@ TEST_P(SlotCopies, WithoutTheWaitASnapshotIsTorn) {
   testing::CheckPartsWaitForTheirOwnCopies(Device::Cpu(), mode(), direct(), /*wait=*/false);
 }
 
-TEST_P(SlotCopies, GoThereAndBack) {
-  testing::CheckThereAndBack(Device::Cpu(), mode(), direct());
-}
+TEST_P(SlotCopies, GoThereAndBack) { testing::CheckThereAndBack(Device::Cpu(), mode(), direct()); }
 
 INSTANTIATE_TEST_SUITE_P(Cpu, SlotCopies,
                          ::testing::Combine(::testing::Values(StreamMode::kInline,

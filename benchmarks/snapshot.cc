@@ -31,8 +31,8 @@
 namespace stretto::bench {
 namespace {
 
-constexpr int64_t kMostWarmUp = 200;  // steps until both slots have been filled
-constexpr double kPatience = 600;     // seconds for a snapshot to become durable
+constexpr double kMostWarmUp = 300;  // seconds until both slots have been filled
+constexpr double kPatience = 600;    // seconds for a snapshot to become durable
 
 struct Options {
   int64_t steps = 20, keepers = 1;
@@ -120,6 +120,16 @@ absl::StatusOr<LinkRates> MeasureLink(Device device) {
   return rates;
 }
 
+// Waits until `there` holds; the seconds since `start`.
+template <class Condition>
+std::optional<double> Until(double start, const Condition& there) {
+  while (!there()) {
+    if (Now() - start > kPatience) return std::nullopt;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return Now() - start;
+}
+
 // Steps with a snapshot each `every` steps; 0: none.
 struct Phase {
   std::string name;
@@ -134,15 +144,23 @@ absl::StatusOr<Phase> RunPhase(Trainer& trainer, const std::string& name, int64_
                                int64_t steps) {
   Phase phase = {.name = name, .every = every, .steps = steps};
   const SnapshotStats before = *trainer.snapshot_stats();
+  int64_t asked = 0;
   std::vector<double> seconds;
   for (int64_t i = 0; i < steps; ++i) {
     STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer.Step());
     // The first one ends what the phase before has begun.
     if (i > 0) seconds.push_back(stats.step_ms * 1e-3);
     phase.blocked_seconds += stats.exposed_snapshot_ms * 1e-3;
-    if (every > 0 && i % every == 0) trainer.Snapshot();
+    if (every == 0 || i % every != 0) continue;
+    trainer.Snapshot();
+    ++asked;
   }
-  const SnapshotStats after = *trainer.snapshot_stats();
+  // The last one ends here, so that each phase has its own.
+  SnapshotStats after = before;
+  Until(Now(), [&] {
+    after = *trainer.snapshot_stats();
+    return after.captured + after.passed_over - before.captured - before.passed_over >= asked;
+  });
   phase.step_seconds = Median(std::move(seconds));
   phase.captured = after.captured - before.captured;
   phase.passed_over = after.passed_over - before.passed_over;
@@ -152,19 +170,10 @@ absl::StatusOr<Phase> RunPhase(Trainer& trainer, const std::string& name, int64_
   return phase;
 }
 
+// Seconds from the call of Snapshot on, no step beside it.
 struct Durable {
-  std::optional<double> committed, spilled;  // seconds from Capture on, nothing else running
+  std::optional<double> committed, spilled;
 };
-
-// Waits until `there` holds; the seconds since `start`.
-template <class Condition>
-std::optional<double> Until(double start, const Condition& there) {
-  while (!there()) {
-    if (Now() - start > kPatience) return std::nullopt;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  return Now() - start;
-}
 
 bool HoldsCheckpoint(const std::string& folder) {
   std::error_code ignored;
@@ -204,16 +213,23 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
     int64_t warm_up = 0;
     double first_snapshot = 0;
     const double start = Now();
+    double asked = start;
+    Durable durable;
     bool enough = false;
     while (!enough) {
       STRETTO_RETURN_IF_ERROR(trainer.Step().status());
-      trainer.Snapshot();
       if (first_snapshot == 0 && trainer.snapshot_stats()->captured > 0) {
         first_snapshot = Now() - start;
+        // The keeper writes the first that is committed.
+        if (world.rank() == 0 && !options.spill.empty()) {
+          durable.spilled = Until(asked, [&] { return HoldsCheckpoint(options.spill); });
+        }
       }
+      asked = Now();
+      trainer.Snapshot();
       ++warm_up;
       // The same for all ranks.
-      const bool mine = trainer.snapshot_stats()->captured >= 3 || warm_up >= kMostWarmUp;
+      const bool mine = trainer.snapshot_stats()->captured >= 3 || Now() - start > kMostWarmUp;
       STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                                world.AllGather(absl::StrCat("warm ", warm_up), mine ? "1" : "0"));
       enough = std::count(all.begin(), all.end(), "1") == world.size();
@@ -230,7 +246,6 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
     STRETTO_ASSIGN_OR_RETURN(const Phase some,
                              RunPhase(trainer, "every k steps", k, std::max(options.steps, 2 * k)));
     // One with nothing beside it.
-    Durable durable;
     STRETTO_RETURN_IF_ERROR(trainer.Step().status());
     STRETTO_RETURN_IF_ERROR(world.Barrier("durable"));
     std::this_thread::sleep_for(std::chrono::milliseconds(
@@ -243,14 +258,9 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
         const auto state = AskKeeper(Variable("STRETTO_KEEPER"), Variable("STRETTO_JOB_TOKEN"));
         return state.ok() && absl::StrContains(*state, wanted);
       });
-      if (!options.spill.empty()) {
-        // The keeper began with the first that was committed.
-        const double waiting = Now();
-        durable.spilled = Until(waiting, [&] { return HoldsCheckpoint(options.spill); });
-        if (durable.spilled) *durable.spilled += waiting - start - first_snapshot;
-      }
     }
     STRETTO_RETURN_IF_ERROR(world.Barrier("durable all"));
+    STRETTO_RETURN_IF_ERROR(trainer.Finish());
     const SnapshotStats last = *trainer.snapshot_stats();
     const auto bytes = static_cast<double>(last.bytes);
     results->command = "snapshot";

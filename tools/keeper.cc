@@ -4,9 +4,11 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
@@ -46,7 +48,8 @@ absl::Status Ask(const std::string& keeper, const std::string& token) {
 
 int main(int argc, char** argv) {
   stretto::KeeperOptions options;
-  int64_t node = 0, nodes = 1, data = -1, parity = -1, keep = 2, threads = 2;
+  int64_t node = 0, nodes = 1, data = -1, parity = -1, keep = 2;
+  int64_t threads = std::clamp<int64_t>(std::thread::hardware_concurrency() / 2, 2, 8);
   double silence = 10, spill = 60;
   std::string peers, directory = "none", ask;
   stretto::Arguments arguments(

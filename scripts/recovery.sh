@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Seconds from SIGKILL of a rank to the first new step, by phase, on whatever device: with snapshots in
+# the memory of a keeper, and without, from a checkpoint on a disk whose cache is cold.
+#   scripts/recovery.sh [--config FILE] [--set section.name=value]... [--ranks N] [--after STEP]
+#                       [--launcher env|mpi] [--output DIR] [--build DIR]
+#   --config FILE  what to train (default configs/quickstart.json); data and outputs are set here
+#   --ranks N      (default 1)
+#   --after STEP   kill after this step at the earliest (default 20)
+#   --output DIR   where everything goes (default runs/recovery); removed first. The checkpoint's disk
+# On a GPU, 1.5 billion parameters and 32 Ki tokens a step:
+#   scripts/recovery.sh --config configs/bench_llama_1.5b_cuda.json --set batch.global=16
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+output=$root/runs/recovery build=$root/build/release launcher=env ranks=1 after=20
+config=$root/configs/quickstart.json sets=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --config | --ranks | --after | --launcher | --output | --build)
+      [ $# -ge 2 ] || { echo "recovery.sh: $1 needs a value; see --help" >&2; exit 2; }
+      declare "${1#--}=$2"
+      shift 2
+      ;;
+    --set)
+      [ $# -ge 2 ] || { echo "recovery.sh: --set needs a value; see --help" >&2; exit 2; }
+      sets+=(--set "$2")
+      shift 2
+      ;;
+    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) echo "recovery.sh: unknown option '$1'; see --help" >&2; exit 2 ;;
+  esac
+done
+for program in tools/stretto-run tools/stretto-keeper tools/stretto-tokenize examples/gpt/stretto-gpt; do
+  [ -x "$build/$program" ] && continue
+  echo "recovery.sh: $build/$program is missing; build it: cmake --build $build --target ${program##*/}" >&2
+  exit 2
+done
+rm -rf "$output"
+mkdir -p "$output"
+for _ in $(seq 20); do cat "$root"/docs/*.md "$root"/docs/decisions/*.md; done > "$output/text.txt"
+"$build/tools/stretto-tokenize" --output "$output/text" --split-documents none "$output/text.txt" > /dev/null
+STRETTO_JOB_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+export STRETTO_JOB_TOKEN
+job=
+trap '[ -z "$job" ] || kill -INT $job 2> /dev/null || true' EXIT
+
+# wait_for SECONDS WHAT COMMAND...: until the command succeeds.
+wait_for() {
+  local deadline=$((SECONDS + $1)) what=$2
+  shift 2
+  until "$@"; do
+    kill -0 $job 2> /dev/null || { echo "recovery.sh: the job ended before $what; see $log" >&2; exit 1; }
+    [ $SECONDS -lt $deadline ] || { echo "recovery.sh: no $what in time; see $log" >&2; exit 1; }
+    sleep 0.05
+  done
+}
+stepped() { [ "$(cat "$output/$1/metrics.jsonl" 2> /dev/null | wc -l)" -ge "$after" ]; }
+committed() {
+  "$build/tools/stretto-keeper" --ask "/tmp/stretto-$(id -u)/recovery-$$-0.sock" 2> /dev/null |
+    grep -q 'COMMITTED step'
+}
+saved() { compgen -G "$output/$1/checkpoints/step-*/stretto.json" > /dev/null; }
+reported() { grep -q '"first_step": *[0-9]' "$output/$1-incidents/incident-0001/report.json" 2> /dev/null; }
+
+# recover NAME KEEPERS SETTING...: kills a rank and leaves when the job has made its first new step.
+recover() {
+  local name=$1 keepers=$2
+  shift 2
+  log=$output/$name.log
+  echo "recovery.sh: $name" >&2
+  "$build/tools/stretto-run" --ranks "$ranks" --launcher "$launcher" --keepers "$keepers" \
+    --job "recovery-$$" --delay 0.5 --directory "$output/$name-incidents" \
+    --mpirun "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1" -- \
+    "$build/examples/gpt/stretto-gpt" "$config" --set data.train="$output/text.train.bin" \
+    --set data.validation= --set evaluate.every=0 --set sample.tokens=0 \
+    --set steps=1000000000 --set output="$output/$name" "$@" ${sets[@]+"${sets[@]}"} \
+    > "$log" 2>&1 &
+  job=$!
+  wait_for 600 "step $after" stepped "$name"
+  if [ "$keepers" -gt 0 ]; then
+    wait_for 600 "committed snapshot" committed
+  else
+    wait_for 600 "checkpoint" saved "$name"
+    sync
+    # What the page cache has of it goes; no privilege is needed for a file of one's own.
+    find "$output/$name/checkpoints" -type f -exec dd if={} iflag=nocache count=0 status=none \;
+  fi
+  local victim
+  victim=$(sed -n 's/.*"started".*"pid":\([0-9]*\).*/\1/p' \
+    "$output/$name-incidents"/live-*/rank-$((ranks - 1)).events)
+  kill -9 "$victim"
+  wait_for 900 "report" reported "$name"
+  kill -INT $job 2> /dev/null || true
+  wait $job 2> /dev/null || true
+  job=
+}
+recover snapshots 1 --set snapshot.every=1 --set checkpoint.every=0
+recover checkpoint 0 --set snapshot.every=0 --set checkpoint.every="$after" --set checkpoint.keep=1
+
+echo "seconds from SIGKILL of a rank to the first new step:"
+for name in snapshots checkpoint; do
+  report=$output/$name-incidents/incident-0001/report.txt
+  printf '%-10s %s\n' "$name" "$(sed -n 's/^ *seconds *//p' "$report")"
+  printf '%-10s %s\n' "" "$(sed -n 's/^ *went on from *//p' "$report")"
+  # Of the attempt that went on: what the ranks did until its first step.
+  printf '%-10s %s\n' "" "$(grep -o 'set-up: .*' "$output/$name.log" | tail -1)"
+done

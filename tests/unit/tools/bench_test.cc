@@ -144,6 +144,31 @@ TEST_F(BenchProgram, ProfileListsLayers) {
 }
 
 // Refused before tokens are made up, and nothing is left in the folder for temporary files.
+// It starts the keeper beside it, and that is gone afterwards.
+TEST_F(BenchProgram, SnapshotsCountWhatWasTaken) {
+  WriteText("m.json", kModel);
+  const Result r = Bench("snapshot m.json --steps 3 --spill spilled --json s.json");
+  ASSERT_EQ(r.code, 0) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("until COMMITTED"));
+  EXPECT_THAT(r.output, HasSubstr("until it was on disk"));
+  const nlohmann::json file = Results("s.json");
+  ExpectSound(file);
+  const std::set<std::string> expected = {"off", "every step", "every k steps", "capture",
+                                          "set-up"};
+  EXPECT_EQ(Names(file), expected);
+  for (const auto& result : file["results"]) {
+    if (result["name"] == "off") EXPECT_EQ(result["captured"], 0);
+    if (result["name"] == "every step") {
+      EXPECT_EQ(result["captured"].get<int>() + result["passed_over"].get<int>(), 3);
+    }
+    if (result["name"] == "every k steps") EXPECT_GT(result["captured"], 0);
+    if (result["name"] == "capture") EXPECT_GT(result["committed_seconds"], 0);
+  }
+  const Result again = Bench("snapshot m.json --steps 3 --spill spilled");
+  EXPECT_EQ(again.code, 2);
+  EXPECT_TRUE(IsOneSentence(again.output)) << again.output;
+}
+
 TEST_F(BenchProgram, StepsThatCannotBeMeasuredAreOneSentence) {
   WriteText("m.json", kModel);
   const auto refused = [&](const std::string& arguments, const std::string& sentence) {

@@ -63,6 +63,30 @@ TEST(RunPlan, OffloadedStateCountsAgainstTheHost) {
   EXPECT_THAT(offloaded.MemoryTable(), HasSubstr("in host memory"));
 }
 
+// Two slots and their parity for all ranks of a machine, by the table of docs/snapshots.md.
+TEST(RunPlan, KeepersHaveTwoSlotsAndTheirParity) {
+  TrainConfig config = Small("cuda");
+  config.parallel.dp = 8;
+  config.batch.global = 8;
+  const RunPlan plan = PlanRun(config, 8, 0).value();
+  const auto elements = static_cast<double>(plan.stages.front().model.graph.ParameterElements());
+  const auto state = static_cast<double>(plan.snapshot_bytes);
+  EXPECT_GT(state, 14 * elements / 8);
+  EXPECT_LT(state, 14 * elements / 8 + (256 << 10));  // and a table of contents
+  const auto of_state = [&](int keepers, int parity, const char* name) {
+    const auto memory = SnapshotMemory(plan, 8, keepers, parity).value();
+    return static_cast<double>(Bytes(memory, name)) / (state * 8 / keepers);
+  };
+  EXPECT_DOUBLE_EQ(of_state(1, -1, "snapshot slots"), 2);
+  EXPECT_LT(of_state(1, -1, "snapshot parity"), 0);  // none
+  EXPECT_NEAR(of_state(2, -1, "snapshot parity"), 2, 1e-3);
+  EXPECT_NEAR(of_state(4, -1, "snapshot parity"), 2.0 / 3, 1e-3);
+  EXPECT_NEAR(of_state(8, 2, "snapshot parity"), 2.0 / 3, 1e-3);
+  EXPECT_EQ(Bytes(SnapshotMemory(plan, 8, 4).value(), "snapshot rings"), 2 * (int64_t{128} << 20));
+  EXPECT_THAT(std::string(SnapshotMemory(plan, 8, 3).status().message()), HasSubstr("8 ranks"));
+  EXPECT_THAT(std::string(SnapshotMemory(plan, 8, 2, 2).status().message()), HasSubstr("parity 2"));
+}
+
 // Gradients and parameters of which a rank keeps a shard, beside buffers that do not grow with the
 // model.
 TEST(RunPlan, ShardsShrinkWithTheRanks) {

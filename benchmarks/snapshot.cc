@@ -236,6 +236,14 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
       // Small models are faster than their keepers' set-up.
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
+    absl::Status some_taken;
+    if (trainer.snapshot_stats()->captured == 0) {
+      const auto state = AskKeeper(Variable("STRETTO_KEEPER"), Variable("STRETTO_JOB_TOKEN"));
+      some_taken = absl::ResourceExhaustedError(absl::StrCat(
+          "no snapshot was taken within ", kMostWarmUp,
+          " s; the keeper says: ", state.ok() ? *state : std::string(state.status().message())));
+    }
+    STRETTO_RETURN_IF_ERROR(world.Agree("the first snapshots", some_taken));
     STRETTO_ASSIGN_OR_RETURN(const Phase off, RunPhase(trainer, "off", 0, options.steps));
     STRETTO_ASSIGN_OR_RETURN(const Phase each, RunPhase(trainer, "every step", 1, options.steps));
     // The smallest distance at which none is passed over, as rank 0 saw it.

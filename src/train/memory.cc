@@ -76,14 +76,14 @@ int64_t DeviceWorkspaceBytes(DeviceKind device) {
 absl::StatusOr<std::vector<NamedBytes>> SnapshotMemory(const RunPlan& plan, int ranks, int keepers,
                                                        int parity) {
   if (keepers < 1 || ranks % keepers != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        ranks, " ranks cannot be dealt evenly to ", keepers, " keepers; give a number that divides",
-        " the ranks"));
+    return absl::InvalidArgumentError(absl::StrCat(ranks, " ranks cannot be dealt evenly to ",
+                                                   keepers, " keepers; give a number that divides",
+                                                   " the ranks"));
   }
   if (parity < 0) parity = keepers > 1 ? 1 : 0;
   if (parity > 0 && parity >= keepers) {
-    return absl::InvalidArgumentError(absl::StrCat("parity ", parity, " leaves no data of ",
-                                                   keepers, " keepers; give less"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("parity ", parity, " leaves no data of ", keepers, " keepers; give less"));
   }
   STRETTO_ASSIGN_OR_RETURN(const ParityLayout layout,
                            ParityLayout::Create(keepers, keepers - parity, parity));

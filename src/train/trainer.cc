@@ -389,7 +389,11 @@ absl::StatusOr<double> Trainer::Impl::Evaluate() {
 }
 
 Trainer::Trainer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Trainer::~Trainer() { impl_->WriteTraceAlone(); }
+Trainer::~Trainer() {
+  // Its copies wait for an event of the stream, which ends before them.
+  if (impl_->snapshots != nullptr) impl_->snapshots->Wait();
+  impl_->WriteTraceAlone();
+}
 
 absl::StatusOr<StepStats> Trainer::Step() { return impl_->Step(); }
 absl::StatusOr<double> Trainer::Evaluate() { return impl_->Evaluate(); }

@@ -255,8 +255,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         LoadOperand(k[i], SharedAddress(memory.own[own.place].first) + warp_rows, i);
         LoadOperand(v[i], SharedAddress(memory.own[own.place].second) + warp_rows, i);
       }
-      ArriveWarp(&memory.own_empty[own.place]);
-      own.Next();
       float d_keys[1][32] = {}, d_values[1][32] = {};
       uint32_t weights[kHalf / 16][4], changes[kHalf / 16][4];
       int before = -1;  // the place whose products are on their way
@@ -333,6 +331,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       Pin(d_values[0]);
       Pin(d_keys[0]);
       ArriveWarp(&memory.other_empty[before]);
+      ArriveWarp(&memory.own_empty[own.place]);
+      own.Next();
       const int first = tile.index * kTile + group * 64;
       StoreRows(dk, d_keys, shape.scale, tile.q_row + first, tile.q_length - first, work.head);
       StoreRows(dv, d_values, 1.0f, tile.q_row + first, tile.q_length - first, work.head);

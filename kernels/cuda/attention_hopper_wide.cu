@@ -221,7 +221,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       if constexpr (kHeld) {
         LoadOperands(q_held, q);
         LoadOperands(d_o_held, d_o);
-        ArriveWarp(&memory.own_empty[own.place]);
       }
 
       float gradient[M::kParts][32];
@@ -250,7 +249,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         WaitProducts<1>();
         Pin(p);
         PinAll(gradient);
-        if (b > 0) ArriveWarp(&memory.other_empty[other.Before()]);
+        if (b > 0) {
+          ArriveWarp(&memory.other_empty[other.Before()]);
+        } else if (kHeld) {  // not before products have read the registers, see LoadOperand
+          ArriveWarp(&memory.own_empty[own.place]);
+        }
 #pragma unroll
         for (int j = 0; j < 32; ++j) {
           p[j] = Exp2(fmaf(p[j], to_log2, -log_sum[j % 4 / 2]));
@@ -281,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       if (kCausal && group + 1 < kConsumers) {
         Skip(memory, &other);
       }
-      if (!kHeld) ArriveWarp(&memory.own_empty[own.place]);
+      if (!kHeld || blocks == 0) ArriveWarp(&memory.own_empty[own.place]);
       own.Next();
       StoreRows(dq, gradient, shape.scale, tile.q_row + first, tile.q_length - first, work.head);
     }

@@ -203,7 +203,9 @@ __device__ void Multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t b, boo
 }
 
 // The left operand of 16 rows (a warp's) and the columns 16 k.. of a tile: `rows` is the address of
-// the first of the rows, of which eight lie in 1024 bytes.
+// the first of the rows, of which eight lie in 1024 bytes. It has not been read when this returns:
+// an arrival at a barrier does not wait for loads that are on their way, so that the place may be
+// given away only when a product has used what was loaded.
 __device__ inline void LoadOperand(uint32_t (&a)[4], uint32_t rows, int k) {
   const uint32_t lane = threadIdx.x % 32;
   const uint32_t row = lane % 16, chunk = 2 * k + lane / 16;  // of 16 bytes

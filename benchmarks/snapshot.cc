@@ -246,20 +246,19 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
     STRETTO_RETURN_IF_ERROR(world.Agree("the first snapshots", some_taken));
     STRETTO_ASSIGN_OR_RETURN(const Phase off, RunPhase(trainer, "off", 0, options.steps));
     STRETTO_ASSIGN_OR_RETURN(const Phase each, RunPhase(trainer, "every step", 1, options.steps));
-    // The smallest distance at which none is passed over, as rank 0 saw it.
-    const int64_t taken = std::max<int64_t>(1, each.captured);
-    STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                             world.AllGather("k", absl::StrCat((each.steps + taken - 1) / taken)));
-    const int64_t k = std::max<int64_t>(1, std::atoll(all[0].c_str()));
+    // The distance that it has come to: the smallest at which none is passed over.
+    const int64_t k = trainer.snapshot_stats()->stride;
     STRETTO_ASSIGN_OR_RETURN(const Phase some,
-                             RunPhase(trainer, "every k steps", k, std::max(options.steps, 2 * k)));
-    // One with nothing beside it.
-    STRETTO_RETURN_IF_ERROR(trainer.Step().status());
-    STRETTO_RETURN_IF_ERROR(world.Barrier("durable"));
-    std::this_thread::sleep_for(std::chrono::milliseconds(
-        static_cast<int64_t>(1e3 * (2 * some.seal_seconds + 0.05))));  // what is under way ends
-    const double captured_at = Now();
-    trainer.Snapshot();
+                             RunPhase(trainer, "every k steps", 1, std::max(options.steps, 2 * k)));
+    // One with nothing beside it: the next that is not passed over.
+    double captured_at = 0;
+    for (int64_t passed = -1; passed != trainer.snapshot_stats()->passed_over;) {
+      STRETTO_RETURN_IF_ERROR(trainer.Step().status());
+      STRETTO_RETURN_IF_ERROR(world.Barrier(absl::StrCat("durable ", trainer.step())));
+      passed = trainer.snapshot_stats()->passed_over;
+      captured_at = Now();
+      trainer.Snapshot();
+    }
     if (world.rank() == 0) {
       const std::string wanted = absl::StrCat("COMMITTED step ", trainer.step(), " ");
       durable.committed = Until(captured_at, [&] {
@@ -280,7 +279,8 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
                     {"seconds", some.copy_seconds},
                     {"bytes", last.bytes},
                     {"k", k},
-                    {"effective_k", static_cast<double>(each.steps) / static_cast<double>(taken)},
+                    {"effective_k", static_cast<double>(some.steps) /
+                                        static_cast<double>(std::max<int64_t>(1, some.captured))},
                     {"bytes_per_second", rate(some.copy_seconds)},
                     {"alone_bytes_per_second", rate(last.copy_seconds)},
                     {"pinned_out_bytes_per_second", link.out},

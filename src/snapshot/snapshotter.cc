@@ -38,6 +38,10 @@ using snapshot_internal::SlotCopies;
 // A keeper answers at once, save when it is asked what can be restored.
 constexpr auto kPatience = std::chrono::seconds(30);
 
+// Captures without a miss before a smaller stride is tried; twice as many after each miss.
+constexpr int64_t kPatientCaptures = 16, kMostPatientCaptures = 1024;
+constexpr int64_t kMostStride = 1024;
+
 struct KeeperConnection {
   net::Fd fd;
   std::string job;
@@ -120,6 +124,10 @@ struct Snapshotter::Impl {
   int64_t epoch = 0;
   std::string trainer_state;
   std::vector<int64_t> missed;  // steps to be captured while another one was
+  bool registering = false;     // what keeps the thread busy is no capture
+  bool too_early = false;       // the last Capture
+  int64_t asked = 0;            // calls of Capture
+  int64_t clean = 0, patience = kPatientCaptures;
   std::thread thread;
   SnapshotStats stats;
   std::unique_ptr<SlotCopies> copies;
@@ -394,7 +402,13 @@ absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
     // This takes longer than a step. The slot stays free meanwhile, and training goes on.
     copies->End();
     STRETTO_RETURN_IF_ERROR(Seal(epoch, /*whole=*/false, {}).status());
+    const auto busy_with_it = [this](bool on) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      registering = on;
+    };
+    busy_with_it(true);
     const absl::Status registered = copies->Register(slot);
+    busy_with_it(false);
     if (!registered.ok()) {
       LogWarning(absl::StrCat("the driver does not page-lock the keeper's memory (",
                               std::string(registered.message()),
@@ -422,8 +436,15 @@ absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
 void Snapshotter::Capture(int64_t epoch, std::string trainer_state, const Event& after) {
   const std::lock_guard<std::mutex> lock(impl_->mutex);
   if (impl_->broken) return;
+  impl_->too_early = false;
+  if (impl_->asked++ % impl_->stats.stride != 0) {
+    ++impl_->stats.passed_over;
+    return;
+  }
+  ++impl_->clean;  // the same on all ranks
   if (impl_->busy) {
     impl_->missed.push_back(epoch);
+    impl_->too_early = !impl_->registering;
     return;
   }
   impl_->epoch = epoch;
@@ -431,6 +452,25 @@ void Snapshotter::Capture(int64_t epoch, std::string trainer_state, const Event&
   impl_->copies->Begin(after);
   impl_->busy = true;
   impl_->changed.notify_all();
+}
+
+bool Snapshotter::missed() const {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  return impl_->too_early;
+}
+
+void Snapshotter::Adapt(bool anybody_missed) {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  impl_->too_early = false;  // told once
+  int64_t& stride = impl_->stats.stride;
+  if (anybody_missed) {
+    impl_->patience = std::min(2 * impl_->patience, kMostPatientCaptures);
+    stride = std::min(stride + 1, kMostStride);
+    impl_->clean = 0;
+  } else if (stride > 1 && impl_->clean >= impl_->patience) {
+    --stride;
+    impl_->clean = 0;
+  }
 }
 
 void Snapshotter::WaitForPart(Stream& stream, int part) {

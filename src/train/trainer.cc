@@ -243,7 +243,9 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
   static_assert(StepScalars::kSeenTokens == StepScalars::kStop + 1 &&
                 StepScalars::kSquaredLengths == StepScalars::kStop + 2 &&
                 StepScalars::kPlan == StepScalars::kStop + 3);
-  host_inputs[0] = StopSignals::Received() != 0 ? 1 : 0;
+  // Ranks whose last snapshot came too early are counted in the fraction.
+  const bool missed = snapshots != nullptr && snapshots->missed();
+  host_inputs[0] = (StopSignals::Received() != 0 ? 1 : 0) + (missed ? kMissedSnapshot : 0);
   host_inputs[1] = static_cast<double>(work.tokens);
   host_inputs[2] = static_cast<double>(work.squared_lengths);
   // So few bits that the sum is exact.
@@ -289,7 +291,9 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
     consecutive_skips = 0;
     if (float8 != nullptr) float8->SetJustInTime(false);
   }
-  stop_agreed = stop_agreed || v[StepScalars::kStop] > 0;
+  const double asked_to_stop = std::floor(v[StepScalars::kStop]);
+  stop_agreed = stop_agreed || asked_to_stop > 0;
+  if (snapshots != nullptr) snapshots->Adapt(v[StepScalars::kStop] > asked_to_stop);
   const auto end = std::chrono::steady_clock::now();
   const double seconds = Seconds(last_step_end, end);
   last_step_end = end;

@@ -60,6 +60,9 @@ absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const st
 
 // What a rank writes to the step's scalars from the host, from StepScalars::kStop on.
 inline constexpr int kHostInputs = 4;
+// In StepScalars::kStop beside the ranks that were asked to stop: those that missed a snapshot.
+// Sums of it are exact, and below 1 for all numbers of ranks.
+inline constexpr double kMissedSnapshot = 0x1p-24;
 
 // Where the time before and in the first step goes.
 class SetUpTimes {

@@ -29,6 +29,7 @@ struct SnapshotterOptions {
 };
 
 struct SnapshotStats {
+  int64_t stride = 1;         // one of so many is taken (Adapt)
   int64_t captured = 0;       // sealed by this rank
   int64_t passed_over = 0;    // asked for, and no slot was free or an older one not yet sealed
   int64_t bytes = 0;          // of the tensors of one
@@ -69,6 +70,12 @@ class Snapshotter {
   // not yet sealed, the step is passed over. A keeper that is gone ends snapshots with a warning,
   // not training. `trainer_state` is a JSON object.
   void Capture(int64_t epoch, std::string trainer_state, const Event& after = {});
+  // Ranks that pass over different steps have no snapshot together, so all take the same ones:
+  // every stride-th that Capture is called for. After each step each rank tells whether its last
+  // Capture came too early, an older one being still under way (missed), and all call Adapt with
+  // whether anybody's did: the stride grows at once, and shrinks again after a while without.
+  bool missed() const;
+  void Adapt(bool anybody_missed);
   // Work enqueued on `stream` from now on may change what this part of the optimizer's update
   // writes (StateEntry::update_part) and the parts before it; -1: everything. The host waits until
   // the copies are enqueued, the stream until they are done. At once where none are under way.

@@ -392,6 +392,28 @@ TEST_F(Keepers, TheBudgetIsKept) {
   EXPECT_TRUE(status.ok()) << status;
 }
 
+TEST_F(Keepers, AllRanksTakeTheSameStepsAndAsManyAsTheyCan) {
+  Start(1);
+  const absl::Status status = Train(2, [](World&, RankState&, Snapshotter& snapshots) {
+    snapshots.Adapt(true);
+    snapshots.Adapt(true);
+    EXPECT_EQ(snapshots.stats().stride, 3);
+    // Nobody misses any more: one of three is tried, and after a while one of two, and all.
+    int64_t step = 0;
+    for (; snapshots.stats().stride > 1 && step < 2000; ++step) {
+      snapshots.Capture(step + 1, "{}");
+      snapshots.Wait();
+      EXPECT_FALSE(snapshots.missed());
+      snapshots.Adapt(false);
+    }
+    EXPECT_LT(step, 2000);
+    EXPECT_EQ(snapshots.stats().captured + snapshots.stats().passed_over, step);
+    EXPECT_GE(snapshots.stats().passed_over, step / 2);
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+}
+
 TEST_F(Keepers, LeaveNothingBehind) {
   Start(2);
   ASSERT_TRUE(TrainTo(2, 4).ok());

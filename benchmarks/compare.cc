@@ -1,25 +1,20 @@
 // stretto-bench compare: what changed between two runs.
 #include <cmath>
 #include <cstdio>
-#include <fstream>
 #include <map>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
+#include "stretto/core/read_file.h"
 #include "tools/arguments.h"
 
 namespace stretto::bench {
 namespace {
 
 absl::StatusOr<Results> Read(const std::string& path) {
-  std::ifstream file(path);
-  if (!file) {
-    return absl::NotFoundError(absl::StrCat(path,
-                                            " cannot be opened; give files that "
-                                            "stretto-bench ... --json FILE wrote"));
-  }
+  STRETTO_ASSIGN_OR_RETURN(const std::string file, ReadRegularFile("the result", path));
   const Json json = Json::parse(file, nullptr, false);
   const absl::Status wrong = absl::InvalidArgumentError(
       absl::StrCat(path, " is no result of stretto-bench; give files that --json wrote"));

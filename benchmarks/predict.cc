@@ -11,7 +11,6 @@
 #include "benchmarks/bench.h"
 #include "stretto/train/prediction.h"
 #include "tools/arguments.h"
-#include "tools/files.h"
 
 namespace stretto::bench {
 namespace {
@@ -85,18 +84,15 @@ absl::Status Run(World& world, TrainConfig config, const std::string& fit, int64
   if (fit.empty()) {
     STRETTO_ASSIGN_OR_RETURN(cost, FitCosts(world, config, 21));
   } else {
-    absl::StatusOr<std::string> text = ReadTextFile(fit);
-    if (text.ok()) {
-      absl::StatusOr<CostModel> read = ParseCostModel(*text, fit);
-      text = read.ok() ? std::move(text) : read.status();
-      if (read.ok()) cost = *std::move(read);
-    }
-    if (text.ok() && world.size() > 1 && cost.parts && !cost.parts->assumed &&
+    absl::StatusOr<CostModel> read = ReadCostModel(fit);
+    absl::Status usable = read.status();
+    if (read.ok()) cost = *std::move(read);
+    if (usable.ok() && world.size() > 1 && cost.parts && !cost.parts->assumed &&
         cost.parts->ranks < 2) {
-      text = absl::FailedPreconditionError(absl::StrCat(
+      usable = absl::FailedPreconditionError(absl::StrCat(
           fit, " was fitted on one rank, so links cost nothing in it; fit it under mpirun"));
     }
-    STRETTO_RETURN_IF_ERROR(world.Agree("reading the cost model", text.status()));
+    STRETTO_RETURN_IF_ERROR(world.Agree("reading the cost model", usable));
   }
   STRETTO_RETURN_IF_ERROR(Predictions(world, resolved, cost).status());
   // In turn, so that a machine that is slower for a while is so for all of them.

@@ -33,12 +33,13 @@ absl::StatusOr<LengthDistribution> Distribution(const std::string& lengths) {
   if (absl::StatusOr<LengthDistribution> named = LengthDistribution::Named(lengths); named.ok()) {
     return named;
   }
-  absl::StatusOr<std::string> text = ReadTextFile(lengths);
-  if (!text.ok()) {
+  absl::StatusOr<std::string> text = ReadRegularFile("--lengths: the file", lengths);
+  if (absl::IsNotFound(text.status())) {
     return absl::InvalidArgumentError(
         absl::StrCat("--lengths is '", lengths, "', neither github, byted nor a file of lengths (",
                      std::string(text.status().message()), ")"));
   }
+  STRETTO_RETURN_IF_ERROR(text.status());
   STRETTO_ASSIGN_OR_RETURN(std::vector<int64_t> all, ParseLengths(*text, lengths));
   return LengthDistribution::Of(std::move(all));
 }

@@ -6,7 +6,6 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "stretto/comm/world.h"
+#include "stretto/core/read_file.h"
 #include "stretto/core/state.h"
 #include "stretto/model/huggingface.h"
 #include "stretto/model/model.h"
@@ -45,14 +45,6 @@ struct Weights {
 
 std::string ShapeText(const std::vector<int64_t>& shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
-}
-
-absl::StatusOr<std::string> ReadText(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::stringstream text;
-  if (file) text << file.rdbuf();
-  if (!file) return absl::NotFoundError(absl::StrCat("cannot read ", path));
-  return text.str();
 }
 
 absl::Status WriteText(const std::string& path, const std::string& text) {
@@ -170,7 +162,8 @@ std::string TrainerStateFor(HfConfig config) {
 
 absl::Status FromHf(const std::string& hf_directory, const std::string& output) {
   const std::string config_path = hf_directory + "/config.json";
-  STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadText(config_path));
+  STRETTO_ASSIGN_OR_RETURN(const std::string text,
+                           ReadRegularFile("the model's description", config_path));
   STRETTO_ASSIGN_OR_RETURN(HfConfig config, ModelConfigFromHf(text, config_path));
   STRETTO_ASSIGN_OR_RETURN(const Model model, BuildModel(config.model));
   STRETTO_ASSIGN_OR_RETURN(const HfWeights files, HfWeights::Open(hf_directory));

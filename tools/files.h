@@ -9,6 +9,7 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/core/read_file.h"
 #include "stretto/core/status.h"
 
 namespace stretto {
@@ -25,20 +26,7 @@ inline absl::Status WriteTextFile(const std::string& path, const std::string& te
 
 // An empty file is an empty text.
 inline absl::StatusOr<std::string> ReadTextFile(const std::string& path) {
-  errno = 0;
-  std::ifstream file(path, std::ios::binary);
-  std::string text;
-  char part[4096];
-  constexpr size_t kMost = size_t{1} << 28;
-  while (file.read(part, sizeof(part)) || file.gcount() > 0) {
-    text.append(part, static_cast<size_t>(file.gcount()));
-    if (text.size() > kMost) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(path, " is larger than 256 MiB; is it the right file?"));
-    }
-  }
-  if (file.eof() && !file.bad()) return text;
-  return absl::UnavailableError(absl::StrCat(path, " could not be read: ", std::strerror(errno)));
+  return ReadRegularFile("the file", path);
 }
 
 // To the standard output, all of it.

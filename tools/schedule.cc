@@ -47,8 +47,7 @@ absl::Status Run(const Options& o) {
       UniformCost(o.forward / share, o.backward_input / share, o.backward_weight / share);
   cost.link_latency = o.link;
   if (!o.costs.empty()) {
-    STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(o.costs));
-    STRETTO_ASSIGN_OR_RETURN(cost, ParseCostModel(text, o.costs));
+    STRETTO_ASSIGN_OR_RETURN(cost, ReadCostModel(o.costs));
   }
   for (const double seconds : {o.forward, o.backward_input, o.backward_weight, o.link}) {
     if (!(seconds >= 0 && seconds <= 1e9)) {

@@ -90,8 +90,7 @@ absl::StatusOr<SequencePlanOptions> PlanOptions(const Options& o) {
   options.cost = ByteScaleCost(tensor);
   options.memory = ByteScaleMemory(tensor);
   if (!o.fit.empty()) {
-    STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(o.fit));
-    STRETTO_ASSIGN_OR_RETURN(const CostModel cost, ParseCostModel(text, o.fit));
+    STRETTO_ASSIGN_OR_RETURN(const CostModel cost, ReadCostModel(o.fit));
     options.cost = SequenceCostOf(cost, o.layers, o.ring_bytes);
     options.memory = {.bytes_per_token = o.token_bytes, .host_bytes_per_second = o.host};
   }

@@ -73,8 +73,7 @@ absl::StatusOr<CostModel> Costs(const std::string& fit, int64_t gpus, TrainConfi
     }
     return AssumedH100(*config);
   }
-  STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(fit));
-  STRETTO_ASSIGN_OR_RETURN(CostModel cost, ParseCostModel(text, fit));
+  STRETTO_ASSIGN_OR_RETURN(CostModel cost, ReadCostModel(fit));
   if (!cost.parts) {
     return absl::FailedPreconditionError(
         absl::StrCat(fit, " has the costs of stages only; make one with stretto-bench fit"));

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/core/read_file.h"
 #include "stretto/data/token_file.h"
 #include "stretto/data/tokenizer.h"
 #include "tools/arguments.h"
@@ -182,10 +183,7 @@ absl::Status Encode(const Options& options, const Tokenizer& tokenizer) {
   for (const std::string& path : options.inputs) {
     struct stat status;
     if (stat(path.c_str(), &status) != 0) return SystemError("find", path);
-    if (!S_ISREG(status.st_mode)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("'", path, "' is no regular file; name text files"));
-    }
+    STRETTO_RETURN_IF_ERROR(CheckRegularFile("the text", path));
     total += status.st_size;
   }
   if (total == 0) return absl::InvalidArgumentError("the input files are empty; name text files");

@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <limits>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -15,6 +13,7 @@
 #include "absl/strings/str_join.h"
 #include "src/core/config_text.h"
 #include "src/core/format.h"
+#include "stretto/core/read_file.h"
 #include "stretto/core/status.h"
 
 namespace stretto {
@@ -23,7 +22,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int kMaxDepth = 100;
-constexpr size_t kMaxFileBytes = size_t{64} << 20;
+constexpr int64_t kMaxFileBytes = int64_t{64} << 20;
 
 std::string Dump(const Json& value) {
   return value.dump(-1, ' ', false, Json::error_handler_t::replace);
@@ -414,25 +413,8 @@ absl::Status ParseConfig(const std::string& json, const std::string& source,
 
 absl::Status LoadConfig(const std::string& path, const std::vector<std::string>& sets,
                         ConfigRef config) {
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-  if (file == nullptr) {
-    return absl::NotFoundError(
-        absl::StrCat("the configuration ", path, " could not be opened; check the path"));
-  }
-  std::string text;
-  char buffer[1 << 14];
-  size_t got;
-  while ((got = std::fread(buffer, 1, sizeof(buffer), file.get())) > 0) {
-    text.append(buffer, got);
-    if (text.size() > kMaxFileBytes) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "the configuration ", path, " is larger than 64 MiB; is it a configuration at all?"));
-    }
-  }
-  if (std::ferror(file.get())) {
-    return absl::UnavailableError(
-        absl::StrCat("the configuration ", path, " could not be read; is it a regular file?"));
-  }
+  STRETTO_ASSIGN_OR_RETURN(const std::string text,
+                           ReadRegularFile("the configuration", path, kMaxFileBytes));
   return ParseConfig(text, path, sets, config);
 }
 

@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <charconv>
 #include <cstring>
-#include <fstream>
 #include <iterator>
 #include <limits>
 #include <map>
@@ -18,11 +16,12 @@
 #include "absl/strings/str_cat.h"
 #include "src/data/bpe.h"
 #include "src/data/split.h"
+#include "stretto/core/read_file.h"
 
 namespace stretto {
 namespace {
 
-constexpr int64_t kMaxFileBytes = int64_t{1} << 28;  // 256 MiB; the largest known are a few MB
+constexpr char kFile[] = "the tokenizer file";
 constexpr int64_t kMaxTextBytes = std::numeric_limits<int32_t>::max();
 constexpr char kEndOfText[] = "<|endoftext|>";
 
@@ -90,26 +89,6 @@ class Gpt2Tokenizer final : public Tokenizer {
   std::unique_ptr<Gpt2Splitter> splitter_;
   int32_t end_of_text_;
 };
-
-absl::StatusOr<std::string> ReadFile(const std::string& path) {
-  struct stat status;
-  if (stat(path.c_str(), &status) != 0) {
-    return absl::NotFoundError(
-        absl::StrCat("cannot find the tokenizer file '", path, "': ", std::strerror(errno)));
-  }
-  if (!S_ISREG(status.st_mode) || status.st_size > kMaxFileBytes) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("'", path, "' is no tokenizer file: it must be a regular file of at most ",
-                     kMaxFileBytes, " bytes"));
-  }
-  std::ifstream file(path, std::ios::binary);
-  std::string text(static_cast<size_t>(status.st_size), '\0');
-  if (!file.read(text.data(), static_cast<std::streamsize>(text.size()))) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot read the tokenizer file '", path, "': ", std::strerror(errno)));
-  }
-  return text;
-}
 
 // Takes the next line off `text`, without its end (LF or CR LF).
 std::string_view TakeLine(std::string_view* text) {
@@ -306,14 +285,14 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> ParseGpt2Bpe(const std::string& vocab
 }
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadTiktoken(const std::string& path) {
-  STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
+  STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadRegularFile(kFile, path));
   return ParseTiktoken(text, path);
 }
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> LoadGpt2Bpe(const std::string& vocab_json,
                                                        const std::string& merges_txt) {
-  STRETTO_ASSIGN_OR_RETURN(const std::string vocab, ReadFile(vocab_json));
-  STRETTO_ASSIGN_OR_RETURN(const std::string merges, ReadFile(merges_txt));
+  STRETTO_ASSIGN_OR_RETURN(const std::string vocab, ReadRegularFile(kFile, vocab_json));
+  STRETTO_ASSIGN_OR_RETURN(const std::string merges, ReadRegularFile(kFile, merges_txt));
   return ParseGpt2Bpe(vocab, merges, vocab_json, merges_txt);
 }
 

@@ -1,17 +1,12 @@
 #include "stretto/plan/cost.h"
 
 #include <algorithm>
-#include <cerrno>
 #include <cmath>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
-#include <sstream>
-#include <system_error>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/core/read_file.h"
 
 namespace stretto {
 namespace {
@@ -267,6 +262,10 @@ std::string ToJson(const CostModel& cost) {
 }
 
 absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::string& source) {
+  if (text.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the cost model '", source, "' is empty; make one with stretto-bench fit"));
+  }
   const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
   if (!json.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -306,22 +305,8 @@ absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::str
 }
 
 absl::StatusOr<CostModel> ReadCostModel(const std::string& path) {
-  // Anything else may never end, or never begin.
-  std::error_code unknown;
-  const std::filesystem::file_status what = std::filesystem::status(path, unknown);
-  if (std::filesystem::exists(what) && !std::filesystem::is_regular_file(what)) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "the cost model '", path, "' is no regular file; name one that stretto-bench fit wrote"));
-  }
-  errno = 0;
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  if (!file || !text) {
-    return absl::NotFoundError(absl::StrCat(
-        "the cost model '", path, "' cannot be read: ", std::strerror(errno != 0 ? errno : EIO)));
-  }
-  return ParseCostModel(text.str(), path);
+  STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadRegularFile("the cost model", path));
+  return ParseCostModel(text, path);
 }
 
 }  // namespace stretto

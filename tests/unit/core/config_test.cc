@@ -1,5 +1,7 @@
 #include "stretto/core/config.h"
 
+#include <sys/stat.h>
+
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
@@ -293,6 +295,11 @@ TEST(ConfigTest, LoadsFiles) {
   EXPECT_EQ(missing.code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(missing.message()), HasSubstr(path));
   EXPECT_FALSE(LoadConfig(::testing::TempDir(), {}, ConfigRef(&config)).ok());
+  // Which would be waited for.
+  ASSERT_EQ(mkfifo(path.c_str(), 0600), 0);
+  EXPECT_THAT(std::string(LoadConfig(path, {}, ConfigRef(&config)).message()),
+              HasSubstr("no regular file but a pipe"));
+  std::remove(path.c_str());
 }
 
 TEST(NearestNameTest, DistanceAndTies) {

@@ -95,7 +95,8 @@ TEST(CostModel, NamesWhatIsWrongWithAFile) {
   EXPECT_THAT(error("\"machine\"", "\"machines\""), HasSubstr("machine"));
   EXPECT_THAT(error("\"attn.qkv\": {", "\"attn.qkv\": {\"x\": 1, "), HasSubstr("\"x\""));
   EXPECT_THAT(error("\"ranks\"", "\"rank\""), HasSubstr("rank"));
-  EXPECT_FALSE(ParseCostModel("", "costs.json").ok());
+  EXPECT_THAT(std::string(ParseCostModel("", "costs.json").status().message()),
+              HasSubstr("'costs.json' is empty"));
 }
 
 TEST(ReadCostModel, TakesRegularFilesOnly) {
@@ -104,7 +105,7 @@ TEST(ReadCostModel, TakesRegularFilesOnly) {
   EXPECT_THAT(std::string(ReadCostModel("/tmp").status().message()), HasSubstr("no regular file"));
   const absl::Status absent = ReadCostModel("/nowhere/costs.json").status();
   EXPECT_EQ(absent.code(), absl::StatusCode::kNotFound);
-  EXPECT_THAT(std::string(absent.message()), HasSubstr("'/nowhere/costs.json' cannot be read"));
+  EXPECT_THAT(std::string(absent.message()), HasSubstr("'/nowhere/costs.json' could not be read"));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // stretto-sequences, run as users run it.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include <algorithm>
@@ -80,7 +81,11 @@ TEST_F(SequencesTool, SaysInOneSentenceWhatIsWrong) {
     return r.output;
   };
   EXPECT_THAT(error("--file " + Write("bad.txt", "12\nx\n")), HasSubstr("line 2: 'x'"));
-  EXPECT_THAT(error("--file /nowhere"), HasSubstr("/nowhere could not be read"));
+  EXPECT_THAT(error("--file /nowhere"), HasSubstr("'/nowhere' could not be read"));
+  ASSERT_EQ(mkfifo((folder_ + "/pipe").c_str(), 0600), 0);
+  EXPECT_THAT(error("--file " + folder_ + "/pipe"), HasSubstr("no regular file but a pipe"));
+  EXPECT_THAT(error("--fit " + folder_ + "/pipe"), HasSubstr("no regular file but a pipe"));
+  EXPECT_THAT(error("--file /dev/zero"), HasSubstr("no regular file but a device"));
   EXPECT_THAT(error("--pipelines 0"), HasSubstr("--pipelines must be 1 to 32768, not 0"));
   EXPECT_THAT(error("--pipelines 4"), HasSubstr("4 ranks"));
   EXPECT_THAT(error("--context 3"), HasSubstr("rings of 3 do not divide 512"));

@@ -9,7 +9,9 @@
 namespace stretto {
 
 absl::Status AppendRingShare(int64_t length, const ShareReader& read, PackedBatch* share) {
-  const ContextPart part = ContextPartOf(length, share->ring.size(), share->ring.index);
+  const std::vector<int64_t>& earlier = share->ring.lengths;
+  const int64_t before = std::accumulate(earlier.begin(), earlier.end(), int64_t{0});
+  const ContextPart part = ContextPartOf(length, before, share->ring.size(), share->ring.index);
   auto at = share->tokens();
   const auto end = static_cast<size_t>(at + part.tokens());
   share->ids.resize(end);

@@ -114,9 +114,11 @@ absl::Status TokenFeeder::Check(const PackedBatch& batch) const {
         "place ", ring.index, " of a ring of ", size, " ranks has parts of ", batch.sequences(),
         " documents, and there are ", documents, "; see SliceForRing"));
   }
+  int64_t before = 0;
   for (int64_t d = 0; d < documents; ++d) {
     const auto at = static_cast<size_t>(d);
-    const int64_t tokens = ContextPartOf(ring.lengths[at], size, ring.index).tokens();
+    const int64_t tokens = ContextPartOf(ring.lengths[at], before, size, ring.index).tokens();
+    before += ring.lengths[at];
     if (batch.cu_seqlens[at + 1] - batch.cu_seqlens[at] == tokens) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("place ", ring.index, " of a ring of ", size, " ranks has ",
@@ -155,8 +157,10 @@ int64_t TokenFeeder::DescribeRing(const PackedBatch& batch, std::byte* host, std
     int32_t* const front = numbers + used;
     place.front = take(documents);
     cu[0] = 0;
+    int64_t before = 0;
     for (size_t d = 0; d < documents; ++d) {
-      const ContextPart part = ContextPartOf(ring.lengths[d], size, p);
+      const ContextPart part = ContextPartOf(ring.lengths[d], before, size, p);
+      before += ring.lengths[d];
       cu[d + 1] = cu[d] + static_cast<int32_t>(part.tokens());
       front[d] = static_cast<int32_t>(part.front.count);
       place.longest = std::max(place.longest, part.tokens());
@@ -169,8 +173,10 @@ int64_t TokenFeeder::DescribeRing(const PackedBatch& batch, std::byte* host, std
   int32_t* const lengths = numbers + used;
   ring_.back_lengths = take(documents);
   ring_.longest_back = 0;
+  int64_t before = 0;
   for (size_t d = 0; d < documents; ++d) {
-    const ContextPart part = ContextPartOf(ring.lengths[d], size, ring.index);
+    const ContextPart part = ContextPartOf(ring.lengths[d], before, size, ring.index);
+    before += ring.lengths[d];
     back[d] = batch.cu_seqlens[d] + static_cast<int32_t>(part.front.count);
     lengths[d] = static_cast<int32_t>(part.back.count);
     ring_.longest_back = std::max(ring_.longest_back, part.back.count);

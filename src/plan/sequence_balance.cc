@@ -93,13 +93,6 @@ std::pair<int64_t, int64_t> RanksWithin(const Document& d, int64_t longest,
     // No use to count up where the aim is far away.
     ranks = std::max(ranks, std::min(most - 1, ranks * time / longest / 2));
   }
-  // Rounding must not give a rank more than it has room for.
-  const int64_t part = SequenceRoom::LargestPart(d.length, d.ranks);
-  while (best.first <= o.pipelines && SequenceRoom::LargestPart(d.length, best.first) > part) {
-    ++best.first;
-  }
-  if (best.first > o.pipelines) return {d.ranks, d.nanoseconds};
-  best.second = clock.Both(d.load, best.first, best.first > o.pipelines_per_machine);
   return best;
 }
 

@@ -26,7 +26,7 @@ class SequenceRoom {
 
   SequenceRoom(const SequencePlanOptions& options, const SequenceClock& clock);
 
-  // The most tokens that a rank of a ring of so many has of a document: exactly, not L / D.
+  // The most tokens that a rank of a ring of so many has of a document: L / D, rounded up.
   static int64_t LargestPart(int64_t length, int64_t ranks);
   // The fewest ranks that have room, with as much in host memory as copies can be hidden; may be
   // more than there are.

@@ -104,20 +104,13 @@ absl::Status CheckTimes(const std::vector<int64_t>& lengths, const SequencePlanO
       seconds, kMost));
 }
 
-// Documents in ring order with their exact parts: whether `capacity` tokens of each rank hold them.
+// Documents of one ring.
 class Pack {
  public:
-  explicit Pack(int ranks) : own_(Index(ranks), 0) {}
+  explicit Pack(int ranks) : ranks_(ranks) {}
   // Adds the document if all ranks have room.
   bool Add(int64_t document, int64_t length, int64_t capacity) {
-    const auto ranks = static_cast<int>(own_.size());
-    if (total_ + length > capacity * ranks) return false;
-    std::vector<int64_t> next = own_;
-    for (int i = 0; i < ranks; ++i) {
-      next[Index(i)] += ContextPartOf(length, ranks, i).tokens();
-      if (next[Index(i)] > capacity) return false;
-    }
-    own_ = std::move(next);
+    if (ContextTokens(total_ + length, ranks_, 0) > capacity) return false;
     total_ += length;
     documents_.push_back(document);
     return true;
@@ -126,7 +119,7 @@ class Pack {
   int64_t total() const { return total_; }
 
  private:
-  std::vector<int64_t> own_;
+  int ranks_;
   int64_t total_ = 0;
   std::vector<int64_t> documents_;
 };

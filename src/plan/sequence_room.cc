@@ -36,19 +36,11 @@ SequenceRoom::SequenceRoom(const SequencePlanOptions& options, const SequenceClo
 }
 
 int64_t SequenceRoom::LargestPart(int64_t length, int64_t ranks) {
-  if (ranks == 1) return length;
-  if (length % (2 * ranks) == 0) return length / ranks;
-  int64_t most = 0;
-  for (int i = 0; i < static_cast<int>(ranks); ++i) {
-    most = std::max(most, ContextPartOf(length, static_cast<int>(ranks), i).tokens());
-  }
-  return most;
+  return ContextTokens(length, static_cast<int>(ranks), 0);
 }
 
 int64_t SequenceRoom::RanksFor(int64_t length, int64_t most_tokens) const {
-  int64_t ranks = (length + most_tokens - 1) / most_tokens;
-  while (ranks <= pipelines_ && LargestPart(length, ranks) > most_tokens) ++ranks;
-  return ranks;
+  return (length + most_tokens - 1) / most_tokens;
 }
 
 int SequenceRoom::HiddenOffload(int64_t length) const {

@@ -43,9 +43,10 @@ TEST(RingShareTest, RanksTogetherHaveEveryTokenOnceInItsPlace) {
       EXPECT_EQ(share.ring.lengths, lengths);
       EXPECT_EQ(share.tokens(), ContextTokens(lengths, ranks, index));
       ASSERT_EQ(share.sequences(), whole.sequences());
-      int64_t longest = 0;
+      int64_t longest = 0, before = 0;
       for (size_t d = 0; d < lengths.size(); ++d) {
-        const ContextPart part = ContextPartOf(lengths[d], ranks, index);
+        const ContextPart part = ContextPartOf(lengths[d], before, ranks, index);
+        before += lengths[d];
         const int32_t first = share.cu_seqlens[d];
         ASSERT_EQ(share.cu_seqlens[d + 1] - first, part.tokens());
         longest = std::max(longest, part.tokens());

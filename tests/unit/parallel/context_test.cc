@@ -309,8 +309,8 @@ TEST(ContextTest, WrongUseIsOneSentence) {
   EXPECT_THAT(message({}, share), HasSubstr("made for 1 ranks and 0 shares"));
   EXPECT_THAT(message({.ranks = 2, .shares = 1}, share), HasSubstr("1 documents"));
   EXPECT_THAT(message({.ranks = 2, .shares = 2}, share, 14), HasSubstr("15 tokens"));
-  share.ring.lengths[0] = 31;
-  EXPECT_THAT(message({.ranks = 2, .shares = 2}, share), HasSubstr("of document 0 of 31, not 1"));
+  share.ring.lengths[0] = 33;
+  EXPECT_THAT(message({.ranks = 2, .shares = 2}, share), HasSubstr("of document 0 of 33, not 1"));
   share.ring.index = 2;
   EXPECT_THAT(message({.ranks = 2, .shares = 2}, share), HasSubstr("place 2 of a ring of 2"));
 }

@@ -281,31 +281,32 @@ TEST(PlanSequences, HostMemoryMakesRingsSmaller) {
   EXPECT_EQ(ranks().offload, 0.0);
 }
 
+// Shares differ by one token at most: as many ranks as the length divided by the room, rounded up.
 TEST(PlanSequences, RoundingCounts) {
-  // Of 10 tokens the parts are 2 3 2 3, two ranks have 5 each; of 9 tokens on four ranks some
-  // has 3.
   EXPECT_EQ(SequencePlan::TokensOf({.lengths = {9}, .pipelines = {0, 1, 2, 3}}, 0), 3);
+  EXPECT_EQ(SequencePlan::TokensOf({.lengths = {9}, .pipelines = {0, 1, 2, 3}}, 1), 2);
+  // Several documents together, too.
+  EXPECT_EQ(SequencePlan::TokensOf({.lengths = {1, 1, 1, 1}, .pipelines = {0, 1, 2}}, 0), 2);
+  EXPECT_EQ(SequencePlan::TokensOf({.lengths = {1, 1, 1, 1}, .pipelines = {0, 1, 2}}, 2), 1);
   SequencePlanOptions o = Linear(3, 5, SequenceMethod::kUnbalanced);
   o.ranks_from_memory = true;
   EXPECT_EQ(Text({10}, o), "0 0-1: 0\n");
   EXPECT_EQ(Text({11}, o), "0 0-2: 0\n");
-  // 8 parts of 11 tokens are 1 1 2 1 1 2 1 2, so the third of four ranks would have 4 of them.
   o = Linear(8, 3, SequenceMethod::kUnbalanced);
   o.ranks_from_memory = true;
   EXPECT_EQ(Text({12}, o), "0 0-3: 0\n");
-  EXPECT_EQ(Text({11}, o), "0 0-4: 0\n");
+  EXPECT_EQ(Text({11}, o), "0 0-3: 0\n");
   o = Linear(8, 2, SequenceMethod::kUnbalanced);
   o.ranks_from_memory = true;
   EXPECT_EQ(Text({8}, o), "0 0-3: 0\n");
   EXPECT_EQ(Text({9}, o), "0 0-4: 0\n");
 }
 
-// 18 tokens are 3 for each of six ranks, but one of seven would have 4, which would be done sooner.
+// 18 tokens on seven ranks are 3 for four of them, on eight for two.
 TEST(PlanSequences, MoreRanksForTimeDoNotBreakTheCapacity) {
   SequencePlanOptions o = Linear(7, 3, SequenceMethod::kBalanced);
   o.cost.forward = {.per_pair = 1e-6};
-  EXPECT_EQ(Text({18}, o), "0 0-5: 0\n");
-  // Eight have room again.
+  EXPECT_EQ(Text({18}, o), "0 0-6: 0\n");
   o.pipelines = 8;
   EXPECT_EQ(Text({18}, o), "0 0-7: 0\n");
 }

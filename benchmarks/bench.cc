@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <string>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "stretto/core/config.h"
 #include "stretto/core/log.h"
 #include "stretto/core/rng.h"
+#include "tools/files.h"
 
 namespace stretto::bench {
 namespace {
@@ -65,6 +67,31 @@ absl::Status Results::Write(const std::string& path) const {
   return absl::OkStatus();
 }
 
+std::string Draft(const std::string& path) {
+  std::error_code ignored;
+  const auto status = std::filesystem::symlink_status(path, ignored);
+  const bool replaceable = std::filesystem::is_regular_file(status) ||
+                           status.type() == std::filesystem::file_type::not_found;
+  return replaceable ? path + ".tmp" : path;
+}
+
+absl::Status CheckWritable(const std::string& path) {
+  if (path.empty()) return absl::OkStatus();
+  const std::string draft = Draft(path);
+  if (draft != path) {
+    const absl::Status written = WriteTextFile(draft, "");
+    std::remove(draft.c_str());
+    return written;
+  }
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored))
+    errno = EISDIR;
+  else if (access(path.c_str(), W_OK) == 0)
+    return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat(path, " could not be written: ", std::strerror(errno)));
+}
+
 int Fail(const absl::Status& status, int code) {
   std::fflush(stdout);
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
@@ -104,15 +131,21 @@ absl::Status SameEverywhere(World& world, TrainConfig config, const std::string&
   return world.Agree("comparing options", same);
 }
 
+absl::Status CheckOutput(World& world, const std::string& path) {
+  return world.Agree("opening the output",
+                     world.rank() == 0 ? CheckWritable(path) : absl::OkStatus());
+}
+
 int RunInWorld(const std::function<absl::Status(World&)>& work) {
   auto world = World::Create({});
-  if (!world.ok()) return Fail(world.status(), kFailed);
+  if (!world.ok()) return Fail(world.status(), ExitCodeOf(world.status()));
   const absl::Status status = work(**world);
   if (status.ok()) return Printed();
   // One rank speaks for all where all know, and all leave together.
   const bool agreed = IsAgreed(status);
-  if (!agreed || (*world)->rank() == 0) Fail(status, kFailed);
-  if (agreed) return kFailed;
+  const int code = agreed ? ExitCodeOf(status) : kFailed;
+  if (!agreed || (*world)->rank() == 0) Fail(status, code);
+  if (agreed) return code;
   // Rank 0's holds the control plane, where others look for the reason.
   if ((*world)->failed()) world->reset();
   std::fflush(stdout);
@@ -127,21 +160,6 @@ absl::StatusOr<Device> ChooseDevice(const std::string& device, int local_rank) {
   // A machine with too few GPUs is an error: some ranks on GPUs and some not measures nothing.
   if (local_rank > 0 && DescribeDevice(Device::Cuda(0)).ok()) return info.status();
   return Device::Cpu();
-}
-
-std::string DeviceName(Device device) {
-  if (device.kind != DeviceKind::kCpu) {
-    const auto info = DescribeDevice(device);
-    return info.ok() ? info->name : Name(device);
-  }
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    const size_t colon = line.find(": ");
-    if (line.rfind("model name", 0) == 0 && colon != std::string::npos) {
-      return line.substr(colon + 2);
-    }
-  }
-  return "cpu";
 }
 
 namespace {

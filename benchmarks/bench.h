@@ -12,6 +12,8 @@
 
 #include "stretto/comm/world.h"
 #include "stretto/core/device.h"
+#include "stretto/core/device_name.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/core/status.h"
 #include "stretto/plan/cost.h"
 #include "stretto/train/config.h"
@@ -21,7 +23,7 @@ namespace stretto::bench {
 
 using Json = nlohmann::ordered_json;
 
-constexpr int kDone = 0, kFailed = 1, kUsage = 2;
+constexpr int kDone = kExitDone, kFailed = kExitFailed, kUsage = kExitUsage;
 
 // A subcommand, with the arguments behind its name; returns the exit code and has printed what is
 // wrong.
@@ -46,6 +48,11 @@ struct Results {
   absl::Status Write(const std::string& path) const;
 };
 
+// The file that is written while the one of this name stays as it is; a device or a link has none.
+std::string Draft(const std::string& path);
+// What writing to `path` would say, before there is anything to write; nothing of an empty path.
+absl::Status CheckWritable(const std::string& path);
+
 // Prints the sentence and returns `code`.
 int Fail(const absl::Status& status, int code);
 
@@ -64,11 +71,12 @@ int RunInWorld(const std::function<absl::Status(World&)>& work);
 // --device: cuda and cpu are what they say, auto is a GPU where there is one. Ranks of a machine
 // take a GPU each.
 absl::StatusOr<Device> ChooseDevice(const std::string& device, int local_rank);
-// "NVIDIA H100 80GB HBM3", or the processor's model.
-std::string DeviceName(Device device);
 
 // Agrees that all ranks were started with the same configuration and the same other `options`.
 absl::Status SameEverywhere(World& world, TrainConfig config, const std::string& options = "");
+
+// Agrees that rank 0 can write to `path`; see CheckWritable.
+absl::Status CheckOutput(World& world, const std::string& path);
 
 // Resolves the configuration of TimedSteps; INVALID_ARGUMENT also for what only it refuses: a batch
 // of too many tokens to make up, a trace without a file.

@@ -6,13 +6,10 @@
 // of documents tell tokens from pairs and from what a call costs.
 #include "stretto/plan/fit.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
-#include <filesystem>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -366,32 +363,6 @@ absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetit
 
 namespace {
 
-// The file that is written while the one of this name stays as it is; a device or a link has none.
-std::string Draft(const std::string& path) {
-  std::error_code ignored;
-  const auto status = std::filesystem::symlink_status(path, ignored);
-  const bool replaceable = std::filesystem::is_regular_file(status) ||
-                           status.type() == std::filesystem::file_type::not_found;
-  return replaceable ? path + ".tmp" : path;
-}
-
-// What Replace would say, before there is anything to write.
-absl::Status CheckWritable(const std::string& path) {
-  const std::string draft = Draft(path);
-  if (draft != path) {
-    const absl::Status written = WriteTextFile(draft, "");
-    std::remove(draft.c_str());
-    return written;
-  }
-  std::error_code ignored;
-  if (std::filesystem::is_directory(path, ignored))
-    errno = EISDIR;
-  else if (access(path.c_str(), W_OK) == 0)
-    return absl::OkStatus();
-  return absl::UnavailableError(
-      absl::StrCat(path, " could not be written: ", std::strerror(errno)));
-}
-
 // The old file stays when the new one cannot be written whole.
 absl::Status Replace(const std::string& path, const std::string& text) {
   const std::string draft = Draft(path);
@@ -438,8 +409,7 @@ int Fit(int argc, const char* const* argv) {
   }
   if (!parsed.ok()) return Fail(parsed, kUsage);
   return RunInWorld([&](World& world) -> absl::Status {
-    STRETTO_RETURN_IF_ERROR(world.Agree(
-        "opening the output", world.rank() == 0 ? CheckWritable(output) : absl::OkStatus()));
+    STRETTO_RETURN_IF_ERROR(CheckOutput(world, output));
     STRETTO_ASSIGN_OR_RETURN(const CostModel cost,
                              FitCosts(world, *config, static_cast<int>(repetitions)));
     absl::Status written;

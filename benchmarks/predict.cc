@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
+#include "stretto/core/log.h"
 #include "stretto/train/prediction.h"
 #include "tools/arguments.h"
 
@@ -93,6 +94,11 @@ absl::Status Run(World& world, TrainConfig config, const std::string& fit, int64
           fit, " was fitted on one rank, so links cost nothing in it; fit it under mpirun"));
     }
     STRETTO_RETURN_IF_ERROR(world.Agree("reading the cost model", usable));
+    const auto device = ChooseDevice(config.runtime.device, world.info().local_rank);
+    if (world.rank() == 0 && device.ok() && DeviceName(*device) != cost.device) {
+      LogWarning(absl::StrCat("'", fit, "' was measured on '", cost.device, "', this is '",
+                              DeviceName(*device), "'"));
+    }
   }
   STRETTO_RETURN_IF_ERROR(Predictions(world, resolved, cost).status());
   // In turn, so that a machine that is slower for a while is so for all of them.
@@ -167,6 +173,7 @@ int Predict(int argc, const char* const* argv) {
   if (!parsed.ok()) return Fail(parsed, kUsage);
   Results results;
   return RunInWorld([&](World& world) -> absl::Status {
+    STRETTO_RETURN_IF_ERROR(CheckOutput(world, json));
     STRETTO_RETURN_IF_ERROR(Run(world, *config, fit, rounds, &results));
     absl::Status written;
     if (world.rank() == 0) written = results.Write(json);

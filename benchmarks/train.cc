@@ -309,6 +309,7 @@ int Train(int argc, const char* const* argv) {
     return status.ok() ? Printed() : Fail(status, kFailed);
   }
   return RunInWorld([&](World& world) -> absl::Status {
+    STRETTO_RETURN_IF_ERROR(CheckOutput(world, json));
     STRETTO_RETURN_IF_ERROR(Steps(world, *config, &results));
     absl::Status written;
     if (world.rank() == 0) written = results.Write(json);

@@ -218,23 +218,26 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
     double first = 0;  // as runs meet batches, with whatever is built for new shapes
     for (size_t i = 0; i < measured; ++i) first += m.seconds[i].front();
     first /= static_cast<double>(measured);
-    const double speed_up = best_static == nullptr ? 0 : mean(*best_static) / seconds;
     results->results.push_back({{"name", m.name},
                                 {"seconds", seconds},
                                 {"first_seconds", first},
                                 {"tokens_per_second", tokens / seconds},
-                                {"speed_up", speed_up},
-                                {"least_speed_up_of_a_batch", best_static == nullptr ? 0 : least},
                                 {"exposed_seconds", m.exposed},
                                 {"ring_bytes", m.ring_bytes},
                                 {"simulated_seconds", predicted},
                                 {"ratio", predicted / seconds},
                                 {"seconds_of_batches", of_batches}});
+    std::string beside = absl::StrFormat("%9s %9s", "-", "-");
+    if (best_static != nullptr) {
+      const double speed_up = mean(*best_static) / seconds;
+      results->results.back()["speed_up"] = speed_up;
+      results->results.back()["least_speed_up_of_a_batch"] = least;
+      beside = absl::StrFormat("%9.3f %9.3f", speed_up, least);
+    }
     if (world.rank() != 0) continue;
-    absl::PrintF("%-14s %10.2f %10.2f %12.0f %9.3f %9.3f %10.2f %12.2f %10.2f %6.3f\n", m.name,
-                 1e3 * seconds, 1e3 * first, tokens / seconds, speed_up,
-                 best_static == nullptr ? 0 : least, 1e3 * m.exposed, m.ring_bytes / 1e6,
-                 1e3 * predicted, predicted / seconds);
+    absl::PrintF("%-14s %10.2f %10.2f %12.0f %s %10.2f %12.2f %10.2f %6.3f\n", m.name,
+                 1e3 * seconds, 1e3 * first, tokens / seconds, beside, 1e3 * m.exposed,
+                 m.ring_bytes / 1e6, 1e3 * predicted, predicted / seconds);
   }
   return absl::OkStatus();
 }
@@ -288,6 +291,7 @@ int Varlen(int argc, const char* const* argv) {
   if (!parsed.ok()) return Fail(parsed, kUsage);
   Results results;
   return RunInWorld([&](World& world) -> absl::Status {
+    STRETTO_RETURN_IF_ERROR(CheckOutput(world, json));
     STRETTO_RETURN_IF_ERROR(Run(world, *config, options, &results));
     absl::Status written;
     if (world.rank() == 0) written = results.Write(json);

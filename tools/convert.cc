@@ -13,6 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "stretto/comm/world.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/core/read_file.h"
 #include "stretto/core/state.h"
 #include "stretto/model/huggingface.h"
@@ -364,5 +365,5 @@ int main(int argc, char** argv) {
   const absl::Status status = stretto::Main(argc, argv);
   if (status.ok()) return 0;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return 1;
+  return stretto::ExitCodeOf(status);
 }

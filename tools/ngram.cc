@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/data/token_file.h"
 #include "tools/arguments.h"
 
@@ -68,5 +69,5 @@ int main(int argc, char** argv) {
   const absl::Status status = stretto::Main(argc, argv);
   if (status.ok()) return 0;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return 1;
+  return stretto::ExitCodeOf(status);
 }

@@ -13,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/parallel/bucket_plan.h"
 #include "stretto/train/config.h"
 #include "stretto/train/flops.h"
@@ -24,7 +25,7 @@
 namespace stretto {
 namespace {
 
-constexpr int kFits = 0, kFailed = 1;
+constexpr int kFits = 0, kTooLittle = 1;
 constexpr size_t kBuffersShown = 20;
 
 // The plan of the rank that needs the most memory: of the data-parallel ranks of a stage the first
@@ -278,7 +279,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   Arguments arguments(
       "stretto-plan",
       "Prints memory, FLOPs and communication of one rank's step, or suggests layouts. "
-      "Exit code 1:\nthe memory does not suffice, or an error.",
+      "Exit code 1:\nthe memory does not suffice; 2: wrong usage or configuration.",
       "CONFIG.json");
   arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
   arguments.Add("ranks", "N", "ranks of the run", &ranks);
@@ -326,7 +327,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   s.parameters = ParameterCount(s.config.model);
   if (!s.fits()) s.advice = Advice(s.config, s.ranks, s.device_memory);
   STRETTO_RETURN_IF_ERROR(PrintText(buckets ? Buckets(s.plan) : json ? Json(s) : Text(s)));
-  return s.fits() ? kFits : kFailed;
+  return s.fits() ? kFits : kTooLittle;
 }
 
 }  // namespace
@@ -336,5 +337,5 @@ int main(int argc, char** argv) {
   const absl::StatusOr<int> code = stretto::Main(argc, argv);
   if (code.ok()) return *code;
   std::fprintf(stderr, "%s\n", std::string(code.status().message()).c_str());
-  return stretto::kFailed;
+  return stretto::ExitCodeOf(code.status());
 }

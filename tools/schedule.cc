@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/plan/cost.h"
 #include "stretto/plan/program.h"
 #include "stretto/sim/timeline.h"
@@ -15,8 +16,6 @@
 
 namespace stretto {
 namespace {
-
-constexpr int kDone = 0, kFailed = 1;
 
 struct Options {
   std::string kind = "1f1b", costs, svg, trace;
@@ -123,7 +122,7 @@ int main(int argc, char** argv) {
   absl::Status status = arguments.Parse(argc, argv);
   if (arguments.help()) {
     std::printf("%s", arguments.Help().c_str());
-    return stretto::kDone;
+    return stretto::kExitDone;
   }
   if (status.ok() && !o.costs.empty()) {
     const std::string given =
@@ -134,7 +133,7 @@ int main(int argc, char** argv) {
     }
   }
   if (status.ok()) status = stretto::Run(o);
-  if (status.ok()) return stretto::kDone;
+  if (status.ok()) return stretto::kExitDone;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return stretto::kFailed;
+  return stretto::ExitCodeOf(status);
 }

@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/data/length_distribution.h"
 #include "stretto/plan/cost.h"
 #include "stretto/plan/sequence_plan.h"
@@ -19,8 +20,6 @@
 
 namespace stretto {
 namespace {
-
-constexpr int kDone = 0, kFailed = 1;
 
 struct Options {
   std::string lengths = "byted", file, fit, svg, method = "all";
@@ -61,7 +60,8 @@ struct Result {
   SequencePlan plan;  // of the first step
 };
 
-absl::StatusOr<SequencePlanOptions> PlanOptions(const Options& o) {
+// `costs`: whose times these are.
+absl::StatusOr<SequencePlanOptions> PlanOptions(const Options& o, std::string* costs) {
   const auto range = [](const char* name, int64_t value, int64_t most) {
     if (value >= 1 && value <= most) return absl::OkStatus();
     return absl::InvalidArgumentError(
@@ -87,10 +87,18 @@ absl::StatusOr<SequencePlanOptions> PlanOptions(const Options& o) {
   const auto tensor = static_cast<int>(o.tensor);
   const int64_t machine = o.machine > 0 ? o.machine : std::max<int64_t>(1, 8 / o.tensor);
   options.pipelines_per_machine = static_cast<int>(std::min<int64_t>(machine, o.pipelines));
+  *costs = "costs of ByteScale's figures";
   options.cost = ByteScaleCost(tensor);
   options.memory = ByteScaleMemory(tensor);
   if (!o.fit.empty()) {
     STRETTO_ASSIGN_OR_RETURN(const CostModel cost, ReadCostModel(o.fit));
+    *costs = absl::StrCat("costs of ", cost.device,
+                          cost.parts ? absl::StrCat(", ", cost.parts->measured) : "");
+    if (cost.parts && !cost.parts->assumed && cost.parts->ranks < 2) {
+      std::fprintf(stderr,
+                   "warning: %s was fitted on one rank, so messages between ranks cost nothing\n",
+                   o.fit.c_str());
+    }
     options.cost = SequenceCostOf(cost, o.layers, o.ring_bytes);
     options.memory = {.bytes_per_token = o.token_bytes, .host_bytes_per_second = o.host};
   }
@@ -214,7 +222,8 @@ int ContextFor(const std::vector<std::vector<int64_t>>& batches, const SequenceP
 }
 
 absl::Status Run(const Options& o) {
-  STRETTO_ASSIGN_OR_RETURN(SequencePlanOptions options, PlanOptions(o));
+  std::string costs;
+  STRETTO_ASSIGN_OR_RETURN(SequencePlanOptions options, PlanOptions(o, &costs));
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::vector<int64_t>> batches, Batches(o));
   if (o.context == 0) options.context = ContextFor(batches, options);
   std::vector<Result> results;
@@ -236,7 +245,7 @@ absl::Status Run(const Options& o) {
   if (o.list) {
     for (const Result& r : results) absl::StrAppend(&out, List(r.plan), "\n");
   }
-  return PrintText(out + Table(results));
+  return PrintText(absl::StrCat(out, costs, "\n", Table(results)));
 }
 
 }  // namespace
@@ -283,7 +292,7 @@ int main(int argc, char** argv) {
   absl::Status status = arguments.Parse(argc, argv);
   if (arguments.help()) {
     std::printf("%s", arguments.Help().c_str());
-    return stretto::kDone;
+    return stretto::kExitDone;
   }
   const auto refuse = [&](const std::vector<std::string>& names, const char* why) {
     const std::string given = arguments.FirstGiven(names);
@@ -303,7 +312,7 @@ int main(int argc, char** argv) {
   }
   if (o.lengths != "log-normal") refuse({"median", "sigma"}, "goes with --lengths log-normal");
   if (status.ok()) status = stretto::Run(o);
-  if (status.ok()) return stretto::kDone;
+  if (status.ok()) return stretto::kExitDone;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return stretto::kFailed;
+  return stretto::ExitCodeOf(status);
 }

@@ -179,6 +179,7 @@ absl::StatusOr<int> PrintSuggestions(const std::string& config,
   }
   TrainConfig c;
   STRETTO_RETURN_IF_ERROR(LoadConfig(config, sets, ConfigRef(&c)));
+  STRETTO_RETURN_IF_ERROR(CheckSuggests(c));
   // Only for what a layout does not change, to say it once and before all others.
   TrainConfig alone = c;
   alone.parallel = {.bucket_bytes = c.parallel.bucket_bytes};

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/core/read_file.h"
 #include "stretto/data/token_file.h"
 #include "stretto/data/tokenizer.h"
@@ -33,8 +34,10 @@ constexpr size_t kPart = size_t{4} << 20;
 constexpr int64_t kDecodeTokens = 1 << 16;
 
 absl::Status SystemError(const std::string& what, const std::string& path) {
-  return absl::UnavailableError(
-      absl::StrCat("cannot ", what, " '", path, "': ", std::strerror(errno)));
+  const int error = errno;
+  const std::string message =
+      absl::StrCat("cannot ", what, " '", path, "': ", std::strerror(error));
+  return error == ENOENT ? absl::NotFoundError(message) : absl::UnavailableError(message);
 }
 
 // Where a text may be cut so that its two parts encode to the same ids as the whole: after a line
@@ -254,5 +257,5 @@ int main(int argc, char** argv) {
   const absl::Status status = stretto::Main(argc, argv);
   if (status.ok()) return 0;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return 1;
+  return stretto::ExitCodeOf(status);
 }

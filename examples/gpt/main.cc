@@ -2,8 +2,8 @@
 //
 //   mpirun -np 2 stretto-gpt configs/quickstart.json --set steps=500 --set optimizer.lr=1e-3
 //
-// Exit codes: 0 finished, 1 failed, 2 wrong usage or configuration, 75 asked to stop by SIGTERM or
-// SIGUSR1 and saved (start again to go on).
+// Exit codes: 0 finished, 1 failed, 2 wrong usage, configuration or files, 75 asked to stop by
+// SIGTERM or SIGUSR1 and saved (start again to go on).
 #include <signal.h>
 #include <unistd.h>
 
@@ -23,6 +23,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "stretto/comm/world.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/metrics.h"
 #include "stretto/observe/signals.h"
@@ -30,7 +31,8 @@
 
 namespace {
 
-constexpr int kFailed = 1, kUsage = 2, kRequeue = 75;
+using stretto::kExitFailed, stretto::kExitUsage;
+constexpr int kRequeue = 75;
 constexpr char kHelp[] =
     "usage: stretto-gpt CONFIG.json [--set section.name=value]...\n"
     "       mpirun -np RANKS stretto-gpt ...\n"
@@ -50,7 +52,7 @@ class InitWatch {
                    "ended before "
                    "it; look at the output of the other ranks\n",
                    static_cast<long long>(timeout.count() / 1000));
-      _exit(kFailed);
+      _exit(kExitFailed);
     });
   }
   ~InitWatch() {
@@ -164,28 +166,28 @@ int main(int argc, char** argv) {
     if (argument == "--set") {
       if (i + 1 == argc) {
         std::fprintf(stderr, "stretto-gpt: --set needs section.name=value\n%s", kHelp);
-        return kUsage;
+        return kExitUsage;
       }
       sets.push_back(argv[++i]);
     } else if (argument.rfind("--set=", 0) == 0) {
       sets.push_back(argument.substr(6));
     } else if (argument.rfind("-", 0) == 0 || !path.empty()) {
       std::fprintf(stderr, "stretto-gpt: did not expect '%s'\n%s", argument.c_str(), kHelp);
-      return kUsage;
+      return kExitUsage;
     } else {
       path = argument;
     }
   }
   if (path.empty()) {
     std::fprintf(stderr, "stretto-gpt: name a configuration file\n%s", kHelp);
-    return kUsage;
+    return kExitUsage;
   }
 
   stretto::TrainConfig config;
   const absl::Status loaded = stretto::LoadConfig(path, sets, stretto::ConfigRef(&config));
   if (!loaded.ok()) {
     std::fprintf(stderr, "stretto-gpt: %s\n", std::string(loaded.message()).c_str());
-    return kUsage;
+    return kExitUsage;
   }
 
   int code = 0;
@@ -201,7 +203,7 @@ int main(int argc, char** argv) {
     watch.reset();
     if (!world.ok()) {
       std::fprintf(stderr, "stretto-gpt: %s\n", std::string(world.status().message()).c_str());
-      return kFailed;
+      return stretto::TrainerExitCode(world.status());
     }
     stretto::SetLogRank((*world)->rank(), (*world)->size());
     auto signals = stretto::StopSignals::Install();
@@ -216,7 +218,7 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "stretto-gpt: %s\n", std::string(result.status().message()).c_str());
       }
       std::fflush(nullptr);
-      code = absl::IsInvalidArgument(result.status()) ? kUsage : kFailed;
+      code = stretto::TrainerExitCode(result.status());
       if (!agreed) {
         trainer.reset();
         // Rank 0's holds the control plane, where others look for the reason.

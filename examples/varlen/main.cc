@@ -4,7 +4,7 @@
 //   mpirun -np 4 train_varlen configs/varlen.json --steps 8
 //
 // The steps are the same every time: the same documents, so the same losses up to rounding.
-// Exit codes: 0 finished, 1 failed, 2 wrong usage or configuration.
+// Exit codes: 0 finished, 1 failed, 2 wrong usage, configuration or files.
 #include <unistd.h>
 
 #include <algorithm>
@@ -20,12 +20,13 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "stretto/comm/world.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/core/log.h"
 #include "stretto/train/trainer.h"
 
 namespace {
 
-constexpr int kFailed = 1, kUsage = 2;
+using stretto::kExitUsage;
 constexpr char kHelp[] =
     "usage: train_varlen CONFIG.json [--steps N] [--set section.name=value]...\n"
     "       mpirun -np RANKS train_varlen ...\n"
@@ -149,7 +150,7 @@ int main(int argc, char** argv) {
   int64_t steps = 8;
   const auto usage = [](const std::string& problem) {
     std::fprintf(stderr, "train_varlen: %s\n%s", problem.c_str(), kHelp);
-    return kUsage;
+    return kExitUsage;
   };
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
@@ -178,12 +179,12 @@ int main(int argc, char** argv) {
   const absl::Status loaded = stretto::LoadConfig(path, sets, stretto::ConfigRef(&config));
   if (!loaded.ok()) {
     std::fprintf(stderr, "train_varlen: %s\n", std::string(loaded.message()).c_str());
-    return kUsage;
+    return kExitUsage;
   }
   auto world = stretto::World::Create({});
   if (!world.ok()) {
     std::fprintf(stderr, "train_varlen: %s\n", std::string(world.status().message()).c_str());
-    return kFailed;
+    return stretto::TrainerExitCode(world.status());
   }
   stretto::SetLogRank((*world)->rank(), (*world)->size());
   const absl::Status status = Compare(**world, config, steps);
@@ -193,7 +194,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "train_varlen: %s\n", std::string(status.message()).c_str());
   }
   std::fflush(nullptr);
-  const int code = absl::IsInvalidArgument(status) ? kUsage : kFailed;
+  const int code = stretto::TrainerExitCode(status);
   if (!agreed) _exit(code);  // MPI cannot be finalised after an error between ranks
   return code;
 }

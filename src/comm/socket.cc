@@ -118,10 +118,9 @@ absl::StatusOr<Fd> Listen(const std::string& address, int port, int* bound_port)
                                           : reinterpret_cast<sockaddr_in*>(&bound)->sin_port);
     return fd;
   }
-  return absl::UnavailableError(absl::StrFormat(
-      "cannot listen on %s:%d: %s; choose another port (MASTER_PORT or STRETTO_MASTER_PORT) or "
-      "bind address",
-      address, port, std::strerror(error)));
+  return absl::UnavailableError(
+      absl::StrFormat("cannot listen on %s:%d: %s; choose another port or bind address", address,
+                      port, std::strerror(error)));
 }
 
 Fd Accept(const Fd& listener) {

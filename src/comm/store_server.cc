@@ -371,7 +371,12 @@ absl::StatusOr<std::unique_ptr<StoreServer>> StoreServer::Start(const StoreOptio
   std::unique_ptr<StoreServer> server(new StoreServer());
   State& s = *server->state_;
   s.token = options.job_token;
-  STRETTO_ASSIGN_OR_RETURN(s.listener, net::Listen(options.bind_address, options.port, &s.port));
+  absl::StatusOr<net::Fd> listener = net::Listen(options.bind_address, options.port, &s.port);
+  if (!listener.ok()) {
+    return absl::UnavailableError(absl::StrCat(std::string(listener.status().message()),
+                                               " (MASTER_PORT or STRETTO_MASTER_PORT)"));
+  }
+  s.listener = *std::move(listener);
   s.wake = net::Fd(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!s.wake.valid()) {
     return absl::ResourceExhaustedError(

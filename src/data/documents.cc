@@ -17,6 +17,7 @@ struct DocumentDataset::Impl {
   std::vector<int64_t> begins;  // place of each document's first input
   std::vector<int32_t> lengths;
   int64_t tokens = 0;
+  bool unseparated = false;
 
   // Inputs [begin, end), whose targets are [begin + 1, end + 1).
   void Add(int64_t begin, int64_t end) {
@@ -35,6 +36,7 @@ absl::Status DocumentDataset::Impl::AddBetweenSeparators() {
   std::vector<int32_t> ids(static_cast<size_t>(std::min(kPiece, total)));
   int64_t begin = 0;
   bool at_separator = false;  // `begin` is one
+  unseparated = true;
   for (int64_t place = 0; place < total; place += kPiece) {
     const int64_t count = std::min(kPiece, total - place);
     STRETTO_RETURN_IF_ERROR(shards.Read(place, count, ids.data()));
@@ -45,6 +47,7 @@ absl::Status DocumentDataset::Impl::AddBetweenSeparators() {
       if (!nothing) Add(begin, separator);
       begin = separator;
       at_separator = true;
+      unseparated = false;
     }
   }
   Add(begin, total - 1);
@@ -92,6 +95,7 @@ int64_t DocumentDataset::length(int64_t document) const {
 uint64_t DocumentDataset::Fingerprint() const {
   return XXH64(impl_->lengths.data(), impl_->lengths.size() * sizeof(impl_->lengths[0]), 0);
 }
+bool DocumentDataset::unseparated() const { return impl_->unseparated; }
 const DatasetOptions& DocumentDataset::options() const { return impl_->options; }
 
 absl::Status DocumentDataset::Read(int64_t document, Range range, int32_t* ids,

@@ -91,5 +91,8 @@ absl::StatusOr<std::unique_ptr<PlanLoader>> PlanLoader::Create(const DocumentDat
 absl::StatusOr<const PlannedStep*> PlanLoader::Step(int64_t step) {
   return impl_->steps.Step(step);
 }
+absl::StatusOr<const PlannedStep*> PlanLoader::Ahead(int64_t step) {
+  return impl_->steps.Ahead(step);
+}
 
 }  // namespace stretto

@@ -64,8 +64,14 @@ class Prefetcher {
       changed_.wait(lock, [this] { return wanted_ < 0; });
       front_ = 1 - front_;
     }
+    if (!threaded && slots_[1 - front_].step == step) {
+      front_ = 1 - front_;  // made ahead
+      slots_[1 - front_].step = -1;
+    } else if (!threaded) {
+      slots_[front_].step = -1;
+    }
     Slot& slot = slots_[front_];
-    if (!threaded || slot.step != step) Make(step, &slot);
+    if (slot.step != step) Make(step, &slot);
     if (!slot.status.ok()) {
       slot.step = -1;
       return slot.status;
@@ -78,6 +84,27 @@ class Prefetcher {
       changed_.notify_all();
     }
     return &slot.data;
+  }
+
+  // The data of `step`, which the next call of Step is to be for, made now where it is not there
+  // yet; what Step returned stays valid. Then two steps exist without a thread, too.
+  absl::StatusOr<const Data*> Ahead(int64_t step) {
+    Slot& slot = slots_[1 - front_];
+    if (thread_.joinable()) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return wanted_ < 0; });
+      if (slot.step != step) {
+        wanted_ = step;
+        changed_.notify_all();
+        changed_.wait(lock, [this] { return wanted_ < 0; });
+      }
+    } else if (slot.step != step) {
+      Make(step, &slot);
+    }
+    if (slot.status.ok()) return &slot.data;
+    const absl::Status status = slot.status;
+    slot.step = -1;
+    return status;
   }
 
  private:

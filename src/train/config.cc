@@ -46,7 +46,7 @@ void TrainConfig::Batch::Visit(ConfigVisitor& v) {
           {.min = 1});
   v.Field("tokens", &tokens,
           "with data.documents in place of `global`: tokens per optimizer step at most, over all "
-          "ranks; 0: `capacity` on every rank",
+          "ranks; 0: `global` documents of data.sequence_length",
           {.min = 0});
   v.Field("capacity", &capacity,
           "with data.documents in place of `micro`: tokens of a micro-batch on a rank at most; 0: "
@@ -123,7 +123,10 @@ void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
           "gradient bytes that are reduced, and with zero 3 gathered, together, about", {.min = 1});
   v.Field("cost_model", &cost_model,
           "file of `stretto-bench fit` for this model, from which a dynamic mesh knows what "
-          "documents cost; empty: from the model's FLOPs");
+          "documents cost; it is kept with checkpoints, and a run that goes on takes that unless "
+          "this names another file; empty: from the model's FLOPs");
+  v.Field("cost_model_any_device", &cost_model_any_device,
+          "plan with a cost model also when it was measured on another device");
 }
 
 void TrainConfig::Runtime::Visit(ConfigVisitor& v) {
@@ -259,12 +262,16 @@ void TrainConfig::ResolveDocuments(std::vector<std::string>* errors) {
   // A step's batches are held in memory; this also keeps products far from overflow.
   constexpr int64_t kMostTokens = int64_t{1} << 40;
   const int64_t ranks = parallel.data_ranks();
-  if (batch.capacity > kMostTokens || batch.tokens > kMostTokens) {
-    fail("batch.capacity is ", batch.capacity, " and batch.tokens ", batch.tokens,
+  const bool many = batch.tokens == 0 && batch.global > kMostTokens / data.sequence_length;
+  // Not by the number of ranks: a run may go on with fewer.
+  if (batch.tokens == 0 && !many) batch.tokens = batch.global * data.sequence_length;
+  if (batch.capacity > kMostTokens || batch.tokens > kMostTokens || many) {
+    fail("batch.capacity is ", batch.capacity, " and batch.tokens ",
+         many ? absl::StrCat(batch.global, " (batch.global) x ", data.sequence_length)
+              : absl::StrCat(batch.tokens),
          "; at most 2^40 tokens are supported: lower them.");
     return;
   }
-  if (batch.tokens == 0) batch.tokens = batch.capacity * ranks;
   batch.micro = 1;  // of an evaluation
   if (batch.tokens < data.sequence_length) {
     fail("batch.tokens is ", batch.tokens, ", less than the longest document's ",

@@ -424,8 +424,9 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
     plan.parameter_bytes_sent += sent.parameters;
   }
   // Small all-reduces send everything to everybody.
-  plan.scalar_bytes_sent = StepScalars::kReduced * SizeOf(DType::kF64) * (ranks - 1) +
-                           float8_operands * SizeOf(DType::kF32) * (dp - 1);
+  const int sums = StepScalars::kReduced + (config.data.documents ? 1 : 0);  // the plan's hash
+  plan.scalar_bytes_sent =
+      sums * SizeOf(DType::kF64) * (ranks - 1) + float8_operands * SizeOf(DType::kF32) * (dp - 1);
   return plan;
 }
 

@@ -27,7 +27,7 @@ absl::StatusOr<OutputLock> OutputLock::Take(const std::string& directory) {
   const int error = errno;
   close(descriptor);
   if (error != EWOULDBLOCK) return OutputLock();
-  return absl::FailedPreconditionError(
+  return absl::UnavailableError(
       absl::StrCat("another run is using the output directory ", directory,
                    "; wait until it has ended, or choose another output"));
 }

@@ -68,21 +68,43 @@ absl::StatusOr<CostModel> CostOf(const TrainConfig& config) {
     return AssumedCore(config);
   }
   STRETTO_ASSIGN_OR_RETURN(CostModel cost, ReadCostModel(path));
-  const std::string key = ModelKey(config);
-  if (cost.parts && cost.parts->model != key) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("parallel.cost_model is '", path, "', whose costs are of ", cost.parts->model,
-                     ", but this run trains ", key,
-                     "; run stretto-bench fit with its "
-                     "configuration, or leave parallel.cost_model empty"));
-  }
+  STRETTO_RETURN_IF_ERROR(CheckCosts(cost, absl::StrCat("'", path, "'"), config, /*device=*/""));
   return cost;
 }
 
 }  // namespace
 
+absl::Status CheckCosts(const CostModel& costs, const std::string& source,
+                        const TrainConfig& config, const std::string& device) {
+  const auto refuse = [&](const auto&... parts) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the costs in ", source, " (parallel.cost_model) ", parts...));
+  };
+  const std::string key = ModelKey(config);
+  const char* const fit =
+      "run stretto-bench fit with its configuration, or leave "
+      "parallel.cost_model empty";
+  if (!costs.parts) {
+    return refuse("are those of stages, without the layers and links that planning needs; ", fit);
+  }
+  if (costs.parts->model != key) {
+    return refuse("are of ", costs.parts->model, " (", costs.device, "), but this run trains ", key,
+                  device.empty() ? "" : absl::StrCat(" (", device, ")"), "; ", fit);
+  }
+  if (!costs.parts->assumed && costs.parts->ranks < 2 && config.parallel.data_ranks() > 1) {
+    return refuse("were fitted on one rank, so that messages cost nothing in them, but ",
+                  config.parallel.data_ranks(), " ranks share documents; fit under mpirun");
+  }
+  if (!device.empty() && costs.device != device && !config.parallel.cost_model_any_device) {
+    return refuse("were measured on '", costs.device, "', but this run is on '", device,
+                  "'; fit them there, or set parallel.cost_model_any_device=true");
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
-                                                      int places_per_machine) {
+                                                      int places_per_machine,
+                                                      const CostModel* costs) {
   SequencePlanOptions options;
   options.pipelines = static_cast<int>(config.parallel.data_ranks());
   options.stages = static_cast<int>(config.parallel.pp);
@@ -97,7 +119,12 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
   const int64_t tp = config.parallel.tp;
   const int64_t key_heads = (config.model.kv_heads + tp - 1) / tp;
   const auto key_and_value = static_cast<double>(2 * key_heads * config.model.head_dim);
-  STRETTO_ASSIGN_OR_RETURN(const CostModel cost, CostOf(config));
+  CostModel cost;
+  if (costs != nullptr) {
+    cost = *costs;
+  } else {
+    STRETTO_ASSIGN_OR_RETURN(cost, CostOf(config));
+  }
   options.cost =
       SequenceCostOf(cost, config.model.layers, key_and_value * static_cast<double>(SizeOf(dtype)));
   // Blocks are computed again in backward, with their rings.
@@ -120,10 +147,10 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
   return options;
 }
 
-absl::StatusOr<DocumentPlanner> DocumentPlannerOf(const TrainConfig& config,
-                                                  int places_per_machine) {
+absl::StatusOr<DocumentPlanner> DocumentPlannerOf(const TrainConfig& config, int places_per_machine,
+                                                  const CostModel* costs) {
   STRETTO_ASSIGN_OR_RETURN(const SequencePlanOptions options,
-                           SequenceOptionsOf(config, places_per_machine));
+                           SequenceOptionsOf(config, places_per_machine, costs));
   STRETTO_ASSIGN_OR_RETURN(ScheduleKind kind, ParseScheduleKind(config.parallel.schedule));
   if (config.parallel.pp == 1) kind = ScheduleKind::kOneF1B;
   const int pp = static_cast<int>(config.parallel.pp);

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/copy.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/core/log.h"
 #include "stretto/observe/memory.h"
 
@@ -296,17 +297,18 @@ absl::Status Trainer::Impl::SetUpModel() {
                      ", but no linear layer has widths that are multiples of 16: all stay in ",
                      config.runtime.dtype));
   }
-  STRETTO_ASSIGN_OR_RETURN(
-      scalar_arena,
-      Arena::Create(stream->device(), "scalars", (StepScalars::kCount + 2) * SizeOf(DType::kF64)));
-  scalars = Tensor::Of(scalar_arena.data(), DType::kF64, {StepScalars::kCount}, stream->device());
+  STRETTO_ASSIGN_OR_RETURN(scalar_arena, Arena::Create(stream->device(), "scalars",
+                                                       (kStepSums + 2) * SizeOf(DType::kF64)));
+  sums = Tensor::Of(scalar_arena.data(), DType::kF64, {kStepSums}, stream->device());
+  scalars = sums.Rows(kPlanSums, StepScalars::kCount);
   evaluation_total =
       Tensor::Of(scalars.as<double>() + StepScalars::kCount, DType::kF64, {2}, stream->device());
   STRETTO_ASSIGN_OR_RETURN(
       host_arena, Arena::CreateHost(stream->device(), "scalars",
-                                    (StepScalars::kCount + kHostInputs) * SizeOf(DType::kF64)));
-  host_scalars = reinterpret_cast<double*>(host_arena.data());
-  host_inputs = host_scalars + StepScalars::kCount;
+                                    (kStepSums + kPlanSums + kHostInputs) * SizeOf(DType::kF64)));
+  host_sums = reinterpret_cast<double*>(host_arena.data());
+  host_scalars = host_sums + kPlanSums;
+  host_inputs = host_sums + kStepSums + kPlanSums;
   STRETTO_ASSIGN_OR_RETURN(
       worker, ModelStages::Create(*stream, memory, plan.micro_batch_tokens, budget, plan.rings));
   STRETTO_ASSIGN_OR_RETURN(
@@ -449,7 +451,7 @@ absl::Status Trainer::Impl::Restore() {
     const CheckpointInfo& info = *newest;
     STRETTO_ASSIGN_OR_RETURN(const TrainerState saved,
                              ParseTrainerState(info.trainer_state, info.path));
-    STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, info.path));
+    STRETTO_RETURN_IF_ERROR(SameRunAs(saved, info.path));
     // The tensors of other stages are for other ranks.
     STRETTO_RETURN_IF_ERROR(LoadCheckpoint(info, registry, {.allow_unused = pp_group.size() > 1}));
     restored = saved;
@@ -464,6 +466,8 @@ absl::Status Trainer::Impl::Continue(const TrainerState& saved, const std::strin
   state.applied = saved.applied;
   state.skipped = saved.skipped;
   state.choices = saved.choices;
+  state.costs = saved.costs;
+  state.costs_file = saved.costs_file;
   if (state.step >= config.steps && world.rank() == 0) {
     LogWarning(absl::StrCat(source, " is of step ", state.step, " and steps is ", config.steps,
                             ": nothing is left to train; raise steps to go on"));
@@ -519,25 +523,47 @@ void Trainer::Impl::WriteFacts() const {
   if (!written.ok()) LogWarning(std::string(written.message()));
 }
 
-absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const TrainConfig& config) {
+absl::Status Trainer::Impl::SetUp() {
+  dp_fixed = config.parallel.dp != 0;
+  OpenProgress();
+  STRETTO_RETURN_IF_ERROR(world.Agree("setting up the runtime", SetUpRuntime()));
+  set_up.Enter("communicators");
+  STRETTO_RETURN_IF_ERROR(world.Agree("planning and building the model", SetUpModel()));
+  set_up.Enter("arenas");
+  WriteFacts();
+  STRETTO_RETURN_IF_ERROR(world.Agree("opening the data", SetUpData()));
+  set_up.Enter("data");
+  STRETTO_RETURN_IF_ERROR(world.Agree("measuring the device", MeasurePeak()));
+  set_up.Enter("peak");
+  STRETTO_RETURN_IF_ERROR(world.Agree("restoring a checkpoint", Restore()));
+  set_up.Enter("restore");
+  STRETTO_RETURN_IF_ERROR(world.Agree("planning the documents", SetUpPlans()));
+  set_up.Enter("data");
+  progress.Restored(state.step);
+  STRETTO_RETURN_IF_ERROR(world.Agree("warming up", WarmUp()));
+  set_up.Enter("warm-up");
+  return absl::OkStatus();
+}
+
+namespace {
+constexpr char kSetUpPayload[] = "stretto/set-up";
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const TrainConfig& config,
+                                                         TrainerOptions options) {
   auto impl = std::make_unique<Impl>(world, config);
-  impl->dp_fixed = config.parallel.dp != 0;
-  impl->OpenProgress();
-  STRETTO_RETURN_IF_ERROR(world.Agree("setting up the runtime", impl->SetUpRuntime()));
-  impl->set_up.Enter("communicators");
-  STRETTO_RETURN_IF_ERROR(world.Agree("planning and building the model", impl->SetUpModel()));
-  impl->set_up.Enter("arenas");
-  impl->WriteFacts();
-  STRETTO_RETURN_IF_ERROR(world.Agree("opening the data", impl->SetUpData()));
-  impl->set_up.Enter("data");
-  STRETTO_RETURN_IF_ERROR(world.Agree("measuring the device", impl->MeasurePeak()));
-  impl->set_up.Enter("peak");
-  STRETTO_RETURN_IF_ERROR(world.Agree("restoring a checkpoint", impl->Restore()));
-  impl->set_up.Enter("restore");
-  impl->progress.Restored(impl->state.step);
-  STRETTO_RETURN_IF_ERROR(world.Agree("warming up", impl->WarmUp()));
-  impl->set_up.Enter("warm-up");
-  return std::unique_ptr<Trainer>(new Trainer(std::move(impl)));
+  impl->options = std::move(options);
+  absl::Status status = impl->SetUp();
+  if (status.ok()) return std::unique_ptr<Trainer>(new Trainer(std::move(impl)));
+  // What ranks do not agree on is an error between them.
+  if (IsAgreed(status)) status.SetPayload(kSetUpPayload, absl::Cord("1"));
+  return status;
+}
+
+int TrainerExitCode(const absl::Status& status) {
+  const bool by_code =
+      absl::IsInvalidArgument(status) || status.GetPayload(kSetUpPayload).has_value();
+  return by_code || status.ok() ? ExitCodeOf(status) : kExitFailed;
 }
 
 }  // namespace stretto

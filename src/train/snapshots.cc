@@ -52,7 +52,7 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
   TrainerState saved;
   const auto load = [&]() -> absl::Status {
     STRETTO_ASSIGN_OR_RETURN(saved, ParseTrainerState(snapshot->trainer_state, source));
-    STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, source));
+    STRETTO_RETURN_IF_ERROR(SameRunAs(saved, source));
     return snapshots->Restore();
   };
   const absl::Status loaded = world.Agree("restoring a snapshot", load());

@@ -269,6 +269,13 @@ class Search {
 
 }  // namespace
 
+absl::Status CheckSuggests(const TrainConfig& config) {
+  if (!config.data.documents) return absl::OkStatus();
+  return absl::UnimplementedError(
+      "data.documents is on, and layouts are suggested for samples of equal length only; set "
+      "data.documents=false");
+}
+
 absl::StatusOr<Suggestions> Suggest(const TrainConfig& config, const CostModel& cost,
                                     const SuggestOptions& options) {
   constexpr int kMost = 4096;
@@ -280,11 +287,7 @@ absl::StatusOr<Suggestions> Suggest(const TrainConfig& config, const CostModel& 
     return absl::InvalidArgumentError(
         "a device needs memory, and a machine a device, to suggest layouts for");
   }
-  if (config.data.documents) {
-    return absl::UnimplementedError(
-        "data.documents is on, and layouts are suggested for samples of equal length only; set "
-        "data.documents=false");
-  }
+  STRETTO_RETURN_IF_ERROR(CheckSuggests(config));
   // What is planned for each layout grows with these.
   constexpr int64_t kMostLayers = 1024, kMostSamples = int64_t{1} << 40;
   if (config.model.layers > kMostLayers) {

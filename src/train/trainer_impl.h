@@ -45,6 +45,9 @@ struct TrainerState {
   int64_t skipped = 0;
   std::string config;   // resolved
   std::string choices;  // what the backend chose by measuring (KernelTable::export_choices)
+  // With data.documents: of their lengths, and what they cost (ToJson of a CostModel) by which
+  // file; empty without a cost model.
+  std::string documents, costs, costs_file;
 };
 std::string ToJson(const TrainerState& state);
 // FAILED_PRECONDITION names the first setting that makes the model another one, between a run's
@@ -89,6 +92,13 @@ class SetUpTimes {
   std::vector<std::pair<std::string, double>> seconds_;
 };
 
+// With data.documents the hash of the next step's plan is summed with the scalars, as two numbers
+// of so few bits that sums are exact: StepScalars::kPlan has the lower half, this many numbers in
+// front of the scalars the upper one. Where hashes differ, no rank's is the mean (but by a chance
+// of 2^-64), so that all ranks see it, before any of them sends something of that step.
+inline constexpr int kPlanSums = 1;
+inline constexpr int kStepSums = kPlanSums + StepScalars::kCount;
+
 struct Trainer::Impl {
   Impl(World& w, const TrainConfig& c)
       : world(w),
@@ -97,6 +107,7 @@ struct Trainer::Impl {
 
   World& world;
   TrainConfig config;
+  TrainerOptions options;
   Budget budget;
   RunPlan plan;
   const KernelTable* kernels = nullptr;
@@ -117,12 +128,15 @@ struct Trainer::Impl {
   Tensor tied_gradient;                 // where another rank's part of it arrives
   std::optional<LearningRate> learning_rate;
   Arena tied_arena, scalar_arena, host_arena;
-  Tensor scalars;           // f64 [StepScalars::kCount]
+  Tensor sums;              // f64 [kStepSums]
+  Tensor scalars;           // f64 [StepScalars::kCount], in `sums`
   Tensor evaluation_total;  // f64 [2]
   // On the host, for copies from and to the stream's device: what this rank adds to the scalars
-  // kStop, kSeenTokens, kSquaredLengths and kPlan, and the scalars as they came back.
+  // kStop, kSeenTokens, kSquaredLengths and kPlan (behind what goes in front of them), and the
+  // scalars as they came back.
   double* host_inputs = nullptr;
-  double* host_scalars = nullptr;
+  double* host_sums = nullptr;
+  double* host_scalars = nullptr;  // in host_sums
   std::unique_ptr<ModelStages> worker;
   std::unique_ptr<PipelineExecutor> executor;
   // With a pipeline for each number of micro-batches that this rank can have in a step, else for
@@ -167,13 +181,22 @@ struct Trainer::Impl {
   std::optional<ReplayCache> replays;         // with runtime.graphs
 
   ops::Context ops() const { return {stream.get(), kernels}; }
-  // The parts of Create, in order; each ends in an agreement of all ranks.
+  absl::Status SetUp();
+  // The parts of SetUp, in order; each ends in an agreement of all ranks.
   absl::Status SetUpRuntime();
   // For who watches from outside. A failure is a warning.
   void OpenProgress();
   void WriteFacts() const;
   absl::Status SetUpModel();
   absl::Status SetUpData();
+  absl::Status SetUpPlans();
+  // Rank 0: state.costs and state.costs_file become those of parallel.cost_model where that names
+  // others than the checkpoint has. `source` names them.
+  absl::Status ChooseCosts(std::string* source);
+  // Refuses ranks whose next step is planned in another way, naming them. All ranks come here.
+  absl::Status ComparePlans(uint64_t hash);
+  // SameRun, and the documents that a step takes.
+  absl::Status SameRunAs(const TrainerState& saved, const std::string& source) const;
   absl::Status Restore();
   // Random parameters, where nothing was loaded.
   absl::Status Initialize();

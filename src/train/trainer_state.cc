@@ -16,6 +16,11 @@ std::string ToJson(const TrainerState& state) {
   nlohmann::json config = nlohmann::json::parse(state.config, nullptr, false);
   if (!config.is_discarded()) j["config"] = std::move(config);
   if (!state.choices.empty()) j["choices"] = state.choices;
+  if (!state.documents.empty()) j["documents"] = state.documents;
+  if (!state.costs.empty()) {
+    // As it is written to files: members in the same order.
+    j["costs"] = {{"file", state.costs_file}, {"model", state.costs}};
+  }
   return j.dump();
 }
 
@@ -48,6 +53,15 @@ absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const st
   state.config = config->dump();
   if (const auto choices = j.find("choices"); choices != j.end() && choices->is_string()) {
     state.choices = choices->get<std::string>();
+  }
+  const auto text = [](const nlohmann::json& object, const char* key) {
+    const auto found = object.find(key);
+    return found != object.end() && found->is_string() ? found->get<std::string>() : "";
+  };
+  state.documents = text(j, "documents");
+  if (const auto costs = j.find("costs"); costs != j.end() && costs->is_object()) {
+    state.costs = text(*costs, "model");
+    state.costs_file = text(*costs, "file");
   }
   return state;
 }

@@ -35,6 +35,8 @@ class DocumentDataset {
   int64_t length(int64_t document) const;  // tokens
   // Of the lengths of all documents.
   uint64_t Fingerprint() const;
+  // Whether documents are told apart by a separator and there is none among the tokens.
+  bool unseparated() const;
   const DatasetOptions& options() const;
   // Inputs and targets of tokens `range` of a document, range.count each. INVALID_ARGUMENT names
   // file and position of an id outside the vocabulary. Safe from several threads.

@@ -58,6 +58,9 @@ class PlanLoader {
   // ones are there already. An error of the planner or of reading fails the step that it is in.
   // One caller at a time.
   absl::StatusOr<const PlannedStep*> Step(int64_t step);
+  // The step that Step is asked for next, while the one that it returned last stays valid; waits
+  // for it.
+  absl::StatusOr<const PlannedStep*> Ahead(int64_t step);
 
  private:
   PlanLoader();

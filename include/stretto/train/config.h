@@ -75,6 +75,7 @@ struct TrainConfig {
     bool prefetch = true;
     int64_t bucket_bytes = int64_t{25} << 20;
     std::string cost_model;
+    bool cost_model_any_device = false;
     void Visit(ConfigVisitor& v);
     // Ranks that have a copy of the model's stage: one axis, which dp and cp share.
     int64_t data_ranks() const { return dp * cp; }

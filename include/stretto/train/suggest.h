@@ -38,6 +38,9 @@ struct Suggestions {
   std::vector<Refusal> refused;      // most frequent first
 };
 
+// UNIMPLEMENTED for documents of unequal length, whose steps are not predicted.
+absl::Status CheckSuggests(const TrainConfig& config);
+
 // Tries all layouts of the devices with every power of two for batch.micro (and the configured
 // number). Of runtime.recompute the first of none, norms and block that fits is taken: each costs
 // time and saves memory. GPipe is tried only when it is fixed: 1F1B has its bubble and needs no

@@ -11,6 +11,7 @@
 
 #include "stretto/comm/world.h"
 #include "stretto/core/status.h"
+#include "stretto/data/plan_loader.h"
 #include "stretto/model/model.h"
 #include "stretto/observe/metrics.h"
 #include "stretto/observe/step_stats.h"
@@ -25,13 +26,21 @@ enum class RunResult : uint8_t {
   kRequested,  // SIGTERM or SIGUSR1: saved and left early; start again to go on
 };
 
+struct TrainerOptions {
+  // With data.documents: plans steps in place of what parallel.mesh names. The same function on all
+  // ranks; its programs keep to the configuration's places, capacity and pipeline.
+  DocumentPlanner planner;
+};
+
 // Created by all ranks of the world with the same configuration (checked). Owns model, storage,
 // optimizer, data and outputs. Not thread-safe.
 class Trainer {
  public:
   // Resolves `config`, reads the data's headers, plans memory, restores the newest checkpoint when
-  // configured. All ranks return an error when one does.
-  static absl::StatusOr<std::unique_ptr<Trainer>> Create(World& world, const TrainConfig& config);
+  // configured. All ranks return an error when one does. Of what the configuration, the files or
+  // the machine do not allow, TrainerExitCode knows that starting again does not help.
+  static absl::StatusOr<std::unique_ptr<Trainer>> Create(World& world, const TrainConfig& config,
+                                                         TrainerOptions options = {});
   ~Trainer();
 
   // One optimizer step on the global batch. Allocates nothing after the third call.
@@ -77,6 +86,11 @@ class Trainer {
   explicit Trainer(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
+
+// What a program exits with after an error of a trainer: kExitUsage where starting again in the
+// same way cannot end otherwise, which the errors of Create are by their code (ExitCodeOf), and
+// later ones only when they are INVALID_ARGUMENT; else kExitFailed.
+int TrainerExitCode(const absl::Status& status);
 
 }  // namespace stretto
 

@@ -74,6 +74,22 @@ TEST_F(DocumentsTest, LongOnesAreCutIntoPieces) {
   EXPECT_THAT(Whole(**dataset, 2).second, ElementsAre(kEnd));
 }
 
+// One document, in pieces, because nothing ends it: worth a warning.
+TEST_F(DocumentsTest, KnowTextWithoutSeparators) {
+  const std::string path = WriteTokens16("a.bin", {1, 2, 3, 4, 5, 6, 7});
+  const auto unseparated = [&](const DatasetOptions& options) {
+    const auto dataset = DocumentDataset::Open(path, options);
+    EXPECT_TRUE(dataset.ok()) << dataset.status();
+    return dataset.ok() && (*dataset)->unseparated();
+  };
+  EXPECT_TRUE(unseparated(Options(3, kEnd)));
+  EXPECT_FALSE(unseparated(Options(3, 4)));
+  EXPECT_FALSE(unseparated(Options(3, -1)));  // files are documents
+  DatasetOptions joined = Options(3, kEnd);
+  joined.mask_across_documents = false;  // all text is meant to be one
+  EXPECT_FALSE(unseparated(joined));
+}
+
 // A file's end ends a document only where there is no separator.
 TEST_F(DocumentsTest, SpanFiles) {
   WriteTokens16("1.bin", {1, 2, 3});

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <utility>
 
@@ -114,6 +115,35 @@ TEST_F(PlanLoaderTest, SharesOfAllPlacesAreTheDocuments) {
       ASSERT_TRUE(dataset_->Read(where.first, {where.second, 1}, &id, &target).ok());
       EXPECT_EQ(pair, std::make_pair(id, target));
     }
+  }
+}
+
+// A step can be looked at before it begins, and is then made once.
+TEST_F(PlanLoaderTest, LooksAhead) {
+  for (const bool prefetch : {false, true}) {
+    std::atomic<int> calls = 0;
+    const auto loader = Make(1, prefetch, [&](const std::vector<int64_t>& lengths) {
+      ++calls;
+      return Deal(lengths);
+    });
+    const auto plain = Make(1, prefetch);
+    for (int64_t step = 4; step < 8; ++step) {
+      const auto ahead = loader->Ahead(step);
+      ASSERT_TRUE(ahead.ok()) << ahead.status();
+      const auto expected = plain->Step(step);
+      ASSERT_TRUE(expected.ok());
+      EXPECT_EQ((*ahead)->hash, (*expected)->hash);
+      const auto now = loader->Step(step);
+      ASSERT_TRUE(now.ok());
+      EXPECT_EQ(*now, *ahead);
+      const std::vector<int64_t> documents = (*now)->documents;
+      ASSERT_TRUE(loader->Ahead(step + 1).ok());
+      EXPECT_EQ((*now)->documents, documents);  // stays as it was
+      EXPECT_EQ((*loader->Ahead(step + 1))->hash, (*plain->Step(step + 1))->hash);
+      EXPECT_EQ(calls, step + 2 - 4);
+    }
+    // Any other step may follow all the same.
+    EXPECT_EQ((*loader->Step(2))->documents, (*plain->Step(2))->documents);
   }
 }
 

@@ -131,7 +131,9 @@ TEST_F(ToolsTest, RefusesInOneLineAndLeavesNothingBehind) {
   for (const auto& c : kCases) {
     SCOPED_TRACE(c.arguments);
     const Result r = Tokenize(c.arguments);
-    EXPECT_EQ(r.code, 1);
+    // A disk may be full today; what was asked for stays wrong.
+    const bool written = std::string(c.says).find("cannot create") == std::string::npos;
+    EXPECT_EQ(r.code, written ? 2 : 1);
     EXPECT_THAT(r.output, HasSubstr(c.says));
     for (const auto& entry : std::filesystem::directory_iterator(folder_)) {
       EXPECT_EQ(entry.path().extension(), ".txt") << entry.path();
@@ -152,9 +154,9 @@ TEST_F(ToolsTest, NgramPrintsTheHeldOutLoss) {
   EXPECT_THAT(r.output, HasSubstr(" nats/byte"));
   r = RunProgram(STRETTO_NGRAM " --train " + Path("o.train.bin") + " --validation " +
                  Path("none.bin"));
-  EXPECT_EQ(r.code, 1);
+  EXPECT_EQ(r.code, 2);
   EXPECT_THAT(r.output, HasSubstr("no file matches"));
-  EXPECT_EQ(RunProgram(STRETTO_NGRAM).code, 1);
+  EXPECT_EQ(RunProgram(STRETTO_NGRAM).code, 2);
 }
 
 #else

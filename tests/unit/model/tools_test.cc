@@ -137,16 +137,17 @@ TEST_F(ConvertTool, RunStartsFromTheWeightsAndTheyGoBack) {
 TEST_F(ConvertTool, SaysWhatIsWrong) {
   WriteModel("llama");
   EXPECT_EQ(Convert("--help").code, 0);
-  EXPECT_EQ(Convert("").code, 1);
-  EXPECT_EQ(Convert("from-hf hf").code, 1);
-  EXPECT_THAT(Convert("from-hf none ours").output, HasSubstr("cannot read none/config.json"));
+  EXPECT_EQ(Convert("").code, 2);
+  EXPECT_EQ(Convert("from-hf hf").code, 2);
+  EXPECT_THAT(Convert("from-hf none ours").output,
+              HasSubstr("'none/config.json' could not be read"));
   EXPECT_THAT(Convert("to-hf hf back").output, HasSubstr("hf"));
   EXPECT_THAT(Convert("to-hf hf back --dtype f16").output, HasSubstr("stored|f32|bf16"));
   std::string text = ReadText("hf/config.json");
   WriteText("hf/config.json",
             text.replace(text.find("\"hidden_size\": 24"), 17, "\"hidden_size\": 30"));
   const Result wrong = Convert("from-hf hf ours");
-  EXPECT_EQ(wrong.code, 1);
+  EXPECT_EQ(wrong.code, 2);
   EXPECT_THAT(wrong.output,
               HasSubstr("has shape [257, 24], but its config.json makes it [257, 30]"));
   EXPECT_FALSE(std::filesystem::exists(Path("ours")));
@@ -277,6 +278,8 @@ TEST_F(PlanTool, SuggestsByAFitOfTheSameModelOnly) {
       {"c.json --suggest --gpus 2 --memory 80GX", "--memory must be a size"},
       {"c.json --suggest --gpus 2 --memory 80", "write its unit"},
       {good + "--machine 0", "--machine must be"},
+      // Not what one rank has no room for.
+      {good + "--set data.documents=true --set batch.capacity=1", "data.documents is on"},
       {good + "--top 0", "--top 1 or more"},
       {good + "--fit none.json", "'none.json' could not be read"},
       {good + "--fit empty.json", "'empty.json' is empty"},
@@ -295,14 +298,14 @@ TEST_F(PlanTool, SuggestsByAFitOfTheSameModelOnly) {
       {"c.json --fit other.json", "--fit belongs to --suggest"}};
   for (const auto& [arguments, text] : cases) {
     const Result r = Plan(arguments);
-    EXPECT_EQ(r.code, 1) << arguments;
+    EXPECT_EQ(r.code, 2) << arguments;
     EXPECT_THAT(r.output, HasSubstr(text)) << arguments;
     EXPECT_TRUE(testing::IsOneSentence(r.output)) << r.output;
   }
 }
 
 TEST_F(PlanTool, SaysWhatIsWrong) {
-  EXPECT_EQ(Plan("").code, 1);
+  EXPECT_EQ(Plan("").code, 2);
   EXPECT_THAT(Plan("none.json").output, HasSubstr("none.json"));
   EXPECT_THAT(Plan("c.json --device-memory 80GX").output, HasSubstr("not '80GX'"));
   EXPECT_THAT(Plan("c.json --device-memory -1").output, HasSubstr("not '-1'"));

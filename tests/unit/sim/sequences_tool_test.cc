@@ -55,6 +55,7 @@ TEST_F(SequencesTool, PlansAFileOfLengths) {
   EXPECT_THAT(r.output, HasSubstr("4 documents of 32000 tokens in 3 items on 4 pipelines"));
   EXPECT_THAT(r.output, HasSubstr("item 0 level 0 pipelines 0-2, 16000 tokens in 1 documents"));
   EXPECT_THAT(r.output, HasSubstr("8000 tokens in 2 documents"));
+  EXPECT_THAT(r.output, HasSubstr("\ncosts of ByteScale's figures\n"));
 }
 
 TEST_F(SequencesTool, ComparesMethodsAsJsonAndPictures) {
@@ -76,7 +77,7 @@ TEST_F(SequencesTool, ComparesMethodsAsJsonAndPictures) {
 TEST_F(SequencesTool, SaysInOneSentenceWhatIsWrong) {
   const auto error = [](const std::string& arguments) {
     const Result r = Sequences(arguments);
-    EXPECT_EQ(r.code, 1) << arguments;
+    EXPECT_EQ(r.code, 2) << arguments;
     EXPECT_EQ(std::count(r.output.begin(), r.output.end(), '\n'), 1) << r.output;
     return r.output;
   };

@@ -174,7 +174,7 @@ TEST_F(BenchProgram, StepsThatCannotBeMeasuredAreOneSentence) {
   const auto refused = [&](const std::string& arguments, const std::string& sentence) {
     const Result r =
         Run(absl::StrCat("mkdir -p T && TMPDIR=T " STRETTO_BENCH " ", arguments, " 2>&1"));
-    EXPECT_EQ(r.code, 1) << arguments;
+    EXPECT_EQ(r.code, 2) << arguments;
     EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
     EXPECT_THAT(r.output, HasSubstr(sentence)) << arguments;
     EXPECT_EQ(Run("ls T").output, "") << arguments;
@@ -339,7 +339,7 @@ TEST_F(Costs, FitChecksItsOutputFirst) {
 
 TEST_F(Costs, OneSizeIsNoFit) {
   const Result r = Bench("fit small.json --set batch.micro=1 --set data.sequence_length=1");
-  EXPECT_EQ(r.code, 1);
+  EXPECT_EQ(r.code, 2);
   EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
   EXPECT_THAT(r.output, HasSubstr("raise batch.micro or data.sequence_length"));
 }
@@ -429,6 +429,36 @@ TEST_F(BenchProgram, WrongArgumentsAreOneSentence) {
     const Result r = Bench(arguments);
     EXPECT_EQ(r.code, 0) << arguments;
     EXPECT_THAT(r.output, HasSubstr("usage: stretto-bench"));
+  }
+}
+
+TEST_F(BenchProgram, VarlenComparesMeshes) {
+  WriteText("m.json", kModel);
+  const std::string small =
+      "varlen m.json --rounds 1 --set batch.tokens=40 --lengths lengths.txt --json v.json ";
+  WriteText("lengths.txt", "9\n3\n5\n16\n");
+  Result r = Bench(small);
+  ASSERT_EQ(r.code, 0) << r.output;
+  nlohmann::json file = Results("v.json");
+  ExpectSound(file);
+  EXPECT_EQ(Names(file), (std::set<std::string>{"static, cp 1", "unbalanced", "dynamic"}));
+  for (const nlohmann::json& row : file["results"]) EXPECT_GT(row["speed_up"], 0);
+  // Without a static mesh there is nothing to compare with.
+  r = Bench(small + "--mesh dynamic");
+  ASSERT_EQ(r.code, 0) << r.output;
+  EXPECT_THAT(r.output, Not(HasSubstr("0.000")));
+  file = Results("v.json");
+  ASSERT_EQ(file["results"].size(), 1u);
+  EXPECT_FALSE(file["results"][0].contains("speed_up"));
+  // Before anything is measured, which would take for ever, or waited for.
+  ASSERT_EQ(Run("mkfifo pipe").code, 0);
+  for (const auto& [option, sentence] : {std::pair("--json absent/v.json", "absent/v.json"),
+                                         std::pair("--lengths pipe", "no regular file but a pipe"),
+                                         std::pair("--fit pipe", "no regular file but a pipe")}) {
+    r = Bench(absl::StrCat(small, "--set steps=1000000 ", option));
+    EXPECT_NE(r.code, 0) << option;
+    EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
+    EXPECT_THAT(r.output, HasSubstr(sentence)) << option;
   }
 }
 

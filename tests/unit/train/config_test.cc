@@ -161,13 +161,16 @@ TEST(TrainConfig, DocumentsHaveSizesOfTheirOwn) {
   TrainConfig config;
   config.data.documents = true;
   config.data.sequence_length = 1000;
-  config.batch.global = 1;  // counts nothing
+  config.batch.global = 3;
   config.parallel.pp = 2;
   ASSERT_TRUE(config.Resolve(6).ok()) << config.Resolve(6);
   EXPECT_EQ(config.parallel.dp, 3);
   EXPECT_EQ(config.batch.capacity, 1000);
-  EXPECT_EQ(config.batch.tokens, 3000);
+  EXPECT_EQ(config.batch.tokens, 3000);  // on any number of ranks
   EXPECT_EQ(config.micro_batch_tokens(), 1000);
+  config.parallel.dp = config.batch.tokens = 0;
+  ASSERT_TRUE(config.Resolve(2).ok()) << config.Resolve(2);
+  EXPECT_EQ(config.batch.tokens, 3000);
   config = TrainConfig();
   config.data.documents = true;
   config.data.sequence_length = 1000;
@@ -211,6 +214,8 @@ TEST(TrainConfig, DocumentsThatCannotBeSharedAreRefused) {
               HasSubstr("choose 1f1b, zb-h1 or v-shaped"));
   EXPECT_THAT(resolved([](TrainConfig& c) { c.batch.tokens = int64_t{1} << 62; }),
               HasSubstr("2^40"));
+  EXPECT_THAT(resolved([](TrainConfig& c) { c.batch.global = int64_t{1} << 62; }),
+              HasSubstr("(batch.global) x 1000; at most 2^40"));
   EXPECT_THAT(resolved([](TrainConfig& c) { c.data.documents = false; }),
               AllOf(HasSubstr("parallel.mesh is dynamic but data.documents is off"),
                     HasSubstr("batch.capacity is 300 but")));

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <fstream>
 
+#include "stretto/core/exit_code.h"
 #include "tests/support/training.h"
 
 namespace stretto {
@@ -280,13 +281,41 @@ TEST(Trainer, EverythingThatTakesMemoryDrawsOnTheBudget) {
   EXPECT_TRUE(TrainOnThreads(1, config).status.ok());
 }
 
+// What starting again cannot heal is told from what it may.
+TEST(Trainer, ExitCodesTellMistakesFromFailures) {
+  ScratchDirectory directory;
+  const TrainConfig good = TinyRun(directory);
+  const auto code = [&](const std::function<void(TrainConfig&)>& change) {
+    TrainConfig config = good;
+    config.steps = 1;
+    change(config);
+    // The statuses of several ranks are those that a program sees.
+    return TrainerExitCode(World::RunThreads(
+        2, [&](World& world) { return Trainer::Create(world, config).status(); }));
+  };
+  EXPECT_EQ(code([](TrainConfig&) {}), kExitDone);
+  const auto absent = [&](TrainConfig& c) { c.data.train = directory / "absent.bin"; };
+  EXPECT_EQ(code(absent), kExitUsage);
+  EXPECT_EQ(code([](TrainConfig& c) { c.parallel.dp = 3; }), kExitUsage);
+  EXPECT_EQ(code([](TrainConfig& c) { c.data.tokenizer = "none.tiktoken"; }), kExitUsage);
+  EXPECT_EQ(code([](TrainConfig& c) { c.checkpoint.resume = "must"; }), kExitUsage);
+  EXPECT_EQ(code([](TrainConfig& c) { c.checkpoint.initial = "absent"; }), kExitUsage);
+  EXPECT_EQ(code([](TrainConfig& c) { c.runtime.host_memory_bytes = 1 << 20; }), kExitFailed);
+  // Later the same codes say something else: a file that is gone may come back.
+  EXPECT_EQ(TrainerExitCode(absl::NotFoundError("a token file is gone")), kExitFailed);
+  EXPECT_EQ(TrainerExitCode(absl::DataLossError("loss nan")), kExitFailed);
+  EXPECT_EQ(TrainerExitCode(absl::InvalidArgumentError("token id 300")), kExitUsage);
+}
+
 TEST(Trainer, OneRunAtATimeUsesAnOutputDirectory) {
   ScratchDirectory directory;
   TrainConfig config = TinyRun(directory);
   config.steps = 1;
   const RunRecord record = TrainOnThreads(1, config, {}, [&](Trainer&) {
-    EXPECT_THAT(std::string(TrainOnThreads(1, config).status.message()),
+    const absl::Status refused = TrainOnThreads(1, config).status;
+    EXPECT_THAT(std::string(refused.message()),
                 HasSubstr("another run is using the output directory"));
+    EXPECT_EQ(TrainerExitCode(refused), kExitFailed);  // that other run may end
     return absl::OkStatus();
   });
   ASSERT_TRUE(record.status.ok()) << record.status.message();

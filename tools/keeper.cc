@@ -1,21 +1,84 @@
 // Runs the keeper of one node (stretto/snapshot/keeper.h).
 #include "stretto/snapshot/keeper.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <map>
 #include <string>
 #include <thread>
+#include <utility>
+#include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
+#include "src/observe/file.h"
 #include "stretto/snapshot/snapshotter.h"
 #include "tools/arguments.h"
 
 namespace {
+
+constexpr int kFailed = 1, kWrongUsage = 2;
+
+// Writes what the keeper does to a file, a JSON object a line with one write each, and lets it wait
+// there for as long as is wanted.
+class Observer {
+ public:
+  Observer(int64_t node, std::map<std::string, std::chrono::milliseconds> pauses)
+      : node_(node), pauses_(std::move(pauses)) {}
+  absl::Status Open(const std::string& path) {
+    descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    if (descriptor_ >= 0) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("stretto-keeper cannot write --trace ", path, ": ", std::strerror(errno)));
+  }
+  void operator()(const stretto::KeeperEvent& event) const {
+    if (descriptor_ >= 0) {
+      stretto::observe_internal::WriteAll(
+          descriptor_, "the trace",
+          absl::StrFormat("{\"time\": %.6f, \"node\": %d, \"event\": \"%s\", \"step\": %d, "
+                          "\"round\": %d}\n",
+                          stretto::observe_internal::UnixSeconds(), node_, event.what, event.step,
+                          event.round))
+          .IgnoreError();
+    }
+    if (const auto pause = pauses_.find(event.what); pause != pauses_.end()) {
+      std::this_thread::sleep_for(pause->second);
+    }
+  }
+
+ private:
+  int64_t node_;
+  std::map<std::string, std::chrono::milliseconds> pauses_;
+  int descriptor_ = -1;
+};
+
+// "encode=10,commit=5"
+absl::StatusOr<std::map<std::string, std::chrono::milliseconds>> ParsePauses(
+    const std::string& text) {
+  std::map<std::string, std::chrono::milliseconds> pauses;
+  const std::vector<std::string> parts = absl::StrSplit(text, ',', absl::SkipEmpty());
+  for (const std::string& part : parts) {
+    const size_t equals = part.find('=');
+    int milliseconds = 0;
+    if (equals == std::string::npos || !absl::SimpleAtoi(part.substr(equals + 1), &milliseconds) ||
+        milliseconds < 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("stretto-keeper: --slow must be EVENT=MILLISECONDS,..., not '", part, "'"));
+    }
+    pauses[part.substr(0, equals)] = std::chrono::milliseconds(milliseconds);
+  }
+  return pauses;
+}
 
 stretto::Keeper* running = nullptr;
 void OnSignal(int) { running->Stop(); }
@@ -51,7 +114,7 @@ int main(int argc, char** argv) {
   int64_t node = 0, nodes = 1, data = -1, parity = -1, keep = 2;
   int64_t threads = std::clamp<int64_t>(std::thread::hardware_concurrency() / 2, 2, 8);
   double silence = 10, spill = 60;
-  std::string peers, directory = "none", ask;
+  std::string peers, directory = "none", ask, trace, slow;
   stretto::Arguments arguments(
       "stretto-keeper",
       "Keeps the snapshots of a node's ranks in memory, with parity of other nodes', and outlives "
@@ -75,6 +138,8 @@ int main(int argc, char** argv) {
                 &options.memory_bytes);
   arguments.Add("threads", "N", "that touch new memory", &threads);
   arguments.Add("silence", "S", "seconds after which a silent keeper is taken for gone", &silence);
+  arguments.Add("trace", "FILE", "one line each for what the keeper does and when", &trace);
+  arguments.Add("slow", "EVENT=MS,...", "for tests: events of the trace that last longer", &slow);
   arguments.Add("ask", "ADDRESS",
                 "print the state of the keeper at this socket or host:port, and end", &ask);
   absl::Status status = arguments.Parse(argc, argv);
@@ -108,9 +173,16 @@ int main(int argc, char** argv) {
     if (directory != "none") options.directory = directory;
     const char* token = std::getenv("STRETTO_JOB_TOKEN");
     options.token = token == nullptr ? "" : token;
-    status = ask.empty() ? Run(options) : Ask(ask, options.token);
+    absl::StatusOr<std::map<std::string, std::chrono::milliseconds>> pauses = ParsePauses(slow);
+    status = pauses.status();
+    if (pauses.ok() && !(trace.empty() && pauses->empty())) {
+      Observer observer(node, *std::move(pauses));
+      if (!trace.empty()) status = observer.Open(trace);
+      options.observer = observer;
+    }
   }
+  if (status.ok()) status = ask.empty() ? Run(options) : Ask(ask, options.token);
   if (status.ok()) return 0;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return 1;
+  return absl::IsInvalidArgument(status) ? kWrongUsage : kFailed;
 }

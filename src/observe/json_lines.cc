@@ -100,6 +100,7 @@ absl::StatusOr<std::unique_ptr<JsonLinesSink>> JsonLinesSink::Open(const std::st
                                                                    int64_t first_step) {
   STRETTO_RETURN_IF_ERROR(MakeDirectories(std::filesystem::path(path).parent_path().string()));
   std::error_code ignored;
+  int64_t newest = 0;
   if (std::filesystem::exists(path, ignored)) {
     STRETTO_ASSIGN_OR_RETURN(const std::string text, ReadFile(path));
     std::string kept;
@@ -107,12 +108,13 @@ absl::StatusOr<std::unique_ptr<JsonLinesSink>> JsonLinesSink::Open(const std::st
       const nlohmann::json record = ParseRecord(line);
       if (!whole || record.is_discarded() || record["step"].get<int64_t>() >= first_step) return;
       absl::StrAppend(&kept, line, "\n");
+      newest = record["step"].get<int64_t>();
     });
     if (kept != text) STRETTO_RETURN_IF_ERROR(ReplaceFile(path, kept));
   }
   const int fd = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (fd < 0) return FileError("opened for writing", path, errno);
-  return std::unique_ptr<JsonLinesSink>(new JsonLinesSink(path, fd));
+  return std::unique_ptr<JsonLinesSink>(new JsonLinesSink(path, fd, newest));
 }
 
 JsonLinesSink::~JsonLinesSink() { (void)Finish(); }
@@ -121,6 +123,7 @@ absl::Status JsonLinesSink::Write(const StepStats& stats) {
   if (fd_ < 0) {
     return absl::FailedPreconditionError(absl::StrCat(path_, " was finished; nothing can follow."));
   }
+  newest_ = stats.step;
   return WriteAll(fd_, path_, absl::StrCat(StepStatsJson(stats, UnixSeconds()), "\n"));
 }
 

@@ -84,6 +84,24 @@ absl::Status CheckOptions(const KeeperOptions& o) {
   return absl::OkStatus();
 }
 
+// Finds out at the start, not when the first snapshot is to be written.
+absl::Status CheckDirectory(const std::string& directory) {
+  if (directory.empty()) return absl::OkStatus();
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  std::string probe = directory + "/.keeper-XXXXXX";
+  const int fd = error ? -1 : mkstemp(probe.data());
+  const std::string reason = error ? error.message() : std::strerror(errno);
+  if (fd < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("snapshots cannot be written to ", directory,
+                                                   ": ", reason,
+                                                   "; give the keeper another directory, or none"));
+  }
+  close(fd);
+  unlink(probe.c_str());
+  return absl::OkStatus();
+}
+
 // Where trainers of this user connect.
 absl::StatusOr<net::Fd> ListenLocally(const std::string& path) {
   sockaddr_un address = {};
@@ -136,6 +154,7 @@ Keeper::Impl::~Impl() {
 }
 
 absl::Status Keeper::Impl::Start(const ErasureCode& code) {
+  STRETTO_RETURN_IF_ERROR(CheckDirectory(options.directory));
   if (options.socket.empty()) {
     options.socket = KeeperSocketPath(options.job, options.node);
     const std::string directory = std::filesystem::path(options.socket).parent_path().string();
@@ -177,8 +196,10 @@ absl::Status Keeper::Impl::Start(const ErasureCode& code) {
       std::make_unique<KeeperSlots>(options.job, options.node, &budget, options.prefault_threads);
   work = std::make_unique<KeeperWork>(
       KeeperWork::Options{options.node, options.peers, options.token, options.job}, layout, code,
-      slots.get(), [this](const KeeperWork::Task& task, const absl::Status& status) {
-        Post([this, task, told = Told(status)] { Done(task, told.status()); });
+      slots.get(),
+      [this](const KeeperWork::Task& task) { Tell(task.rebuild ? "rebuild" : "encode", task.id); },
+      [this](const KeeperWork::Task& task, const absl::Status& status) {
+        Post([this, task, ended = Told(status)] { Done(task, ended.status()); });
       });
   STRETTO_RETURN_IF_ERROR(work->Start());
   protocol.Start();
@@ -410,6 +431,7 @@ void Keeper::Impl::Handle(Connection& c, wire::Reader& frame) {
         c.broken = true;
         return;
       }
+      if (message.kind == CommitMessage::Kind::kCommitted) Tell("commit", message.slots[0].id);
       protocol.Receive(c.node, message);
       Act();
       return;

@@ -98,6 +98,9 @@ struct Keeper::Impl {
   // Does what the protocol wants, and publishes the state of the slots.
   void Act();
   void Done(const snapshot_internal::KeeperWork::Task& task, const absl::Status& status);
+  void Tell(const char* what, const SnapshotId& id) const {
+    if (options.observer) options.observer({what, id.epoch, id.round});
+  }
 
   // keeper_spill.cc: snapshots on disk.
   void Spill(const SnapshotId& id);
@@ -122,6 +125,8 @@ struct Keeper::Impl {
   net::Clock::time_point last_beat, last_connect;
   std::string trouble;  // why nothing can be restored or protected at present
   int64_t committed = 0, passed = 0;
+  NodeSlots told;  // states that the observer knows
+  int64_t told_round = 0;
 
   uint64_t attempt = 0;
   int local_ranks = 0;

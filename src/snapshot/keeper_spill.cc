@@ -145,6 +145,7 @@ void Keeper::Impl::SpillMine(const SnapshotId& id) {
   writes_files = true;
   protocol.Hold(slot, true);
   InBackground([this, id, slot] {
+    Tell("spill", id);
     absl::Status status;
     std::vector<ManifestFile> files;
     const std::string directory = TemporaryPath(options.directory, id.epoch);
@@ -163,6 +164,7 @@ void Keeper::Impl::SpillMine(const SnapshotId& id) {
     Post([this, id, slot, told = Told(status), files] {
       writes_files = false;
       protocol.Hold(slot, false);
+      Tell("spilled", id);
       TellSpilled(id, told.status(), files);
     });
   });

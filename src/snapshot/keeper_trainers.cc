@@ -91,6 +91,7 @@ void Keeper::Impl::AnswerWaiting() {
         if (part.rank == c.rank && memory != nullptr) restorable.name = memory->name();
       }
     }
+    Tell("read", restorable.id);
     wire::Writer out;
     out.Int(Kind::kOk);
     snapshot_internal::Put(out, restorable);
@@ -123,6 +124,7 @@ void Keeper::Impl::Begin(Connection& c, int64_t epoch) {
       writing.refused = epoch;
       ++passed;
       protocol.Begin(epoch);
+      Tell("pass", {protocol.round().number, epoch});
       Act();
     }
   } else if (epoch > writing.epoch && epoch > writing.refused) {
@@ -132,7 +134,10 @@ void Keeper::Impl::Begin(Connection& c, int64_t epoch) {
       writing.slot = -1;
       why = slots->error().empty() ? "memory is being prepared" : slots->error();
     }
-    if (writing.slot < 0) ++passed;
+    if (writing.slot < 0) {
+      ++passed;
+      Tell("pass", {protocol.round().number, epoch});
+    }
     Act();
   }
   if (epoch == writing.epoch && writing.slot >= 0 && !writing.doomed) {
@@ -148,6 +153,7 @@ void Keeper::Impl::Begin(Connection& c, int64_t epoch) {
 void Keeper::Impl::Seal(Connection& c, wire::Reader& frame) {
   RankPart part;
   const int64_t epoch = frame.Int<int64_t>();
+  Tell("seal", {protocol.round().number, epoch});
   const bool whole = frame.Int<uint8_t>() != 0;
   part.payload_bytes = frame.Int<int64_t>();
   part.contents_bytes = frame.Int<int64_t>();
@@ -200,6 +206,16 @@ void Keeper::Impl::LetGo(int rank, bool sealed) {
 
 void Keeper::Impl::Act() {
   slots->Publish(protocol.slots());
+  for (size_t s = 0; s < kSlots && options.observer; ++s) {
+    const SlotRecord& slot = protocol.slots()[s];
+    if (slot.state == told[s].state && slot.id == told[s].id) continue;
+    Tell(Name(slot.state), slot.state == SlotState::kEmpty ? told[s].id : slot.id);
+    told[s].state = slot.state;
+    told[s].id = slot.id;
+  }
+  if (options.observer && std::exchange(told_round, protocol.round().number) != told_round) {
+    Tell("round", {told_round, -1});
+  }
   for (CommitAction& action : protocol.TakeActions()) {
     switch (action.kind) {
       case CommitAction::Kind::kSend:

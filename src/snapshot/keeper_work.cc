@@ -21,11 +21,13 @@ absl::Status Stopped() { return absl::CancelledError("the work was stopped"); }
 }  // namespace
 
 KeeperWork::KeeperWork(Options options, ParityLayout layout, ErasureCode code, KeeperSlots* slots,
+                       std::function<void(const Task&)> begin,
                        std::function<void(const Task&, const absl::Status&)> done)
     : options_(std::move(options)),
       layout_(layout),
       code_(std::move(code)),
       slots_(slots),
+      begin_(std::move(begin)),
       done_(std::move(done)) {}
 
 KeeperWork::~KeeperWork() {
@@ -67,6 +69,7 @@ void KeeperWork::Loop() {
       waiting_.erase(waiting_.begin());
       stop_ = false;
     }
+    begin_(task);
     std::string told;
     while (true) {
       const absl::Status status = Do(task);

@@ -35,9 +35,10 @@ class KeeperWork {
     std::vector<std::string> peers;  // host:port
     std::string token, job;
   };
-  // `done` is called in the work's thread, unless the task was stopped. What fails because a peer
-  // is away is told and tried again until it is stopped.
+  // `begin` and `done` are called in the work's thread, `done` unless the task was stopped. What
+  // fails because a peer is away is told and tried again until it is stopped.
   KeeperWork(Options options, ParityLayout layout, ErasureCode code, KeeperSlots* slots,
+             std::function<void(const Task&)> begin,
              std::function<void(const Task&, const absl::Status&)> done);
   ~KeeperWork();
 
@@ -67,6 +68,7 @@ class KeeperWork {
   const ParityLayout layout_;
   const ErasureCode code_;
   KeeperSlots* const slots_;
+  const std::function<void(const Task&)> begin_;
   const std::function<void(const Task&, const absl::Status&)> done_;
   std::map<int, SlotReader> readers_;  // by node; of the thread
 

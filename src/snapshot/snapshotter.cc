@@ -36,7 +36,9 @@ using snapshot_internal::SendFrame;
 using snapshot_internal::SlotCopies;
 
 // A keeper answers at once, save when it is asked what can be restored.
-constexpr auto kPatience = std::chrono::seconds(30);
+constexpr std::chrono::milliseconds kPatience = std::chrono::seconds(30);
+// Somebody waits at a terminal.
+constexpr std::chrono::milliseconds kAskPatience = std::chrono::seconds(3);
 
 // Captures without a miss before a smaller stride is tried; twice as many after each miss.
 constexpr int64_t kPatientCaptures = 16, kMostPatientCaptures = 1024;
@@ -69,8 +71,8 @@ absl::StatusOr<net::Fd> OpenKeeper(const std::string& where) {
   return fd;
 }
 
-absl::StatusOr<KeeperConnection> ConnectToKeeper(const std::string& where,
-                                                 const std::string& token) {
+absl::StatusOr<KeeperConnection> ConnectToKeeper(const std::string& where, const std::string& token,
+                                                 std::chrono::milliseconds patience = kPatience) {
   KeeperConnection keeper;
   absl::StatusOr<net::Fd> fd = OpenKeeper(where);
   if (!fd.ok()) {
@@ -81,10 +83,15 @@ absl::StatusOr<KeeperConnection> ConnectToKeeper(const std::string& where,
   }
   keeper.fd = *std::move(fd);
   wire::Writer hello = snapshot_internal::Hello(KeeperRole::kTrainer, token, "");
-  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, hello, net::After(kPatience)));
-  STRETTO_ASSIGN_OR_RETURN(const std::string answer,
-                           ReceiveAnswer(keeper.fd, net::After(kPatience)));
-  wire::Reader in = ReaderOn(answer);
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, hello, net::After(patience)));
+  const absl::StatusOr<std::string> answer = ReceiveAnswer(keeper.fd, net::After(patience));
+  if (absl::IsDeadlineExceeded(answer.status())) {
+    return absl::DeadlineExceededError(
+        absl::StrCat("what listens at ", where, " has not answered within ",
+                     patience.count() / 1000, " s; is it a keeper of snapshots, and does it run?"));
+  }
+  STRETTO_RETURN_IF_ERROR(answer.status());
+  wire::Reader in = ReaderOn(*answer);
   keeper.job = in.Text();
   keeper.node = in.Int<int32_t>();
   keeper.nodes = in.Int<int32_t>();
@@ -97,12 +104,13 @@ std::string Encoded(wire::Writer& out) { return out.Frame().substr(sizeof(uint32
 }  // namespace
 
 absl::StatusOr<std::string> AskKeeper(const std::string& keeper_at, const std::string& token) {
-  STRETTO_ASSIGN_OR_RETURN(const KeeperConnection keeper, ConnectToKeeper(keeper_at, token));
+  STRETTO_ASSIGN_OR_RETURN(const KeeperConnection keeper,
+                           ConnectToKeeper(keeper_at, token, kAskPatience));
   wire::Writer out;
   out.Int(KeeperKind::kStatus);
-  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kPatience)));
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kAskPatience)));
   STRETTO_ASSIGN_OR_RETURN(const std::string answer,
-                           ReceiveAnswer(keeper.fd, net::After(kPatience)));
+                           ReceiveAnswer(keeper.fd, net::After(kAskPatience)));
   wire::Reader in = ReaderOn(answer);
   return in.Text();
 }

@@ -468,6 +468,7 @@ absl::Status Trainer::Impl::Continue(const TrainerState& saved, const std::strin
   state.choices = saved.choices;
   state.costs = saved.costs;
   state.costs_file = saved.costs_file;
+  state.record = saved.record;
   if (state.step >= config.steps && world.rank() == 0) {
     LogWarning(absl::StrCat(source, " is of step ", state.step, " and steps is ", config.steps,
                             ": nothing is left to train; raise steps to go on"));

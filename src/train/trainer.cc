@@ -364,6 +364,7 @@ absl::StatusOr<StepStats> Trainer::Impl::Step(TraceRecorder* recorder) {
           stats.step, consecutive_skips, stats.loss, stats.grad_norm));
     }
   }
+  state.record = stats;
   progress.Step(state.step);
   if (first) {
     set_up.Enter("first step");
@@ -470,6 +471,16 @@ absl::StatusOr<RunResult> Trainer::Run() {
   return result;
 }
 
+// Of the step that was restored, on the rank that writes records; the same answer on all ranks.
+absl::StatusOr<bool> Trainer::Impl::LacksRecord() {
+  if (!state.record || state.record->step != state.step) return false;
+  const bool lacks = std::any_of(sinks.begin(), sinks.end(),
+                                 [this](const auto& sink) { return sink->Lacks(state.step); });
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                           world.AllGather("records of the restored step", lacks ? "lacks" : ""));
+  return std::any_of(all.begin(), all.end(), [](const auto& text) { return !text.empty(); });
+}
+
 absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
   Impl& t = *this;
   // One process may hold several ranks as threads; the first of them answers SIGUSR2.
@@ -479,6 +490,31 @@ absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
   const auto every = [](int64_t step, int64_t n) { return n > 0 && step % n == 0; };
   int64_t saved_step = -1;
   std::vector<bool> sink_failed(t.sinks.size(), false);
+  const auto record = [&](const StepStats& stats) {
+    for (size_t i = 0; i < t.sinks.size(); ++i) {
+      const absl::Status written = t.sinks[i]->Write(stats);
+      // Said when it begins, not in every step of a full disk.
+      if (!written.ok() && !sink_failed[i]) {
+        LogWarning(absl::StrCat(std::string(written.message()),
+                                " Training goes on without it; said once."));
+      }
+      sink_failed[i] = !written.ok();
+    }
+  };
+  const auto evaluate = [&](StepStats* stats) -> absl::Status {
+    if (t.validation_data == nullptr ||
+        (stats->step != t.config.steps && !every(stats->step, t.config.evaluate.every))) {
+      return absl::OkStatus();
+    }
+    STRETTO_ASSIGN_OR_RETURN(stats->eval_loss, t.Evaluate());
+    return absl::OkStatus();
+  };
+  // A run that was killed may have saved its newest step and not recorded it.
+  STRETTO_ASSIGN_OR_RETURN(const bool unrecorded, t.LacksRecord());
+  if (unrecorded) {
+    STRETTO_RETURN_IF_ERROR(evaluate(&*t.state.record));
+    record(*t.state.record);
+  }
   const auto save = [&]() -> absl::Status {
     if (saved_step == t.state.step) return absl::OkStatus();
     saved_step = t.state.step;
@@ -504,19 +540,8 @@ absl::StatusOr<RunResult> Trainer::Impl::Run(Trainer& trainer) {
           t.consecutive_skips, stats.loss, t.state.step, finished.ok() ? "" : ". ",
           std::string(finished.message()).c_str()));
     }
-    if (t.validation_data != nullptr && (last || every(t.state.step, t.config.evaluate.every))) {
-      STRETTO_ASSIGN_OR_RETURN(const double loss, t.Evaluate());
-      stats.eval_loss = loss;
-    }
-    for (size_t i = 0; i < t.sinks.size(); ++i) {
-      const absl::Status written = t.sinks[i]->Write(stats);
-      // Said when it begins, not in every step of a full disk.
-      if (!written.ok() && !sink_failed[i]) {
-        LogWarning(absl::StrCat(std::string(written.message()),
-                                " Training goes on without it; said once."));
-      }
-      sink_failed[i] = !written.ok();
-    }
+    STRETTO_RETURN_IF_ERROR(evaluate(&stats));
+    record(stats);
     if (t.stop_agreed) {
       const std::vector<int> dead = t.world.DeadRanks();
       if (!dead.empty()) {

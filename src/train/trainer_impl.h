@@ -48,6 +48,9 @@ struct TrainerState {
   // With data.documents: of their lengths, and what they cost (ToJson of a CostModel) by which
   // file; empty without a cost model.
   std::string documents, costs, costs_file;
+  // Of the newest step, what is the same on all ranks and in each repetition (times are NaN): its
+  // record may not have been written when a run is killed.
+  std::optional<StepStats> record;
 };
 std::string ToJson(const TrainerState& state);
 // FAILED_PRECONDITION names the first setting that makes the model another one, between a run's
@@ -212,6 +215,7 @@ struct Trainer::Impl {
   // The optimizer of all stages, in parts where a snapshot still reads what it writes.
   void Update(double lr);
   void FinishSnapshots();
+  absl::StatusOr<bool> LacksRecord();
   absl::Status MeasurePeak();
   // Runs one micro-batch of made-up tokens, so that libraries are loaded and what the backend
   // chooses by measuring is chosen before the first step.

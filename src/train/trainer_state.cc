@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -21,8 +23,49 @@ std::string ToJson(const TrainerState& state) {
     // As it is written to files: members in the same order.
     j["costs"] = {{"file", state.costs_file}, {"model", state.costs}};
   }
+  if (state.record) {
+    // What is not finite becomes null.
+    j["record"] = {{"loss", state.record->loss},
+                   {"grad_norm", state.record->grad_norm},
+                   {"lr", state.record->lr},
+                   {"tokens", state.record->tokens},
+                   {"skipped", state.record->skipped}};
+  }
   return j.dump();
 }
+
+namespace {
+
+std::optional<StepStats> ParseRecord(const nlohmann::json& j, const TrainerState& state) {
+  const auto number = [&j](const char* key) {
+    const auto it = j.find(key);
+    return it != j.end() && it->is_number() ? it->get<double>()
+                                            : std::numeric_limits<double>::quiet_NaN();
+  };
+  const auto tokens = j.find("tokens"), skipped = j.find("skipped");
+  if (tokens == j.end() || !tokens->is_number_integer() || skipped == j.end() ||
+      !skipped->is_boolean()) {
+    return std::nullopt;
+  }
+  StepStats stats;
+  stats.step = state.step;
+  stats.loss = number("loss");
+  stats.grad_norm = number("grad_norm");
+  stats.lr = number("lr");
+  stats.tokens = tokens->get<int64_t>();
+  stats.skipped = skipped->get<bool>();
+  stats.skipped_total = state.skipped;
+  for (double* const unknown :
+       {&stats.tokens_per_second, &stats.step_ms, &stats.data_ms, &stats.forward_ms,
+        &stats.backward_ms, &stats.update_ms, &stats.exposed_data_ms, &stats.exposed_tensor_ms,
+        &stats.exposed_context_ms, &stats.exposed_pipeline_ms, &stats.exposed_world_ms,
+        &stats.comm_exposed_ms}) {
+    *unknown = std::numeric_limits<double>::quiet_NaN();
+  }
+  return stats;
+}
+
+}  // namespace
 
 absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const std::string& source) {
   const nlohmann::json j = nlohmann::json::parse(json, nullptr, false);
@@ -62,6 +105,9 @@ absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const st
   if (const auto costs = j.find("costs"); costs != j.end() && costs->is_object()) {
     state.costs = text(*costs, "model");
     state.costs_file = text(*costs, "file");
+  }
+  if (const auto record = j.find("record"); record != j.end() && record->is_object()) {
+    state.record = ParseRecord(*record, state);
   }
   return state;
 }

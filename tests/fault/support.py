@@ -14,6 +14,19 @@ def running(pid):
         return False
 
 
+def marked(mark):
+    """The processes that have NAME=VALUE in their environment."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as f:
+                if mark.encode() in f.read().split(b"\0") and running(int(pid)):
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
 def ranks_of(program, process):
     """Process ids of the ranks that run `program`, children of the process."""
     ids = []

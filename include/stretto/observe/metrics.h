@@ -20,6 +20,8 @@ class MetricsSink {
  public:
   virtual ~MetricsSink() = default;
   virtual absl::Status Write(const StepStats& stats) = 0;
+  // Whether the records that an earlier run has left end just before this step.
+  virtual bool Lacks(int64_t /*step*/) const { return false; }
   // Nothing more will come. Idempotent; destructors call it and drop its error.
   virtual absl::Status Finish() = 0;
 };
@@ -36,12 +38,15 @@ class JsonLinesSink : public MetricsSink {
                                                              int64_t first_step);
   ~JsonLinesSink() override;
   absl::Status Write(const StepStats& stats) override;
+  bool Lacks(int64_t step) const override { return newest_ == step - 1; }
   absl::Status Finish() override;
 
  private:
-  JsonLinesSink(std::string path, int fd) : path_(std::move(path)), fd_(fd) {}
+  JsonLinesSink(std::string path, int fd, int64_t newest)
+      : path_(std::move(path)), fd_(fd), newest_(newest) {}
   std::string path_;
   int fd_;
+  int64_t newest_;  // step that the file has; 0: none
 };
 
 // The object that JsonLinesSink writes, without the line end. `unix_seconds` becomes `time`.

@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -13,6 +14,19 @@
 #include "stretto/core/status.h"
 
 namespace stretto {
+
+// Something that a keeper does. `what` is the state that a slot has from here on ("WRITING"), or:
+//   "seal"             a rank says that it has written; this counts when the observer returns
+//   "encode" "rebuild" the slot's parity, or all of it, is about to be made
+//   "commit"           node 0 says that the slot is committed; this counts when the observer
+//   returns "pass"             the step is passed over by this node "round"            the keepers
+//   begin a round "spill" "spilled"  the slot is about to be written to disk, and is no longer
+//   "read"             trainers are told what they may restore
+struct KeeperEvent {
+  const char* what;
+  int64_t step = -1;  // of a snapshot, where it is about one
+  int64_t round = 0;  // in which that was written; of "round" its own number
+};
 
 struct KeeperOptions {
   std::string job;    // letters, digits, '.', '_' and '-', at most 64
@@ -37,6 +51,9 @@ struct KeeperOptions {
   int prefault_threads = 2;
   // A keeper that says nothing for so long is taken for gone until it comes back.
   std::chrono::milliseconds silence = std::chrono::seconds(10);
+  // Is told of all these, in the threads that do them, which wait for it. For traces, and for tests
+  // that want a phase to last.
+  std::function<void(const KeeperEvent&)> observer;
 };
 
 // Where a keeper of this user listens for trainers unless told otherwise:

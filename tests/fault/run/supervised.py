@@ -16,7 +16,8 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from support import prepare, running  # noqa: E402
+import support  # noqa: E402
+from support import prepare  # noqa: E402
 
 CASE, LAUNCHER, STRETTO_RUN, GPT, TOKENIZE, KEEPER = sys.argv[1:7]
 STEPS = 80
@@ -40,15 +41,7 @@ def wait_for(condition, what, seconds=60):
 
 def marked():
     """The processes that came of this test's jobs."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as f:
-                if MARK.encode() in f.read().split(b"\0") and running(int(pid)):
-                    found.append(int(pid))
-        except OSError:
-            continue
-    return found
+    return support.marked(MARK)
 
 
 class Job:

@@ -70,11 +70,25 @@ Fd TryConnect(const addrinfo& address, Deadline deadline, int* error) {
     getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, error, &length);
     if (*error != 0) return Fd();
   }
+  if (IsToItself(fd)) {
+    const linger reset = {1, 0};  // the port is free at once
+    setsockopt(fd.get(), SOL_SOCKET, SO_LINGER, &reset, sizeof(reset));
+    *error = ECONNREFUSED;
+    return Fd();
+  }
   SetNoDelay(fd.get());
   return fd;
 }
 
 }  // namespace
+
+bool IsToItself(const Fd& fd) {
+  sockaddr_storage here = {}, there = {};
+  socklen_t length = sizeof(here), other = sizeof(there);
+  return getsockname(fd.get(), reinterpret_cast<sockaddr*>(&here), &length) == 0 &&
+         getpeername(fd.get(), reinterpret_cast<sockaddr*>(&there), &other) == 0 &&
+         length == other && std::memcmp(&here, &there, length) == 0;
+}
 
 Deadline After(std::chrono::milliseconds timeout) {
   if (timeout.count() <= 0) return Deadline::max();

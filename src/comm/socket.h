@@ -45,6 +45,9 @@ class Fd {
 absl::StatusOr<Fd> Listen(const std::string& address, int port, int* bound_port);
 // The next waiting connection, or an invalid Fd when there is none.
 Fd Accept(const Fd& listener);
+// Whether both ends are one socket: without a listener a connection to a port from which the system
+// itself hands out ports may meet itself.
+bool IsToItself(const Fd& fd);
 // Connects, trying again until the deadline.
 absl::StatusOr<Fd> Connect(const std::string& host, int port, Deadline deadline);
 // Blocking transfers of exactly `size` bytes over a non-blocking socket.

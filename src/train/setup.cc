@@ -372,6 +372,8 @@ absl::Status Trainer::Impl::SetUpModel() {
 
 absl::Status Trainer::Impl::Restore() {
   state.config = PrintConfig(ConfigRef(&config));
+  std::error_code ignored;
+  state.output = std::filesystem::weakly_canonical(config.output, ignored).string();
   absl::Status locked;
   if (world.rank() == 0) {
     absl::StatusOr<OutputLock> taken = OutputLock::Take(config.output);
@@ -391,7 +393,6 @@ absl::Status Trainer::Impl::Restore() {
   // same on all ranks, each of which checks a part of the bytes.
   const auto choose = [&](const std::string& where,
                           bool required) -> absl::StatusOr<std::optional<CheckpointInfo>> {
-    std::error_code ignored;
     const bool is_checkpoint = std::filesystem::exists(where + "/stretto.json", ignored);
     absl::StatusOr<CheckpointInfo> found =
         is_checkpoint ? ReadCheckpointInfo(where) : FindNewestCheckpoint(world, where);

@@ -52,6 +52,13 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
   TrainerState saved;
   const auto load = [&]() -> absl::Status {
     STRETTO_ASSIGN_OR_RETURN(saved, ParseTrainerState(snapshot->trainer_state, source));
+    if (saved.output != state.output) {
+      // Its records and checkpoints are elsewhere, and it may be done.
+      return absl::InvalidArgumentError(absl::StrCat(
+          source, " is of the run with output ", saved.output, ", not ", state.output,
+          "; set output back to go on with that, or give this run keepers of another --job, or "
+          "none (snapshot.every=0)"));
+    }
     STRETTO_RETURN_IF_ERROR(SameRunAs(saved, source));
     return snapshots->Restore();
   };

@@ -44,6 +44,7 @@ struct TrainerState {
   int64_t applied = 0;  // updates not skipped; Adam's bias correction counts these
   int64_t skipped = 0;
   std::string config;   // resolved
+  std::string output;   // absolute
   std::string choices;  // what the backend chose by measuring (KernelTable::export_choices)
   // With data.documents: of their lengths, and what they cost (ToJson of a CostModel) by which
   // file; empty without a cost model.

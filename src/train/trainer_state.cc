@@ -17,6 +17,7 @@ std::string ToJson(const TrainerState& state) {
   j["skipped"] = state.skipped;
   nlohmann::json config = nlohmann::json::parse(state.config, nullptr, false);
   if (!config.is_discarded()) j["config"] = std::move(config);
+  if (!state.output.empty()) j["output"] = state.output;
   if (!state.choices.empty()) j["choices"] = state.choices;
   if (!state.documents.empty()) j["documents"] = state.documents;
   if (!state.costs.empty()) {
@@ -105,6 +106,9 @@ absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const st
   if (const auto costs = j.find("costs"); costs != j.end() && costs->is_object()) {
     state.costs = text(*costs, "model");
     state.costs_file = text(*costs, "file");
+  }
+  if (const auto output = j.find("output"); output != j.end() && output->is_string()) {
+    state.output = output->get<std::string>();
   }
   if (const auto record = j.find("record"); record != j.end() && record->is_object()) {
     state.record = ParseRecord(*record, state);

@@ -25,7 +25,8 @@ std::string ReadAll(const std::string& path) {
 }  // namespace
 
 absl::StatusOr<Job> Job::Start(const LaunchOptions& options, int ranks, int64_t restarts,
-                               const std::string& live, const std::vector<std::string>& keepers) {
+                               const std::string& live, const std::vector<std::string>& keepers,
+                               const std::function<bool()>& asked) {
   Job job;
   job.live_ = live;
   job.ranks_ = ranks;
@@ -54,9 +55,13 @@ absl::StatusOr<Job> Job::Start(const LaunchOptions& options, int ranks, int64_t 
                                                          {"LOCAL_WORLD_SIZE", absl::StrCat(ranks)},
                                                          {"MASTER_ADDR", "127.0.0.1"},
                                                          {"MASTER_PORT", absl::StrCat(ports[0])}});
-      const absl::StatusOr<pid_t> pid = Spawn(guard, spawn);
+      const absl::StatusOr<pid_t> pid =
+          asked() ? absl::CancelledError("asked to stop") : Spawn(guard, spawn);
       if (!pid.ok()) {
-        for (const auto& [started, unused] : job.running_) kill(started, SIGKILL);
+        for (const auto& [started, unused] : job.running_) {
+          kill(started, SIGKILL);
+          waitpid(started, nullptr, 0);
+        }
         return pid.status();
       }
       job.running_[*pid] = rank;

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -25,10 +26,11 @@ struct LaunchOptions {
 class Job {
  public:
   // `live` is an absolute directory that the job's files may fill. `restarts`: how often the job
-  // was started before. `keepers`: addresses, may be none.
+  // was started before. `keepers`: addresses, may be none. CANCELLED, with nothing left running, as
+  // soon as `asked` says that it is to stop.
   static absl::StatusOr<Job> Start(const LaunchOptions& options, int ranks, int64_t restarts,
-                                   const std::string& live,
-                                   const std::vector<std::string>& keepers);
+                                   const std::string& live, const std::vector<std::string>& keepers,
+                                   const std::function<bool()>& asked);
 
   // To be told of each child of this process that has ended.
   void Ended(pid_t pid, int status);

@@ -6,11 +6,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <thread>
+#include <utility>
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
@@ -22,23 +24,46 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kReady(30), kLeave(5);
 
-// The port of "ready <port>"; 0 when the pipe ends or the time is over before it.
-int ReadReady(int descriptor) {
+// The port of "ready <port>". DEADLINE_EXCEEDED when it does not come in time, CANCELLED when it is
+// not waited for any more, UNAVAILABLE when the pipe ends before it or something else comes.
+absl::StatusOr<int> ReadReady(int descriptor, const std::function<bool()>& asked) {
+  constexpr int64_t kLook = 50;  // milliseconds
   std::string text;
   const Clock::time_point deadline = Clock::now() + kReady;
   while (text.find('\n') == std::string::npos) {
     const auto left =
         std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
     struct pollfd watched = {.fd = descriptor, .events = POLLIN, .revents = 0};
-    if (left <= 0 || (poll(&watched, 1, static_cast<int>(left)) <= 0 && errno != EINTR)) return 0;
+    if (left <= 0) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("did not become ready within ", kReady.count(), " s"));
+    }
+    if (asked()) return absl::CancelledError("was not waited for");
+    if (poll(&watched, 1, static_cast<int>(std::min<int64_t>(left, kLook))) <= 0) continue;
     char part[256];
     const ssize_t n = read(descriptor, part, sizeof(part));
-    if (n <= 0) return 0;
+    if (n <= 0) return absl::UnavailableError("ended before it was ready");
     text.append(part, static_cast<size_t>(n));
   }
   int port = 0;
-  if (text.rfind("ready ", 0) != 0) return 0;
-  return absl::SimpleAtoi(text.substr(6, text.find('\n') - 6), &port) ? port : 0;
+  if (text.rfind("ready ", 0) != 0 ||
+      !absl::SimpleAtoi(text.substr(6, text.find('\n') - 6), &port)) {
+    return absl::UnavailableError("writes something else than \"ready PORT\"");
+  }
+  return port;
+}
+
+// How a process has ended that is about to; it is collected.
+std::string HowEnded(pid_t pid) {
+  int status = 0;
+  const Clock::time_point deadline = Clock::now() + std::chrono::seconds(1);
+  while (waitpid(pid, &status, WNOHANG) == 0) {
+    if (Clock::now() >= deadline) return "closed its output before it was ready";
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  return WIFSIGNALED(status)
+             ? absl::StrCat("was killed by ", SignalName(WTERMSIG(status)), " before it was ready")
+             : absl::StrCat("ended with code ", WEXITSTATUS(status), " before it was ready");
 }
 
 }  // namespace
@@ -75,20 +100,26 @@ absl::Status Keepers::StartNode(size_t n) {
   if (node.output >= 0) close(node.output);
   node.pid = *pid;
   node.output = ends[0];
-  const int port = ReadReady(ends[0]);
-  if (port != node.port) {
-    return absl::UnavailableError(
-        absl::StrCat("keeper ", n, " (", options.program, ") ",
-                     port == 0 ? absl::StrCat("did not become ready within ", kReady.count(), " s")
-                               : absl::StrCat("listens on port ", port, ", not on ", node.port,
-                                              " as its peers expect"),
-                     "; see its messages, or use --keepers 0"));
+  const absl::StatusOr<int> port = ReadReady(ends[0], asked_);
+  if (port.ok() && *port == node.port) return absl::OkStatus();
+  if (absl::IsCancelled(port.status())) return port.status();
+  std::string why(port.status().message());
+  if (port.ok()) {
+    why = absl::StrCat("listens on port ", *port, ", not on ", node.port, " as its peers expect");
+  } else if (absl::IsUnavailable(port.status())) {
+    const std::string how = HowEnded(node.pid);
+    if (kill(node.pid, 0) != 0) {
+      node.pid = -1;
+      why = how;
+    }
   }
-  return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("keeper ", n, " (", options.program, ") ", why,
+                                             "; see its messages, or use --keepers 0"));
 }
 
-absl::StatusOr<Keepers> Keepers::Start(const KeeperOptions& options) {
+absl::StatusOr<Keepers> Keepers::Start(const KeeperOptions& options, std::function<bool()> asked) {
   Keepers keepers;
+  keepers.asked_ = std::move(asked);
   keepers.options_.push_back(options);
   if (std::string& program = keepers.options_[0].program; program.empty()) {
     const std::filesystem::path beside =

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <functional>
 #include <set>
 #include <string>
 #include <vector>
@@ -24,13 +25,15 @@ class Keepers {
  public:
   Keepers() = default;
   // Starts them and waits until all are ready. DEADLINE_EXCEEDED or UNAVAILABLE names the one that
-  // is not. STRETTO_JOB_TOKEN must be set.
-  static absl::StatusOr<Keepers> Start(const KeeperOptions& options);
+  // is not. STRETTO_JOB_TOKEN must be set. CANCELLED as soon as `asked` says that nobody waits for
+  // them any more, now or in Restart.
+  static absl::StatusOr<Keepers> Start(const KeeperOptions& options, std::function<bool()> asked);
   ~Keepers();  // SIGTERM, and SIGKILL where that does not help
   Keepers(Keepers&& other) noexcept { *this = std::move(other); }
   Keepers& operator=(Keepers&& other) noexcept {
     options_.swap(other.options_);
     nodes_.swap(other.nodes_);
+    asked_.swap(other.asked_);
     return *this;
   }
 
@@ -51,6 +54,7 @@ class Keepers {
   absl::Status StartNode(size_t n);
   std::vector<KeeperOptions> options_;  // one
   std::vector<Node> nodes_;
+  std::function<bool()> asked_ = [] { return false; };
 };
 
 }  // namespace stretto

@@ -45,9 +45,18 @@ absl::Status Check(const SupervisorOptions& o, int64_t ranks, int64_t min_ranks)
   const auto wrong = [](const std::string& what) {
     return absl::InvalidArgumentError("stretto-run: " + what);
   };
-  constexpr int64_t kMost = 1 << 20;
+  constexpr int64_t kMost = 1 << 16;
   if (o.launch.program.empty()) return wrong("name the program after --; see --help");
-  if (ranks < 1 || ranks > kMost) return wrong("--ranks must be a number of ranks, at least 1");
+  if (ranks < 1 || ranks > kMost) {
+    return wrong(
+        absl::StrCat("--ranks must be a number of ranks from 1 to ", kMost, ", not ", ranks));
+  }
+  const int64_t room = ProcessLimit();
+  if (o.launch.launcher == "env" && ranks > room / 2) {  // each has a guard
+    return wrong(absl::StrCat("--ranks ", ranks, " with --launcher env needs ", 2 * ranks,
+                              " processes of this machine, which allows ", room,
+                              "; use fewer ranks, or --launcher mpi and more machines"));
+  }
   if (min_ranks < 0 || min_ranks > ranks) {
     return wrong(absl::StrCat("--min-ranks must be between 1 and --ranks, ", ranks));
   }

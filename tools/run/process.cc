@@ -5,17 +5,20 @@
 #include <netinet/in.h>
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <sstream>
 
@@ -147,6 +150,19 @@ absl::StatusOr<std::vector<int>> FreePorts(int count) {
   for (const int fd : sockets) close(fd);
   if (!status.ok()) return status;
   return ports;
+}
+
+int64_t ProcessLimit() {
+  int64_t limit = std::numeric_limits<int>::max();
+  struct rlimit own;
+  if (getrlimit(RLIMIT_NPROC, &own) == 0 && own.rlim_cur != RLIM_INFINITY) {
+    limit = std::min(limit, static_cast<int64_t>(own.rlim_cur));
+  }
+  for (const char* path : {"/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"}) {
+    int64_t most = 0;
+    if (std::ifstream(path) >> most && most > 0) limit = std::min(limit, most);
+  }
+  return limit;
 }
 
 std::string SignalName(int signal) {

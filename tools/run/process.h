@@ -37,6 +37,8 @@ std::set<pid_t> KillDescendants(const std::set<pid_t>& spared);
 
 // Different TCP ports of the loopback device that nobody holds now.
 absl::StatusOr<std::vector<int>> FreePorts(int count);
+// How many processes this user may have here at most.
+int64_t ProcessLimit();
 // "SIGKILL".
 std::string SignalName(int signal);
 // The file of this program.

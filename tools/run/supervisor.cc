@@ -39,6 +39,8 @@ constexpr int kKeeperEnds = 10;      // that are made good
 constexpr double kAfterRanks = 0.5;  // seconds in which a launcher follows its ranks
 constexpr double kFarewell = 3;      // seconds in which ranks leave by themselves, and dump records
 
+constexpr int kStopSignals[] = {SIGTERM, SIGUSR1, SIGHUP, SIGINT};
+
 double Monotonic() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -64,6 +66,8 @@ class Supervisor {
   enum class Ending { kDone, kRequested, kFailed, kInterrupted };
 
   absl::Status SetUp();
+  // Whether a signal that asks it to stop has come and waits to be taken.
+  bool Asked() const;
   void TakeSignals();
   // Handles signals and ends of children until `until` holds or `seconds` are over or, but for
   // `hurry`, it is asked to stop at once.
@@ -82,6 +86,7 @@ class Supervisor {
     return absl::StrFormat("%s/incident-%04d", options_.directory, number);
   }
   int Finish(int code, const std::string& how);
+  int EndBeforeRanks();  // it was asked to
 
   SupervisorOptions options_;
   RestartPolicy policy_;
@@ -127,9 +132,18 @@ absl::Status Supervisor::SetUp() {
   if (options_.keepers.count > 0) {
     // Keepers and ranks know each other by it.
     setenv("STRETTO_JOB_TOKEN", net::RandomToken().c_str(), /*overwrite=*/0);
-    STRETTO_ASSIGN_OR_RETURN(keepers_, Keepers::Start(options_.keepers));
+    STRETTO_ASSIGN_OR_RETURN(keepers_,
+                             Keepers::Start(options_.keepers, [this] { return Asked(); }));
   }
   return absl::OkStatus();
+}
+
+bool Supervisor::Asked() const {
+  sigset_t pending;
+  if (sigpending(&pending) != 0) return false;
+  return std::any_of(std::begin(kStopSignals), std::end(kStopSignals), [&](int s) {
+    return sigismember(&pending, s) == 1 && sigismember(&signals_, s) == 1;
+  });
 }
 
 void Supervisor::Collect() {
@@ -141,8 +155,12 @@ void Supervisor::Collect() {
       const bool again = ++keeper_ends_ <= kKeeperEnds;
       Say(absl::StrCat("keeper ", keeper, " has ended",
                        again ? "; it starts again, empty" : ", too often to be started again"));
-      const absl::Status started = again ? keepers_->Restart() : absl::OkStatus();
-      if (!started.ok()) Say(std::string(started.message()));
+      absl::Status started = again ? keepers_->Restart() : absl::OkStatus();
+      while (!started.ok() && !absl::IsCancelled(started)) {
+        Say(std::string(started.message()));
+        if (++keeper_ends_ > kKeeperEnds) break;
+        started = keepers_->Restart();
+      }
     }
   }
 }
@@ -182,9 +200,10 @@ absl::Status Supervisor::StartJob() {
     STRETTO_RETURN_IF_ERROR(written);
   }
   asked_ = false;
-  STRETTO_ASSIGN_OR_RETURN(
-      job_, Job::Start(options_.launch, policy_.ranks(), policy_.restarts(), live_,
-                       keepers_ ? keepers_->addresses() : std::vector<std::string>()));
+  STRETTO_ASSIGN_OR_RETURN(job_,
+                           Job::Start(options_.launch, policy_.ranks(), policy_.restarts(), live_,
+                                      keepers_ ? keepers_->addresses() : std::vector<std::string>(),
+                                      [this] { return Asked(); }));
   return absl::OkStatus();
 }
 
@@ -441,19 +460,29 @@ int Supervisor::Finish(int code, const std::string& how) {
   std::filesystem::remove_all(live_, ignored);
   if (incidents_.empty()) std::filesystem::remove(options_.directory, ignored);  // when empty
   keepers_.reset();
+  KillDescendants(earlier_);  // what keepers have left
   Say(absl::StrCat(how, "; ", History(incidents_)));
   return code;
 }
 
+int Supervisor::EndBeforeRanks() {
+  if (!interrupted_ && stop_signal_ == 0) TakeSignals();
+  if (interrupted_) return Finish(kInterrupted, "interrupted");
+  return Finish(kSaved, "asked to stop while no rank ran: what is saved stays");
+}
+
 int Supervisor::Run() {
   const absl::Status ready = SetUp();
+  if (absl::IsCancelled(ready)) return EndBeforeRanks();
   if (!ready.ok()) {
+    KillDescendants(earlier_);
     Say(std::string(ready.message()));
     return kGaveUp;
   }
   while (true) {
     noticed_ = 0;
     const absl::Status started = StartJob();
+    if (absl::IsCancelled(started)) return EndBeforeRanks();
     if (!started.ok()) return Finish(kGaveUp, std::string(started.message()));
     if (following_) incidents_.back().back_off = job_->started() - gone_;
     const Ending ending = Watch();
@@ -476,10 +505,7 @@ int Supervisor::Run() {
                     "gave up: " + decision_.reason);
     }
     WaitFor(decision_.delay, [&] { return stop_signal_ != 0; });
-    if (interrupted_) return Finish(kInterrupted, "interrupted");
-    if (stop_signal_ != 0) {
-      return Finish(kSaved, "asked to stop while no rank ran: what is saved stays");
-    }
+    if (interrupted_ || stop_signal_ != 0) return EndBeforeRanks();
   }
 }
 

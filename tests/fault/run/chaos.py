@@ -273,7 +273,8 @@ class Chaos:
         except Failure as failure:
             self.failures.append(f"run {number}, seed {self.options.seed}: {failure}")
             print(f"{self.failures[-1]}\n{run.text()[-6000:]}", flush=True)
-            shutil.copy(run.trace.file.name, f"{tempfile.gettempdir()}/chaos-failed.trace")
+            for event in run.trace.events[-60:]:
+                print(event)
         finally:
             run.kill_all()
 
@@ -403,8 +404,7 @@ class Chaos:
                 trials[1]["phase"] = "recovery"
 
 
-def summary(trials, failures, options):
-    hits = collections.Counter(t["phase"] for t in trials)
+def summary(trials, hits, failures, options):
     text = [f"{len(trials)} trials on {options.nodes} nodes with {options.ranks} ranks, seed "
             f"{options.seed}: {len(failures)} failures",
             "phase      trials  nodes  lost steps, mean and most"]
@@ -418,11 +418,11 @@ def summary(trials, failures, options):
                 f"{sum(lost) / len(lost):9.2f} {max(lost)}")
     text.append("seconds of a recovery, mean and most:")
     phases = {name for t in trials for name in t["seconds"]}
-    for name in ("detect", "end", "back_off", "start", "load", "first_step", "all"):
+    for name in ("detect", "end", "back_off", "start", "load", "first_step", "total"):
         if name in phases:
             values = [t["seconds"][name] for t in trials if t["seconds"].get(name) is not None]
             text.append(f"  {name:10} {sum(values) / len(values):6.3f} {max(values):6.3f}")
-    return "\n".join(text + failures), hits
+    return "\n".join(text + failures)
 
 
 def main():
@@ -469,7 +469,11 @@ def main():
         while len(chaos.trials) < options.trials and len(chaos.failures) < 5:
             number += 1
             chaos.batch(number)
-        text, hits = summary(chaos.trials, chaos.failures, options)
+        hits = collections.Counter(t["phase"] for t in chaos.trials)
+        for phase in PHASES:
+            if options.trials >= 100 and hits[phase] < 0.1 * len(chaos.trials):
+                chaos.failures.append(f"only {hits[phase]} trials have hit {phase}")
+        text = summary(chaos.trials, hits, chaos.failures, options)
         print(f"{text}\n{time.time() - began:.0f} s in all")
         if options.json:
             with open(options.json, "w") as f:

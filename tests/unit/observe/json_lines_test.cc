@@ -122,6 +122,17 @@ TEST(JsonLinesSink, ResumeKeepsEachStepOnce) {
   EXPECT_THAT(Steps(path), ElementsAre(1, 2));
 }
 
+TEST(JsonLinesSink, KnowsWhichRecordIsMissing) {
+  const TempDir dir;
+  const std::string path = dir / "m.jsonl";
+  WriteSteps(path, 1, 6);
+  EXPECT_TRUE((*JsonLinesSink::Open(path, 8))->Lacks(7));  // killed between saving 7 and its record
+  EXPECT_FALSE((*JsonLinesSink::Open(path, 7))->Lacks(6));
+  EXPECT_FALSE((*JsonLinesSink::Open(path, 9))->Lacks(8));  // another file's run
+  EXPECT_FALSE((*JsonLinesSink::Open(path, 4))->Lacks(3));
+  EXPECT_TRUE((*JsonLinesSink::Open(path, 5))->Lacks(4));  // the step before cut 4 and later off
+}
+
 TEST(JsonLinesSink, DamagedLinesAreDropped) {
   const TempDir dir;
   const std::string path = dir / "m.jsonl";

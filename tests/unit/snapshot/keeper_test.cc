@@ -361,6 +361,25 @@ TEST_F(Keepers, TurnStrangersAway) {
   EXPECT_THAT(Message(Keeper::Start(wrong).status()), HasSubstr("0 peers"));
 }
 
+TEST_F(Keepers, SayAtTheStartThatTheyCannotWriteThere) {
+  KeeperOptions o;
+  o.job = "a";
+  o.token = "secret";
+  o.socket = scratch_.File("node0");
+  o.directory = scratch_.File("file") + "/below";
+  std::ofstream(scratch_.File("file")) << "text";
+  const absl::Status status = Keeper::Start(o).status();
+  EXPECT_TRUE(absl::IsInvalidArgument(status));
+  EXPECT_THAT(Message(status), HasSubstr("snapshots cannot be written to"));
+}
+
+TEST_F(Keepers, ASilentPortIsNotWaitedForLong) {
+  int port = 0;
+  const net::Fd silent = *net::Listen("127.0.0.1", 0, &port);
+  const absl::Status status = AskKeeper(absl::StrCat("127.0.0.1:", port), "secret").status();
+  EXPECT_THAT(Message(status), HasSubstr("has not answered within 3 s"));
+}
+
 TEST_F(Keepers, LeaveOtherFilesAlone) {
   KeeperOptions o;
   o.job = "a";

@@ -4,6 +4,7 @@
 #include <signal.h>
 
 #include <cstring>
+#include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -302,12 +303,32 @@ TEST_F(RunProgram, WrongUsageIsOneSentence) {
        {"--ranks 2", "--ranks 0 -- true", "--ranks x -- true", "--ranks 2 --min-ranks 3 -- true",
         "--launcher srun -- true", "--fatal-codes 2,x -- true", "--keepers 2 -- true",
         "--delay 9 --delay-cap 1 -- true", "--stall -1 -- true", "--unknown -- true",
-        "--mpirun ' ' -- true", "--restarts -1 -- true"}) {
+        "--mpirun ' ' -- true", "--restarts -1 -- true", "--ranks 1000000 -- true",
+        "--ranks 1000000 --launcher env -- true"}) {
     const Result r = Run(std::string(STRETTO_RUN) + " " + options + " 2>&1");
     EXPECT_EQ(r.code, 2) << options;
     EXPECT_TRUE(IsOneSentence(r.output)) << options << ": " << r.output;
     EXPECT_THAT(r.output, ::testing::StartsWith("stretto-run")) << options;
   }
+}
+
+TEST_F(RunProgram, SaysHowAKeeperEndedThatIsNotReady) {
+  const auto run = [this](const std::string& keeper, const std::string& wrap = "") {
+    WriteText("keeper.sh", "#!/bin/sh\n" + keeper + "\n");
+    std::filesystem::permissions(Path("keeper.sh"), std::filesystem::perms::owner_all);
+    return Run(wrap + STRETTO_RUN " --launcher env --keepers 1 --keeper ./keeper.sh -- true 2>&1");
+  };
+  Result r = run("exit 2");
+  EXPECT_EQ(r.code, 1);
+  EXPECT_THAT(r.output, HasSubstr("(./keeper.sh) ended with code 2 before it was ready"));
+  r = run("kill -9 $$");
+  EXPECT_THAT(r.output, HasSubstr("was killed by SIGKILL before it was ready"));
+  r = run("echo hello; sleep 100");
+  EXPECT_THAT(r.output, HasSubstr("writes something else"));
+  // Asked to stop while a keeper takes its time.
+  r = run("sleep 100", "timeout --signal=TERM 1 ");
+  EXPECT_EQ(r.code, 124) << r.output;  // timeout's own
+  EXPECT_THAT(r.output, HasSubstr("asked to stop while no rank ran"));
 }
 
 // Programs that know nothing of it.

@@ -297,6 +297,15 @@ int CommitProtocol::restorable() const {
   return newest;
 }
 
+void CommitProtocol::Forget(int slot) {
+  SlotRecord& record = slots_[static_cast<size_t>(slot)];
+  if (record.state < SlotState::kProtected) return;
+  Clear(&record);
+  if (phase_ == Phase::kReady) phase_ = Phase::kRestoring;  // nobody reads what is older meanwhile
+  lost_ = true;  // unless the round finds that enough of it, or of an older one, is left
+  Send(0, Kind::kAgain);
+}
+
 // Messages.
 
 void CommitProtocol::Receive(int from, const CommitMessage& message) {
@@ -373,6 +382,9 @@ void CommitProtocol::Lead(int from, const CommitMessage& message) {
       member.slots = message.slots;
       member.lost = message.lost;
       DecideIfAllReported();
+      return;
+    case Kind::kAgain:
+      if (AllConnected()) BeginRound(round_);
       return;
     case Kind::kSealed:
       member.sealed = told.id;

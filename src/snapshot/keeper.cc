@@ -469,7 +469,12 @@ void Keeper::Impl::Serve(net::Fd fd) {
     const auto offset = in.Int<int64_t>(), size = in.Int<int64_t>();
     if (!in.ok() || size < 0 || size > snapshot_internal::kMostReadBytes) return;
     bytes.resize(static_cast<size_t>(size));
-    const absl::Status read = slots->Read(id, least, what, offset, size, bytes.data());
+    const absl::Status read = what == snapshot_internal::kSoundness
+                                  ? slots->VerifyHeld(id)
+                                  : slots->Read(id, least, what, offset, size, bytes.data());
+    if (absl::IsDataLoss(read)) {
+      Post([this, id, told = Told(read)] { Damaged(id, told.message); });
+    }
     wire::Writer out;
     if (read.ok()) {
       const auto total = static_cast<uint32_t>(sizeof(Kind) + bytes.size());

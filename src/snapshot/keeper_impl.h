@@ -97,6 +97,7 @@ struct Keeper::Impl {
 
   // Does what the protocol wants, and publishes the state of the slots.
   void Act();
+  void Damaged(const SnapshotId& id, const std::string& what);
   void Done(const snapshot_internal::KeeperWork::Task& task, const absl::Status& status);
   void Tell(const char* what, const SnapshotId& id) const {
     if (options.observer) options.observer({what, id.epoch, id.round});

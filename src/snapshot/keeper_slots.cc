@@ -2,6 +2,7 @@
 
 #include <dirent.h>
 #include <sys/mman.h>
+#include <xxhash.h>
 
 #include <algorithm>
 #include <cstring>
@@ -189,6 +190,7 @@ absl::StatusOr<std::byte*> KeeperSlots::MakeParity(int slot, int blocks, int64_t
     const std::lock_guard<std::mutex> lock(mutex_);
     arena = places_[slot].parity;
     places_[slot].blocks = 0;
+    places_[slot].parity_sealed = false;
   }
   if (arena == nullptr || arena->bytes() < bytes) {
     const std::string owner = absl::StrCat("snapshot parity ", slot);
@@ -307,6 +309,36 @@ std::shared_ptr<SlotMemory> KeeperSlots::MemoryOf(int slot, int rank) const {
   return found == places_[slot].ranks.end() ? nullptr : found->second;
 }
 
+void KeeperSlots::SealParity(int slot) {
+  std::shared_ptr<Arena> parity;
+  size_t bytes = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    parity = places_[slot].parity;
+    bytes = static_cast<size_t>(places_[slot].blocks * places_[slot].block_bytes);
+  }
+  const uint64_t checksum = XXH3_64bits(parity->data(), bytes);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  places_[slot].parity_checksum = checksum;
+  places_[slot].parity_sealed = true;
+}
+
+absl::Status KeeperSlots::VerifyHeld(const SnapshotId& id) const {
+  std::byte none;
+  STRETTO_RETURN_IF_ERROR(Read(id, SlotState::kProtected, kWholeShard, 0, 0, &none));
+  int slot = -1;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (int s = 0; s < kSlots; ++s) {
+      if (places_[s].id == id) slot = s;
+    }
+  }
+  const absl::Status sound = slot < 0 ? absl::OkStatus() : Verify(slot);
+  // What was taken away meanwhile is not damaged.
+  STRETTO_RETURN_IF_ERROR(Read(id, SlotState::kProtected, kWholeShard, 0, 0, &none));
+  return sound;
+}
+
 absl::Status KeeperSlots::Verify(int slot) const {
   for (const RankPart& part : ManifestOf(slot).ranks) {
     const std::shared_ptr<SlotMemory> memory = MemoryOf(slot, part.rank);
@@ -314,6 +346,20 @@ absl::Status KeeperSlots::Verify(int slot) const {
     STRETTO_ASSIGN_OR_RETURN(const SlotContents contents,
                              memory->ReadContents({job_, part.layout, part.rank}));
     STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents));
+  }
+  std::shared_ptr<Arena> parity;
+  size_t bytes = 0;
+  uint64_t checksum = 0;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const Place& place = places_[slot];
+    if (!place.parity_sealed) return absl::OkStatus();
+    parity = place.parity;
+    bytes = static_cast<size_t>(place.blocks * place.block_bytes);
+    checksum = place.parity_checksum;
+  }
+  if (XXH3_64bits(parity->data(), bytes) != checksum) {
+    return absl::DataLossError("its parity of other nodes is not what was computed");
   }
   return absl::OkStatus();
 }

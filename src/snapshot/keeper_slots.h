@@ -56,8 +56,12 @@ class KeeperSlots {
                     int64_t bytes, void* out) const;
   // Into the shard of a slot that nobody reads.
   absl::Status WriteShard(int slot, int64_t offset, int64_t bytes, const std::byte* from);
-  // Checksums of all ranks' parts.
+  // The parity is made: from here on Verify notices when it changes.
+  void SealParity(int slot);
+  // Checksums of all ranks' parts and of the parity. DATA_LOSS names what is damaged.
   absl::Status Verify(int slot) const;
+  // The same of the slot that holds `id`, before and after; NOT_FOUND unless it does.
+  absl::Status VerifyHeld(const SnapshotId& id) const;
   // A rank's part and its memory; null: there is none.
   std::shared_ptr<SlotMemory> MemoryOf(int slot, int rank) const;
 
@@ -69,6 +73,8 @@ class KeeperSlots {
     std::map<int, std::shared_ptr<SlotMemory>> ranks;
     std::shared_ptr<Arena> parity;
     int64_t block_bytes = 0, blocks = 0;
+    uint64_t parity_checksum = 0;
+    bool parity_sealed = false;
     bool making = false;
     std::thread maker;
   };

@@ -27,6 +27,16 @@ void Keeper::Impl::HandleTrainer(Connection& c, Kind kind, wire::Reader& frame) 
     case Kind::kSeal:
       Seal(c, frame);
       return;
+    case Kind::kDamaged: {
+      const SnapshotId id = snapshot_internal::GetId(frame);
+      const std::string what = frame.Text();
+      if (!frame.ok()) return;
+      Damaged(id, what);
+      wire::Writer out;
+      out.Int(Kind::kOk);
+      Send(c, out);
+      return;
+    }
     case Kind::kStatus: {
       wire::Writer out;
       out.Int(Kind::kOk).Text(Describe());
@@ -266,6 +276,20 @@ void Keeper::Impl::Act() {
         break;
       }
     }
+  }
+}
+
+// What lies in a slot is not what was written: it is lost, as if it had never been here.
+void Keeper::Impl::Damaged(const SnapshotId& id, const std::string& what) {
+  for (int s = 0; s < kSlots; ++s) {
+    const SlotRecord& slot = protocol.slots()[static_cast<size_t>(s)];
+    if (slot.id != id || slot.state < SlotState::kProtected) continue;
+    LogWarning(absl::StrCat("the snapshot of step ", id.epoch, " is damaged on node ", options.node,
+                            " and given up there: ", what));
+    Tell("damaged", id);
+    protocol.Forget(s);
+    Act();
+    return;
   }
 }
 

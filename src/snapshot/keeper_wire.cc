@@ -178,10 +178,10 @@ absl::Status SlotReader::Request(const SnapshotId& id, SlotState least, int32_t 
   return SendFrame(fd_, out, net::After(kPatience));
 }
 
-absl::Status SlotReader::Answer(void* out, int64_t bytes) {
+absl::Status SlotReader::Answer(void* out, int64_t bytes, std::chrono::milliseconds patience) {
   uint32_t length = 0;
   KeeperKind kind{};
-  const net::Deadline deadline = net::After(kPatience);
+  const net::Deadline deadline = net::After(patience);
   STRETTO_RETURN_IF_ERROR(net::ReceiveAll(fd_, &length, sizeof(length), deadline));
   if (length < sizeof(kind) || length > wire::kMaxFrame) {
     return absl::DataLossError("a keeper sent a malformed answer");

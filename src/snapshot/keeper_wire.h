@@ -3,7 +3,9 @@
 #ifndef STRETTO_SRC_SNAPSHOT_KEEPER_WIRE_H_
 #define STRETTO_SRC_SNAPSHOT_KEEPER_WIRE_H_
 
+#include <chrono>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -15,7 +17,7 @@
 namespace stretto::snapshot_internal {
 
 inline constexpr uint32_t kKeeperMagic = 0x4b525453;  // "STRK"
-inline constexpr uint32_t kKeeperVersion = 1;
+inline constexpr uint32_t kKeeperVersion = 2;
 inline constexpr uint32_t kMostReadBytes = 8u << 20;
 
 enum class KeeperKind : uint8_t {
@@ -29,10 +31,11 @@ enum class KeeperKind : uint8_t {
   kSpill,    // of node 0: id; write it to disk
   kSpilled,  // id, status, files
   // From a trainer.
-  kAttach,  // rank, world size, ranks on this node, layout, capacity, attempt -> Restorable
-  kBegin,   // epoch -> slot (-1: none), round, name of the memory
-  kSeal,    // slot, epoch, sizes and checksum -> whether it counts
-  kStatus,  // -> text
+  kAttach,   // rank, world size, ranks on this node, layout, capacity, attempt -> Restorable
+  kBegin,    // epoch -> slot (-1: none), round, name of the memory
+  kSeal,     // slot, epoch, sizes and checksum -> whether it counts
+  kDamaged,  // id, what: this node's memory of it
+  kStatus,   // -> text
   // From a reader.
   kRead,  // id, least state, what, offset, bytes -> the bytes
 };
@@ -96,6 +99,8 @@ absl::StatusOr<std::string> ReceiveAnswer(const net::Fd& fd, net::Deadline deadl
 
 // What of a slot is read.
 inline constexpr int32_t kWholeShard = -1;
+// Nothing; but the keeper checks all that it has of the snapshot first. DATA_LOSS: it is damaged.
+inline constexpr int32_t kSoundness = std::numeric_limits<int32_t>::min();
 inline constexpr int32_t ParityBlock(int p) { return -2 - p; }  // else a rank
 
 // Reads from the slots of one keeper. Not thread-safe.
@@ -107,7 +112,8 @@ class SlotReader {
   absl::Status Request(const SnapshotId& id, SlotState least, int32_t what, int64_t offset,
                        int64_t bytes);
   // NOT_FOUND when the keeper does not hold it (any more).
-  absl::Status Answer(void* out, int64_t bytes);
+  absl::Status Answer(void* out, int64_t bytes,
+                      std::chrono::milliseconds patience = std::chrono::seconds(30));
 
  private:
   explicit SlotReader(net::Fd fd) : fd_(std::move(fd)) {}

@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kPiece = int64_t{1} << 20;
 constexpr auto kConnectTimeout = std::chrono::seconds(10);
 
+constexpr std::chrono::milliseconds kVerifying = std::chrono::minutes(2);
+
 constexpr auto kPause = std::chrono::milliseconds(100);
 
 absl::Status Stopped() { return absl::CancelledError("the work was stopped"); }
@@ -111,9 +113,10 @@ absl::Status KeeperWork::Do(const Task& task) {
   }
   STRETTO_ASSIGN_OR_RETURN(std::byte* const parity,
                            slots_->MakeParity(task.slot, layout_.parity(), block_bytes));
-  if (!task.rebuild) return MakeParity(task, parity, block_bytes);
-  STRETTO_RETURN_IF_ERROR(Rebuild(task, parity, block_bytes));
-  return slots_->Verify(task.slot);
+  STRETTO_RETURN_IF_ERROR(task.rebuild ? Rebuild(task, parity, block_bytes)
+                                       : MakeParity(task, parity, block_bytes));
+  slots_->SealParity(task.slot);
+  return task.rebuild ? slots_->Verify(task.slot) : absl::OkStatus();
 }
 
 absl::StatusOr<SlotReader*> KeeperWork::ReaderOf(int node) {
@@ -186,7 +189,7 @@ absl::Status KeeperWork::MakeParity(const Task& task, std::byte* parity, int64_t
 
 absl::Status KeeperWork::Rebuild(const Task& task, std::byte* parity, int64_t block_bytes) {
   const int group = layout_.GroupOf(options_.node), place = layout_.PlaceOf(options_.node);
-  // Who holds it?
+  // Who holds it, and holds what was written? Who does not forgets it, and another round follows.
   std::vector<int> holders;  // places
   for (int other = 0; other < layout_.group_size(); ++other) {
     const int node = layout_.NodeAt(group, other);
@@ -194,8 +197,8 @@ absl::Status KeeperWork::Rebuild(const Task& task, std::byte* parity, int64_t bl
     const absl::StatusOr<SlotReader*> reader = ReaderOf(node);
     if (!reader.ok()) continue;
     std::byte none;
-    absl::Status held = (*reader)->Request(task.id, SlotState::kProtected, kWholeShard, 0, 0);
-    if (held.ok()) held = (*reader)->Answer(&none, 0);
+    absl::Status held = (*reader)->Request(task.id, SlotState::kProtected, kSoundness, 0, 0);
+    if (held.ok()) held = (*reader)->Answer(&none, 0, kVerifying);
     if (held.ok()) holders.push_back(other);
   }
   if (static_cast<int>(holders.size()) < layout_.data()) {

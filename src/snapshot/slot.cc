@@ -11,8 +11,10 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "src/comm/wire.h"
@@ -318,14 +320,27 @@ absl::StatusOr<SlotContents> SlotMemory::ReadContents(const SlotIdentity& expect
   return contents;
 }
 
-absl::Status SlotMemory::VerifyData(const SlotContents& contents) const {
+absl::Status SlotMemory::VerifyData(const SlotContents& contents, int threads) const {
+  // The largest first, so that threads end together.
+  std::vector<const SlotEntry*> order;
   for (const SlotEntry& entry : contents.entries) {
-    if (entry.bytes == 0) continue;
-    if (XXH3_64bits(payload() + entry.offset, static_cast<size_t>(entry.bytes)) != entry.checksum) {
-      return Damaged(entry);
-    }
+    if (entry.bytes > 0) order.push_back(&entry);
   }
-  return absl::OkStatus();
+  std::stable_sort(order.begin(), order.end(),
+                   [](const SlotEntry* a, const SlotEntry* b) { return a->bytes > b->bytes; });
+  std::atomic<size_t> next = 0;
+  std::mutex mutex;
+  const SlotEntry* damaged = nullptr;
+  OnThreads(std::max(1, threads), "checksums of snapshots", [&](int) {
+    for (size_t i = next.fetch_add(1); i < order.size(); i = next.fetch_add(1)) {
+      const SlotEntry& entry = *order[i];
+      const uint64_t sum = XXH3_64bits(payload() + entry.offset, static_cast<size_t>(entry.bytes));
+      if (sum == entry.checksum) continue;
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (damaged == nullptr || &entry < damaged) damaged = &entry;
+    }
+  });
+  return damaged == nullptr ? absl::OkStatus() : Damaged(*damaged);
 }
 
 absl::Status SlotMemory::Damaged(const SlotEntry& entry) const {

@@ -220,27 +220,6 @@ absl::Status SlotCopies::Capture(const std::shared_ptr<SlotMemory>& slot, SlotCo
   return status;
 }
 
-absl::Status SlotCopies::Verify(const SlotMemory& slot, const SlotContents& contents) const {
-  // The largest first, so that threads end together.
-  std::vector<const SlotEntry*> order;
-  for (const SlotEntry& entry : contents.entries) {
-    if (entry.bytes > 0) order.push_back(&entry);
-  }
-  std::stable_sort(order.begin(), order.end(),
-                   [](const SlotEntry* a, const SlotEntry* b) { return a->bytes > b->bytes; });
-  std::atomic<size_t> next = 0;
-  std::mutex mutex;
-  const SlotEntry* damaged = nullptr;
-  OnThreads(std::max(1, options_.threads), "checksums of snapshots", [&](int) {
-    for (size_t i = next.fetch_add(1); i < order.size(); i = next.fetch_add(1)) {
-      if (ChecksumOf(slot, *order[i]) == order[i]->checksum) continue;
-      const std::lock_guard<std::mutex> lock(mutex);
-      if (damaged == nullptr || order[i] < damaged) damaged = order[i];  // the first of the table
-    }
-  });
-  return damaged == nullptr ? absl::OkStatus() : slot.Damaged(*damaged);
-}
-
 absl::Status SlotCopies::Restore(const SlotMemory& slot, const SlotContents& contents) {
   struct Stretch {
     std::byte* to;

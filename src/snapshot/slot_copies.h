@@ -64,8 +64,6 @@ class SlotCopies {
   void WaitForPart(Stream& stream, int part);
   bool under_way() const { return under_way_.load(std::memory_order_acquire); }
 
-  // DATA_LOSS names a tensor whose bytes are not those that were written.
-  absl::Status Verify(const SlotMemory& slot, const SlotContents& contents) const;
   // Fills all boxes of the registry that are in the slot: those for which `contents`, of the same
   // layout, has their bytes. Blocks.
   absl::Status Restore(const SlotMemory& slot, const SlotContents& contents);

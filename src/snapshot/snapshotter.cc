@@ -37,6 +37,8 @@ using snapshot_internal::SlotCopies;
 
 // A keeper answers at once, save when it is asked what can be restored.
 constexpr std::chrono::milliseconds kPatience = std::chrono::seconds(30);
+// Both slots of a node may be damaged, one after the other.
+constexpr int kMostRepairs = 4;
 // Somebody waits at a terminal.
 constexpr std::chrono::milliseconds kAskPatience = std::chrono::seconds(3);
 
@@ -153,7 +155,9 @@ struct Snapshotter::Impl {
 
   absl::Status Meet();
   absl::Status Attach(int local_ranks, uint64_t attempt);
-  absl::Status ReadTrainerState();
+  absl::Status FindRestorable(uint64_t attempt, int local_ranks);
+  absl::Status ReadOwnPart();
+  void TellDamage(const absl::Status& damage);
   void Loop();
   // Whether the step was captured.
   absl::StatusOr<bool> CaptureNow();
@@ -217,7 +221,22 @@ absl::Status Snapshotter::Impl::Meet() {
                      keeper.nodes, "; start one keeper for each node that has ranks"));
   }
   STRETTO_RETURN_IF_ERROR(world.Agree("comparing the keepers of snapshots", status));
-  STRETTO_RETURN_IF_ERROR(world.Agree("attaching to the keepers", Attach(local, attempt)));
+  for (int repairs = 0;; ++repairs) {
+    // A number of its own for each time.
+    const absl::Status found = FindRestorable(attempt + static_cast<uint64_t>(2 * repairs), local);
+    if (!absl::IsDataLoss(found) || repairs == kMostRepairs) return found;
+    if (world.rank() == 0) {
+      LogWarning(absl::StrCat(std::string(found.message()),
+                              "; the keepers look for it, or for an older one, anew"));
+    }
+  }
+}
+
+// What all ranks can restore; DATA_LOSS when what one has is damaged, which its keeper then knows.
+absl::Status Snapshotter::Impl::FindRestorable(uint64_t attempt, int local_ranks) {
+  restorable.reset();
+  told = Restorable();
+  STRETTO_RETURN_IF_ERROR(world.Agree("attaching to the keepers", Attach(local_ranks, attempt)));
   wire::Writer found;
   found.Int(told.id.round).Int(told.id.epoch);
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> ids,
@@ -227,7 +246,19 @@ absl::Status Snapshotter::Impl::Meet() {
     return absl::InternalError(absl::StrCat("the keepers of ranks 0 and ", rank,
                                             " restore different snapshots; start again"));
   }
-  return world.Agree("reading the snapshot's state", ReadTrainerState());
+  const absl::Status read = ReadOwnPart();
+  if (absl::IsDataLoss(read)) TellDamage(read);
+  return world.Agree("reading the snapshot's state", read);
+}
+
+void Snapshotter::Impl::TellDamage(const absl::Status& damage) {
+  wire::Writer out;
+  out.Int(KeeperKind::kDamaged);
+  snapshot_internal::Put(out, told.id);
+  out.Text(std::string(damage.message()));
+  absl::Status status = SendFrame(keeper.fd, out, net::After(kPatience));
+  if (status.ok()) status = ReceiveAnswer(keeper.fd, net::After(kPatience)).status();
+  if (!status.ok()) LogWarning(std::string(status.message()));
 }
 
 absl::Status Snapshotter::Impl::Attach(int local_ranks, uint64_t attempt) {
@@ -250,14 +281,21 @@ absl::Status Snapshotter::Impl::Attach(int local_ranks, uint64_t attempt) {
   return absl::OkStatus();
 }
 
-absl::Status Snapshotter::Impl::ReadTrainerState() {
+// Checks it, so that Restore may trust it.
+absl::Status Snapshotter::Impl::ReadOwnPart() {
   if (!told.id.present()) return absl::OkStatus();
   RestorableSnapshot snapshot;
   snapshot.epoch = told.id.epoch;
   if (!told.name.empty()) {
     STRETTO_ASSIGN_OR_RETURN(const auto memory, SlotMemory::Open(told.name));
+    SlotHeader header;
     STRETTO_ASSIGN_OR_RETURN(const SlotContents contents,
-                             memory->ReadContents({keeper.job, 0, world.rank()}));
+                             memory->ReadContents({keeper.job, 0, world.rank()}, &header));
+    if (header.id != told.id) {
+      return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " holds step ",
+                                              header.id.epoch, ", not ", told.id.epoch));
+    }
+    STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents, options.threads));
     snapshot.trainer_state = contents.trainer_state;
   } else {
     BoxSource source(told, options.token, keeper.job);
@@ -307,15 +345,7 @@ absl::Status Snapshotter::Restore() {
     SlotHeader header;
     STRETTO_ASSIGN_OR_RETURN(contents,
                              memory->ReadContents({s.keeper.job, 0, s.world.rank()}, &header));
-    if (header.id != s.told.id) {
-      return absl::DataLossError(absl::StrCat("/dev/shm", s.told.name, " holds step ",
-                                              header.id.epoch, ", not ", s.told.id.epoch));
-    }
-    if (header.layout == s.layout && header.world_size == s.world.size()) {
-      STRETTO_RETURN_IF_ERROR(s.copies->Verify(*memory, contents));
-    } else {
-      memory.reset();
-    }
+    if (header.layout != s.layout || header.world_size != s.world.size()) memory.reset();
   }
   if (memory != nullptr) STRETTO_RETURN_IF_ERROR(s.copies->Restore(*memory, contents));
   std::optional<BoxSource> others;

@@ -182,7 +182,7 @@ inline void CheckThereAndBack(Device device, StreamMode mode, bool direct) {
     state.copies->End();
     EXPECT_EQ(state.Torn(step), 0);
     state.WriteAll(step + 10);
-    ASSERT_TRUE(state.copies->Verify(*state.slot, state.contents).ok());
+    ASSERT_TRUE(state.slot->VerifyData(state.contents, 2).ok());
     const absl::Status restored = state.copies->Restore(*state.slot, state.contents);
     ASSERT_TRUE(restored.ok()) << restored;
     for (size_t i = 0; i < state.registry.entries().size(); ++i) {
@@ -197,7 +197,7 @@ inline void CheckThereAndBack(Device device, StreamMode mode, bool direct) {
     }
   }
   state.slot->payload()[state.contents.entries[1].offset] ^= std::byte{1};
-  const absl::Status damaged = state.copies->Verify(*state.slot, state.contents);
+  const absl::Status damaged = state.slot->VerifyData(state.contents, 2);
   EXPECT_NE(std::string(damaged.message()).find("the bytes of p0 are not"), std::string::npos)
       << damaged;
 }

@@ -74,6 +74,7 @@ struct CommitMessage {
     kDrop,       // leader: slots[0] will not be completed
     kProtected,  // slots[0]
     kCommitted,  // leader: slots[0]
+    kAgain,      // what I reported in this round I have no longer
   };
   Kind kind = Kind::kGather;
   CommitRound round;
@@ -127,6 +128,8 @@ class CommitProtocol {
   void Abandon(int slot);
   // The work of an action is done. `round` is the action's.
   void Protected(int slot, int64_t round);
+  // A slot that was PROTECTED or COMMITTED is damaged: another round decides without it.
+  void Forget(int slot);
   // While held, a committed slot is not given to Begin although a newer one exists (it is being
   // written to disk).
   void Hold(int slot, bool held) { held_[static_cast<size_t>(slot)] = held; }

@@ -21,6 +21,7 @@ namespace stretto {
 //   "commit"           node 0 says that the slot is committed; this counts when the observer
 //   returns "pass"             the step is passed over by this node "round"            the keepers
 //   begin a round "spill" "spilled"  the slot is about to be written to disk, and is no longer
+//   "damaged"          what the slot holds is not what was written; it is given up
 //   "read"             trainers are told what they may restore
 struct KeeperEvent {
   const char* what;

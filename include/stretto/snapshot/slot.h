@@ -101,7 +101,7 @@ class SlotMemory {
   absl::StatusOr<SlotContents> ReadContents(const SlotIdentity& expected,
                                             SlotHeader* header = nullptr) const;
   // DATA_LOSS names the first tensor whose bytes are not those that were written.
-  absl::Status VerifyData(const SlotContents& contents) const;
+  absl::Status VerifyData(const SlotContents& contents, int threads = 1) const;
   // That error, for an entry of the contents.
   absl::Status Damaged(const SlotEntry& entry) const;
 

@@ -441,7 +441,7 @@ def main():
         parser.add_argument(name)
     options = parser.parse_args()
     options.ranks = options.ranks or options.nodes
-    options.steps = 12 * min(options.trials, options.batch) + 150
+    options.steps = 8 * min(options.trials, options.batch) + 100
     random.seed(options.seed)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     scratch = tempfile.mkdtemp(prefix="stretto-chaos-")
@@ -453,7 +453,7 @@ def main():
                       "max_positions": 64},
             "data": {"sequence_length": 64, "train": f"{scratch}/text.train.bin",
                      "validation": f"{scratch}/text.validation.bin"},
-            "batch": {"global": 8 * options.ranks, "micro": 1},
+            "batch": {"global": 6 * options.ranks, "micro": 1},
             "optimizer": {"schedule": "constant", "lr": 1e-3},
             "runtime": {"threads": 1, "device": "cpu"},
             "evaluate": {"every": 10, "samples": options.ranks},

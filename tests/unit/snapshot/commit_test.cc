@@ -27,6 +27,7 @@ struct Bounds {
   int keeper_restarts = 0;   // ... that come back with the slots that they held
   int trainer_restarts = 0;  // the trainers of all nodes die
   int resets = 0;            // connections between keepers that live on
+  int damages = 0;           // slots of which a keeper finds that they are not what was written
   int64_t most_states = 4'000'000;
 };
 
@@ -203,10 +204,12 @@ class Explorer {
           state.promised = std::max(state.promised, id);
           ++commits_;
           newest_commit_ = std::max(newest_commit_, id.epoch);
+          // Who has lost it before it was promised counts as lost from here on.
           for (auto& other : state.nodes) {
-            for (const SlotRecord& slot : other.protocol.slots()) {
-              other.whole |= slot.id == id && slot.state >= SlotState::kProtected;
-            }
+            const NodeSlots& slots = other.protocol.slots();
+            other.whole = std::any_of(slots.begin(), slots.end(), [&](const SlotRecord& slot) {
+              return slot.id == state.promised && slot.state >= SlotState::kProtected;
+            });
           }
           break;
         }
@@ -350,6 +353,20 @@ class Explorer {
             },
             kTrouble);
       }
+      for (int s = 0; s < kSlots && state.left.damages > 0 && others_whole; ++s) {
+        if (node.protocol.slots()[s].state < SlotState::kProtected) continue;
+        Try(
+            state,
+            [&](State& next) {
+              --next.left.damages;
+              auto& me = next.nodes[n];
+              me.memory[s] = Memory();
+              me.whole = false;  // it may yet be promised by who has not heard of it
+              me.protocol.Forget(s);
+              Act(next, n);
+            },
+            kTrouble);
+      }
       if (state.left.keeper_restarts > 0) {
         Try(
             state,
@@ -478,7 +495,7 @@ class Explorer {
     number(state.restored ? state.restored->epoch : -1);
     number(static_cast<int64_t>(state.attempt));
     for (int n : {state.left.losses, state.left.keeper_restarts, state.left.trainer_restarts,
-                  state.left.resets}) {
+                  state.left.resets, state.left.damages}) {
       number(n);
     }
     return std::hash<std::string>()(text);
@@ -508,14 +525,19 @@ TEST(CommitExplorer, KeepersMeet) { ExpectSound({.epochs = 1}, /*started=*/false
 TEST(CommitExplorer, ANodeIsLost) { ExpectSound({.epochs = 1, .losses = 1}); }
 TEST(CommitExplorer, TrainersDie) { ExpectSound({.epochs = 2, .trainer_restarts = 1}); }
 TEST(CommitExplorer, AKeeperRestarts) { ExpectSound({.epochs = 1, .keeper_restarts = 1}); }
+TEST(CommitExplorer, ASlotIsDamaged) { ExpectSound({.epochs = 2, .damages = 1}); }
 TEST(CommitExplorer, AConnectionBreaks) { ExpectSound({.epochs = 2, .resets = 1}); }
 
 TEST(CommitExplorer, ManyTroublesAtRandom) {
-  const Bounds bounds = {
-      .epochs = 8, .losses = 3, .keeper_restarts = 2, .trainer_restarts = 3, .resets = 3};
+  const Bounds bounds = {.epochs = 8,
+                         .losses = 3,
+                         .keeper_restarts = 2,
+                         .trainer_restarts = 3,
+                         .resets = 3,
+                         .damages = 3};
   Explorer<CommitProtocol> explorer(bounds);
-  EXPECT_EQ(explorer.Walk(200, /*seed=*/1), "");
-  EXPECT_GE(explorer.ends(), 200);
+  EXPECT_EQ(explorer.Walk(1000, /*seed=*/1), "");
+  EXPECT_GE(explorer.ends(), 1000);
   EXPECT_GT(explorer.newest_commit(), 4);
 }
 

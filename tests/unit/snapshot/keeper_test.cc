@@ -122,6 +122,18 @@ class Keepers : public ::testing::Test {
   void Lose(int node) { nodes_[node].reset(); }
   void Replace(int node) { nodes_[node] = std::make_unique<Node>(options_[node]); }
 
+  // The slots of a node's ranks, of this job as they are now.
+  std::vector<SlotMemory*> SlotsOf(int node) {
+    opened_.clear();
+    std::vector<SlotMemory*> slots;
+    for (const auto& file : std::filesystem::directory_iterator("/dev/shm")) {
+      const std::string name = "/" + file.path().filename().string();
+      if (name.find(absl::StrCat("/stretto-", job_, "-", node, "-")) != 0) continue;
+      slots.push_back(opened_.emplace_back(*SlotMemory::Open(name)).get());
+    }
+    return slots;
+  }
+
   std::string Status(int node) { return *AskKeeper(options_[node].socket, "secret"); }
   using Body = std::function<absl::Status(World&, RankState&, Snapshotter&)>;
   // `ranks` trainers, dealt to the nodes in turn.
@@ -189,6 +201,7 @@ class Keepers : public ::testing::Test {
   std::string job_;
   std::vector<KeeperOptions> options_;
   std::vector<std::unique_ptr<Node>> nodes_;
+  std::vector<std::shared_ptr<SlotMemory>> opened_;
 };
 
 TEST_F(Keepers, OneNodeGivesBackWhatItsRanksLeft) {
@@ -310,15 +323,46 @@ TEST_F(Keepers, AFlippedByteIsRefusedByName) {
   Start(1);
   ASSERT_TRUE(TrainTo(1, 12).ok());
   ASSERT_GT(Committed(), 0);
-  for (const auto& file : std::filesystem::directory_iterator("/dev/shm")) {
-    const std::string name = "/" + file.path().filename().string();
-    if (name.find(absl::StrCat("/stretto-", job_, "-")) != 0) continue;
-    auto slot = *SlotMemory::Open(name);
-    slot->payload()[100] ^= std::byte{1};
+  const LogCapture log;
+  for (SlotMemory* slot : SlotsOf(0)) slot->payload()[100] ^= std::byte{1};
+  const absl::Status status = Train(1, [](World&, RankState& state, Snapshotter& snapshots) {
+    EXPECT_FALSE(snapshots.restorable().has_value());
+    EXPECT_TRUE(snapshots.lost());
+    EXPECT_FALSE(snapshots.Restore().ok());
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_THAT(log.text(), HasSubstr("the bytes of w are not those that were written"));
+}
+
+TEST_F(Keepers, ADamagedSlotIsRebuiltFromTheOthers) {
+  Start(3);
+  ASSERT_TRUE(TrainTo(3, 12).ok());
+  const int64_t step = Committed();
+  // In the data; and in the header, which keepers write anew when ranks come.
+  for (const int64_t at : {int64_t{4096 + 100}, int64_t{80}, int64_t{3}}) {
+    for (SlotMemory* slot : SlotsOf(1)) *(slot->payload() - 4096 + at) ^= std::byte{1};
+    const LogCapture log;
+    const absl::Status restored = ExpectRestored(3, step);
+    EXPECT_TRUE(restored.ok()) << restored;
+    if (at < 4096) continue;
+    EXPECT_THAT(log.text(), HasSubstr("is damaged on node 1 and given up there"));
   }
-  const absl::Status status =
-      Train(1, [](World&, RankState&, Snapshotter& s) { return s.Restore(); });
-  EXPECT_THAT(Message(status), HasSubstr("the bytes of w are not those that were written"));
+  EXPECT_EQ(Committed(), step);
+}
+
+TEST_F(Keepers, WhatIsDamagedDoesNotServeToRebuild) {
+  Start(4, 2, 2);
+  ASSERT_TRUE(TrainTo(4, 12).ok());
+  const int64_t step = Committed();
+  for (SlotMemory* slot : SlotsOf(2)) slot->payload()[100] ^= std::byte{1};
+  Lose(0);
+  const LogCapture log;
+  Replace(0);
+  // Its ranks need not ask: node 0's keeper finds it.
+  const absl::Status restored = ExpectRestored(4, step);
+  EXPECT_TRUE(restored.ok()) << restored;
+  EXPECT_THAT(log.text(), HasSubstr("is damaged on node 2"));
 }
 
 TEST_F(Keepers, MayDieUnderTrainersThatGoOn) {

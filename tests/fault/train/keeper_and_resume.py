@@ -8,21 +8,19 @@ A rank gets SIGKILL, then a whole node goes: its keeper is killed and its shared
 run must go on from a snapshot each time, and its losses must equal those of a run left alone bit for
 bit. With two nodes gone at once it must say so and start anew.
 """
-import glob
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from support import prepare, ranks_of  # noqa: E402
+from support import Nodes, prepare, ranks_of  # noqa: E402
 
 GPT, TOKENIZE, KEEPER, MPIRUN = sys.argv[1:5]
 NUMBERS = [int(a) for a in sys.argv[5:] if "=" not in a]
@@ -30,69 +28,10 @@ SETTINGS = [a for a in sys.argv[5:] if "=" in a]
 SEED = NUMBERS[0] if NUMBERS else int(time.time())
 STEPS, NODES = 150, 3
 JOB = f"test-{os.getpid()}"
-TOKEN = "a token of the test"
 
 
 def fail(text):
     sys.exit(f"keeper_and_resume (seed {SEED}): {text}")
-
-
-def free_ports(count):
-    taken = [socket.socket() for _ in range(count)]
-    for s in taken:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in taken]
-    for s in taken:
-        s.close()
-    return ports
-
-
-class Nodes:
-    """The keepers of the machine's pretended nodes."""
-
-    def __init__(self, scratch):
-        self.scratch = scratch
-        self.peers = ",".join(f"127.0.0.1:{p}" for p in free_ports(NODES))
-        self.keepers = [self.start(n) for n in range(NODES)]
-
-    def socket(self, node):
-        return f"{self.scratch}/node{node}"
-
-    def start(self, node):
-        keeper = subprocess.Popen(
-            [KEEPER, "--job", JOB, "--node", str(node), "--nodes", str(NODES), "--peers",
-             self.peers, "--dir", "none", "--socket", self.socket(node)],
-            stdout=subprocess.PIPE, stderr=open(f"{self.scratch}/keeper{node}.log", "a"),
-            text=True, env={**os.environ, "STRETTO_JOB_TOKEN": TOKEN})
-        line = keeper.stdout.readline()
-        if not line.startswith("ready "):
-            fail(f"keeper {node} said '{line}'")
-        return keeper
-
-    def committed(self):
-        """The newest committed step."""
-        told = subprocess.run([KEEPER, "--ask", self.socket(0)], capture_output=True, text=True,
-                              env={**os.environ, "STRETTO_JOB_TOKEN": TOKEN}, check=True).stdout
-        return max((int(s) for s in re.findall(r"COMMITTED step (\d+)", told)), default=0)
-
-    def lose(self, nodes):
-        for node in nodes:
-            self.keepers[node].kill()
-            self.keepers[node].wait()
-            for path in glob.glob(f"/dev/shm/stretto-{JOB}-{node}-*"):
-                os.unlink(path)
-        for node in nodes:
-            self.keepers[node] = self.start(node)
-
-    def end(self):
-        for keeper in self.keepers:
-            keeper.terminate()
-        for keeper in self.keepers:
-            if keeper.wait(timeout=10) != 0:
-                fail(f"a keeper ended with code {keeper.returncode}")
-        left = glob.glob(f"/dev/shm/stretto-{JOB}-*")
-        if left:
-            fail(f"keepers left {left} behind")
 
 
 class Run:
@@ -107,7 +46,7 @@ class Run:
         environment = dict(os.environ)
         if self.nodes:
             # Each rank is a node of its own.
-            environment["STRETTO_JOB_TOKEN"] = TOKEN
+            environment["STRETTO_JOB_TOKEN"] = Nodes.TOKEN
             program = ["sh", "-c", 'STRETTO_KEEPER="$0$OMPI_COMM_WORLD_RANK" exec "$@"',
                        f"{self.scratch}/node"] + program
         return subprocess.Popen([MPIRUN, str(NODES)] + program, stdout=subprocess.PIPE,
@@ -167,7 +106,7 @@ def main():
         alone.finish()
         expected = alone.losses()
 
-        nodes = Nodes(scratch)
+        nodes = Nodes(KEEPER, scratch, JOB, NODES)
         run = Run(scratch, "kept", nodes)
         run.kill_a_rank_after(5)
         # A keeper may still commit what its ranks have left; then the next start finds that.
@@ -196,17 +135,12 @@ def main():
         nodes.end()
         nodes = None
     except BaseException:
-        for node in range(NODES):
-            path = f"{scratch}/keeper{node}.log"
-            if os.path.exists(path):
-                print(f"keeper {node}:\n{open(path).read()}")
+        if nodes:
+            print(nodes.logs())
         raise
     finally:
         if nodes:
-            for keeper in nodes.keepers:
-                keeper.kill()
-            for path in glob.glob(f"/dev/shm/stretto-{JOB}-*"):
-                os.unlink(path)
+            nodes.kill()
         shutil.rmtree(scratch, ignore_errors=True)
 
 

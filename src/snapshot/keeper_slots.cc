@@ -5,11 +5,13 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "src/core/start_thread.h"
+#include "stretto/core/log.h"
 
 namespace stretto::snapshot_internal {
 
@@ -28,11 +30,15 @@ void UnlinkSlots(const std::string& prefix) {
 }
 
 KeeperSlots::KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads)
+    : KeeperSlots(std::move(job), node, budget, prefault_threads, /*adopt=*/false) {}
+
+KeeperSlots::KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads,
+                         bool adopt)
     : job_(std::move(job)),
       prefix_(SlotNamePrefix(job_, node)),
       budget_(budget),
       threads_(prefault_threads) {
-  UnlinkSlots(prefix_);
+  if (!adopt) UnlinkSlots(prefix_);
 }
 
 KeeperSlots::~KeeperSlots() {
@@ -40,6 +46,105 @@ KeeperSlots::~KeeperSlots() {
     if (place.maker.joinable()) place.maker.join();
   }
   UnlinkSlots(prefix_);
+}
+
+std::unique_ptr<KeeperSlots> KeeperSlots::Adopt(std::string job, int node, Budget* budget,
+                                                int prefault_threads, NodeSlots* held) {
+  std::unique_ptr<KeeperSlots> slots(
+      new KeeperSlots(std::move(job), node, budget, prefault_threads, /*adopt=*/true));
+  std::vector<std::string> names;
+  if (DIR* directory = opendir("/dev/shm"); directory != nullptr) {
+    while (const dirent* entry = readdir(directory)) {
+      names.push_back(absl::StrCat("/", entry->d_name));
+    }
+    closedir(directory);
+  }
+  std::array<std::vector<std::shared_ptr<SlotMemory>>, kSlots> found;
+  for (const std::string& name : names) {
+    if (name.compare(0, slots->prefix_.size(), slots->prefix_) != 0) continue;
+    int slot = -1, rank = -1, number = 0, end = 0;
+    const std::string rest = name.substr(slots->prefix_.size());
+    const bool ours = std::sscanf(rest.c_str(), "%d-%d-%d%n", &slot, &rank, &number, &end) == 3 &&
+                      rest.size() == static_cast<size_t>(end) && slot >= 0 && slot < kSlots;
+    absl::StatusOr<std::shared_ptr<SlotMemory>> memory = SlotMemory::Open(name);
+    absl::Status sound = memory.status();
+    if (sound.ok()) sound = (*memory)->ReadHeader().status();
+    if (!ours) sound = absl::DataLossError(absl::StrCat("/dev/shm", name, " is no slot's name"));
+    if (sound.ok()) {
+      slots->made_ = std::max<int64_t>(slots->made_, number);  // names are not used again
+      found[static_cast<size_t>(slot)].push_back(*std::move(memory));
+    } else {
+      LogWarning(
+          absl::StrCat("an earlier keeper's memory is removed: ", std::string(sound.message())));
+      shm_unlink(name.c_str());
+    }
+  }
+  for (int s = 0; s < kSlots; ++s) {
+    const auto& memory = found[static_cast<size_t>(s)];
+    if (memory.empty()) continue;
+    const absl::Status adopted = slots->AdoptSlot(s, memory);
+    Place& place = slots->places_[static_cast<size_t>(s)];
+    if (!adopted.ok()) {
+      LogWarning(absl::StrCat("a slot that an earlier keeper left is given up: ",
+                              std::string(adopted.message())));
+      for (const auto& part : memory) part->Unlink();
+      place = Place();
+      continue;
+    }
+    SlotRecord& record = (*held)[static_cast<size_t>(s)];
+    record.state = place.state;
+    record.id = place.id;
+    record.manifests = {Encode(place.manifest)};
+    LogInfo(absl::StrCat("the snapshot of step ", place.id.epoch,
+                         " that an earlier keeper left is taken over"));
+  }
+  return slots;
+}
+
+absl::Status KeeperSlots::AdoptSlot(int slot,
+                                    const std::vector<std::shared_ptr<SlotMemory>>& memory) {
+  Place& place = places_[static_cast<size_t>(slot)];
+  int32_t ranks = 0;
+  int64_t total = 0;
+  for (const auto& part : memory) {
+    const std::string where = "/dev/shm" + part->name();
+    STRETTO_ASSIGN_OR_RETURN(SlotHeader header, part->ReadHeader());
+    STRETTO_ASSIGN_OR_RETURN(const SlotContents contents,
+                             part->ReadContents({job_, header.layout, header.rank}));
+    if (header.state < SlotState::kProtected) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, " is ", Name(header.state), " only"));
+    }
+    if (ranks == 0) {
+      place.id = header.id;
+      place.state = header.state;
+      ranks = header.world_size;
+    }
+    place.state = std::min(place.state, header.state);
+    if (header.id != place.id || header.world_size != ranks || header.rank < 0 ||
+        header.rank >= ranks || !place.ranks.emplace(header.rank, part).second) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(where, " is of another snapshot or layout than the slot's other ranks'"));
+    }
+    STRETTO_RETURN_IF_ERROR(part->VerifyData(contents));
+    total += part->capacity();
+    RankPart known;
+    known.rank = header.rank;
+    known.world_size = header.world_size;
+    known.layout = header.layout;
+    known.payload_bytes = header.payload_bytes;
+    known.contents_bytes = header.contents_bytes;
+    known.contents_checksum = header.contents_checksum;
+    place.manifest.ranks.push_back(known);
+  }
+  if (static_cast<int32_t>(memory.size()) != ranks) {
+    return absl::FailedPreconditionError(absl::StrCat("of step ", place.id.epoch, " the parts of ",
+                                                      memory.size(), " of ", ranks,
+                                                      " ranks are there"));
+  }
+  std::sort(place.manifest.ranks.begin(), place.manifest.ranks.end(),
+            [](const RankPart& a, const RankPart& b) { return a.rank < b.rank; });
+  return budget_->Reserve(Resource::kHostMemory, absl::StrCat("snapshot slot ", slot), total);
 }
 
 bool KeeperSlots::Suits(const Place& place, const Capacities& ranks) const {

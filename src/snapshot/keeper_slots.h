@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "src/snapshot/keeper_wire.h"
 #include "stretto/core/arena.h"
@@ -29,8 +30,16 @@ class KeeperSlots {
  public:
   using Capacities = std::map<int, int64_t>;  // by rank, bytes of payload
 
+  // Removes what an earlier keeper of the node left; see Adopt.
   KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads);
   ~KeeperSlots();  // the memory goes, too
+
+  // For the keeper of a job's only node, instead: takes over the slots of one that was killed.
+  // Whole are those that all ranks have written, that were protected, and in which every checksum
+  // holds; all else is refused by name and removed. What is whole, as PROTECTED, for the commit
+  // protocol.
+  static std::unique_ptr<KeeperSlots> Adopt(std::string job, int node, Budget* budget,
+                                            int prefault_threads, NodeSlots* held);
 
   // Whether the slot has memory for these ranks; if not, a thread begins to make it. The slot must
   // not be in use.
@@ -66,6 +75,8 @@ class KeeperSlots {
   std::shared_ptr<SlotMemory> MemoryOf(int slot, int rank) const;
 
  private:
+  KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads, bool adopt);
+  absl::Status AdoptSlot(int slot, const std::vector<std::shared_ptr<SlotMemory>>& memory);
   struct Place {
     SlotState state = SlotState::kEmpty;
     SnapshotId id;

@@ -102,12 +102,12 @@ class Nodes:
     def segments(self, node):
         return glob.glob(f"/dev/shm/stretto-{self.job}-{node}-*")
 
-    def lose(self, nodes):
-        """Their keepers and memory go; empty ones take their places."""
+    def lose(self, nodes, with_memory=True):
+        """Their keepers go, and their memory, too; others take their places."""
         for node in nodes:
             self.keepers[node].kill()
             self.keepers[node].wait()
-            for path in self.segments(node):
+            for path in self.segments(node) if with_memory else ():
                 os.unlink(path)
         for node in nodes:
             self.keepers[node] = self.start(node)

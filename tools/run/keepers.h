@@ -39,7 +39,7 @@ class Keepers {
 
   // To be told of each child of this process that has ended; the number of a keeper, or -1.
   int Ended(pid_t pid);
-  // Starts those again that have ended: they are empty then, and ask the others.
+  // Starts those again that have ended: they ask the others for what is lost.
   absl::Status Restart();
 
   std::vector<std::string> addresses() const;

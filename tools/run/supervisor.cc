@@ -154,7 +154,7 @@ void Supervisor::Collect() {
     if (keeper >= 0) {
       const bool again = ++keeper_ends_ <= kKeeperEnds;
       Say(absl::StrCat("keeper ", keeper, " has ended",
-                       again ? "; it starts again, empty" : ", too often to be started again"));
+                       again ? "; it starts again" : ", too often to be started again"));
       absl::Status started = again ? keepers_->Restart() : absl::OkStatus();
       while (!started.ok() && !absl::IsCancelled(started)) {
         Say(std::string(started.message()));

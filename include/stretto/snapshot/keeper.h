@@ -64,7 +64,7 @@ std::string KeeperSocketPath(const std::string& job, int node);
 class Keeper {
  public:
   // Takes the node's place (one keeper of a job and node on a machine), removes what an earlier one
-  // left and listens. INVALID_ARGUMENT for options that make no sense.
+  // left (the only node's takes over what is whole) and listens. INVALID_ARGUMENT for options that make no sense.
   static absl::StatusOr<std::unique_ptr<Keeper>> Start(KeeperOptions options);
   ~Keeper();  // unlinks its shared memory
 

@@ -8,6 +8,7 @@ As many nodes of each group as the code bears are lost together, again and again
 slot must be those from before each time. A run must go on from there with the losses of one that was
 left alone. With a node more gone it must fall back on the checkpoint, and say so.
 "parity": a byte of a mirror flips in a keeper's own memory; it must not come back.
+"adopt": the keeper of the only node is killed, and the next one takes its memory over.
 "disk": committed snapshots are to be written to a full disk (77 where none can be mounted).
 """
 import hashlib
@@ -53,7 +54,7 @@ def train(scratch, ranks, output, steps, nodes=None):
                        "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if nodes:
-            environment.update(STRETTO_JOB_TOKEN=Nodes.TOKEN, STRETTO_KEEPER=nodes.socket(rank))
+            environment.update(STRETTO_JOB_TOKEN=Nodes.TOKEN, STRETTO_KEEPER=nodes.socket(rank % nodes.count))
         processes.append(subprocess.Popen(
             [GPT, f"{scratch}/config.json", "--set", f"output={output}", "--set", f"steps={steps}"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment))
@@ -203,6 +204,51 @@ def parity(scratch):
     print(f"a flipped byte of the mirror of step {step} was noticed")
 
 
+def adopt(scratch):
+    ranks = 2
+    train(scratch, ranks, f"{scratch}/alone", 20)
+    nodes = Nodes(KEEPER, scratch, f"whole-{os.getpid()}", 1)
+    try:
+        output = f"{scratch}/kept"
+        train(scratch, ranks, output, 12, nodes)
+        step, before = settled(nodes), slots_of(nodes, 0)
+        nodes.lose([0], with_memory=False)
+        if settled(nodes) != step:
+            fail(f"step {step} was not taken over")
+        shutil.rmtree(f"{output}/checkpoints")
+        text = train(scratch, ranks, output, 20, nodes)
+        if f"continuing from the keepers' snapshot of step {step}" not in text:
+            fail(f"the run did not go on from step {step}:\n{text}")
+        if losses(output) != losses(f"{scratch}/alone"):
+            fail("the losses differ")
+        # A flipped byte in the newest, in one rank's part; and what is no slot.
+        step, before = settled(nodes), slots_of(nodes, 0)
+        path = before[-1][0]
+        with open(path, "r+b") as f:
+            f.seek(4096 + 1000)
+            byte = f.read(1)[0]
+            f.seek(4096 + 1000)
+            f.write(bytes([byte ^ 1]))
+        stray = f"/dev/shm/stretto-{nodes.job}-0-0-0-99"
+        with open(stray, "wb") as f:
+            f.write(b"no slot" * 1000)
+        shutil.copy(stray, stray + "x")
+        nodes.lose([0], with_memory=False)
+        said = nodes.logs()
+        for wanted in (f"{path}: the bytes of ", f"{stray} is no slot of a snapshot", f"{stray}x is no slot's name"):
+            if wanted not in said:
+                fail(f"'{wanted}' is not said")
+        if [p for p in nodes.segments(0) if p in (path, stray, stray + "x")]:
+            fail("what was refused is still there")
+        nodes.end()
+    except BaseException:
+        print(nodes.logs())
+        raise
+    finally:
+        nodes.kill()
+    print(f"the keeper that came again has taken step {step} over, and refused what was damaged")
+
+
 def disk(scratch):
     small = f"{scratch}/small"
     os.mkdir(small)
@@ -245,8 +291,8 @@ def main():
             "optimizer": {"schedule": "constant", "lr": 1e-3},
             "runtime": {"threads": 1, "device": "cpu"},
         })
-        if CASE in ("parity", "disk"):
-            {"parity": parity, "disk": disk}[CASE](scratch)
+        if CASE in ("parity", "adopt", "disk"):
+            {"parity": parity, "adopt": adopt, "disk": disk}[CASE](scratch)
         else:
             groups, data, spare = re.fullmatch(r"(?:(\d+)x)?(\d+)\+(\d+)", CASE).groups()
             code(scratch, int(groups or 1), int(data), int(spare))

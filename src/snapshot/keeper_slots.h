@@ -36,7 +36,7 @@ class KeeperSlots {
 
   // For the keeper of a job's only node, instead: takes over the slots of one that was killed.
   // Whole are those that all ranks have written, that were protected, and in which every checksum
-  // holds; all else is refused by name and removed. What is whole, as PROTECTED, for the commit
+  // holds; all else is refused by name and removed. `held`: what is whole, for the commit
   // protocol.
   static std::unique_ptr<KeeperSlots> Adopt(std::string job, int node, Budget* budget,
                                             int prefault_threads, NodeSlots* held);

@@ -309,7 +309,8 @@ std::string Keeper::Impl::Describe() const {
       absl::StrCat("job ", options.job, "\nnode ", options.node, " of ", layout.nodes(), "\ncode ",
                    layout.data(), " + ", layout.parity(), "\nround ", protocol.round().number,
                    "\nready ", protocol.ready() ? 1 : 0, "\nlost ", protocol.lost() ? 1 : 0,
-                   "\ncommitted ", committed, "\npassed ", passed, "\n");
+                   "\ncommitted ", committed, "\npassed ", passed, "\nread to encode ",
+                   work->encode_bytes(), "\nread to rebuild ", work->rebuild_bytes(), "\n");
   for (int s = 0; s < kSlots; ++s) {
     const SlotRecord& slot = protocol.slots()[static_cast<size_t>(s)];
     absl::StrAppend(&text, "slot ", s, " ", Name(slot.state), " step ", slot.id.epoch, " round ",

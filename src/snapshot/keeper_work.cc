@@ -158,6 +158,7 @@ absl::Status KeeperWork::Combine(
     if (source == 0) std::memset(out, 0, static_cast<size_t>(bytes));
     STRETTO_ASSIGN_OR_RETURN(SlotReader* const reader, ReaderOf(source_of(step).node));
     STRETTO_RETURN_IF_ERROR(reader->Answer(block.data(), bytes));
+    (task.rebuild ? rebuild_bytes_ : encode_bytes_) += bytes;
     map.Accumulate(source, block.data(), &out, bytes);
     if (source + 1 == count) write(at, out, bytes);
   }

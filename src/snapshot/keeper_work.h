@@ -45,6 +45,9 @@ class KeeperWork {
   absl::Status Start();
   void Run(Task task);  // after the one under way
   void Stop();          // gives up what is under way or waits
+  // Bytes of blocks that came from other keepers, to encode and to rebuild.
+  int64_t encode_bytes() const { return encode_bytes_; }
+  int64_t rebuild_bytes() const { return rebuild_bytes_; }
 
  private:
   void Loop();
@@ -77,6 +80,7 @@ class KeeperWork {
   std::vector<Task> waiting_;
   bool end_ = false;
   std::atomic<bool> stop_ = false;
+  std::atomic<int64_t> encode_bytes_ = 0, rebuild_bytes_ = 0;
   std::thread thread_;
 };
 

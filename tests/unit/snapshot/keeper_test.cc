@@ -243,6 +243,50 @@ TEST_F(Keepers, TwoLostNodesAreRebuiltWithTwoParities) {
   EXPECT_TRUE(restored.ok()) << restored;
 }
 
+TEST_F(Keepers, WhatTravelsIsWhatTheCodeNeeds) {
+  Start(4, 2, 2);
+  const auto number = [](const std::string& text, const std::string& name) {
+    const size_t at = text.find("\n" + name + " ");
+    return at == std::string::npos ? -1 : std::stoll(text.substr(at + name.size() + 2));
+  };
+  // The steps' numbers have as many digits, so that all snapshots are of one size.
+  const absl::Status trained =
+      Train(4, [&](World& world, RankState& state, Snapshotter& snapshots) -> absl::Status {
+        for (int64_t step = 10; step < 24; ++step) {
+          state.Set(step);
+          STRETTO_RETURN_IF_ERROR(world.Barrier(absl::StrCat("step ", step)));
+          snapshots.Capture(step, absl::StrCat("{\"step\":", step, "}"));
+          snapshots.Wait();
+          std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        }
+        return absl::OkStatus();
+      });
+  ASSERT_TRUE(trained.ok()) << trained;
+  const int64_t step = Committed();
+  ASSERT_GT(step, 0);
+  int64_t largest = 0;
+  for (int n = 0; n < 4; ++n) {
+    for (const SlotMemory* slot : SlotsOf(n)) {
+      largest = std::max(largest, (slot->ReadHeader()->payload_bytes + 63) / 64 * 64);
+    }
+  }
+  const ParityLayout layout = *ParityLayout::Create(4, 2, 2);
+  const int64_t each = layout.parity() * layout.data() * layout.BlockBytes(largest);
+  for (int n = 0; n < 4; ++n) {
+    const std::string status = Status(n);
+    EXPECT_EQ(number(status, "read to encode"), number(status, "committed") * each) << status;
+    EXPECT_EQ(number(status, "read to rebuild"), 0);
+  }
+  // All k + m members of the node in the stripes, each from k others.
+  Lose(1);
+  Replace(1);
+  for (int i = 0; i < 2000 && Status(1).find("COMMITTED") == std::string::npos; ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  EXPECT_EQ(number(Status(1), "read to rebuild"),
+            layout.group_size() * layout.data() * layout.BlockBytes(largest));
+}
+
 TEST_F(Keepers, MoreThanTheCodeBearsIsSaidAndNothingIsRestored) {
   Start(3);
   ASSERT_TRUE(TrainTo(3, 12).ok());

@@ -20,7 +20,10 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr char kPrefix[] = "step-";
-constexpr char kTemporary[] = ".tmp";
+
+const char* Temporary(StepWriter writer) {
+  return writer == StepWriter::kKeeper ? ".keeper.tmp" : ".tmp";
+}
 
 // "step-00000100" + suffix -> 100.
 bool ParseStep(const std::string& name, const std::string& suffix, int64_t* step) {
@@ -50,10 +53,13 @@ absl::Status Rename(const std::string& from, const std::string& to) {
   return absl::OkStatus();
 }
 
-absl::Status RemoveCommitted(const std::string& root, int64_t step) {
-  STRETTO_RETURN_IF_ERROR(RemoveTemporary(root, step));
-  STRETTO_RETURN_IF_ERROR(Rename(StepPath(root, step), TemporaryPath(root, step)));
-  return RemoveTemporary(root, step);
+absl::Status RemoveCommitted(const std::string& root, int64_t step, StepWriter writer) {
+  STRETTO_RETURN_IF_ERROR(RemoveTemporary(root, step, writer));
+  const absl::Status renamed = Rename(StepPath(root, step), TemporaryPath(root, step, writer));
+  std::error_code ignored;
+  if (!renamed.ok() && !fs::exists(StepPath(root, step), ignored)) return absl::OkStatus();
+  STRETTO_RETURN_IF_ERROR(renamed);
+  return RemoveTemporary(root, step, writer);
 }
 
 }  // namespace
@@ -62,8 +68,8 @@ std::string StepPath(const std::string& root, int64_t step) {
   return absl::StrFormat("%s/%s%08d", root, kPrefix, step);
 }
 
-std::string TemporaryPath(const std::string& root, int64_t step) {
-  return StepPath(root, step) + kTemporary;
+std::string TemporaryPath(const std::string& root, int64_t step, StepWriter writer) {
+  return StepPath(root, step) + Temporary(writer);
 }
 
 absl::StatusOr<std::vector<int64_t>> ListSteps(const std::string& root) {
@@ -83,24 +89,25 @@ absl::StatusOr<std::vector<int64_t>> ListSteps(const std::string& root) {
   return steps;
 }
 
-absl::Status PrepareTemporary(const std::string& root, int64_t step) {
+absl::Status PrepareTemporary(const std::string& root, int64_t step, StepWriter writer) {
   STRETTO_RETURN_IF_ERROR(MakeDirectories(root));
-  STRETTO_RETURN_IF_ERROR(RemoveTemporary(root, step));
-  return MakeDirectories(TemporaryPath(root, step));
+  STRETTO_RETURN_IF_ERROR(RemoveTemporary(root, step, writer));
+  return MakeDirectories(TemporaryPath(root, step, writer));
 }
 
-absl::Status CommitTemporary(const std::string& root, int64_t step) {
-  const std::string temporary = TemporaryPath(root, step);
+absl::Status CommitTemporary(const std::string& root, int64_t step, StepWriter writer) {
+  const std::string temporary = TemporaryPath(root, step, writer);
   const std::string final_path = StepPath(root, step);
   STRETTO_RETURN_IF_ERROR(SyncDirectory(temporary));
   std::error_code error;
   if (!fs::exists(final_path, error)) {
-    STRETTO_RETURN_IF_ERROR(Rename(temporary, final_path));
-    return SyncDirectory(root);
+    const absl::Status renamed = Rename(temporary, final_path);
+    if (renamed.ok()) return SyncDirectory(root);
+    if (!fs::exists(final_path, error)) return renamed;
   }
-  // The run went back and passed this step again.
+  // The run went back and passed this step again, or another writer was faster.
   if (renameat2(AT_FDCWD, temporary.c_str(), AT_FDCWD, final_path.c_str(), RENAME_EXCHANGE) != 0) {
-    const std::string old = final_path + ".old" + kTemporary;
+    const std::string old = final_path + ".old" + Temporary(writer);
     STRETTO_RETURN_IF_ERROR(RemoveAll(old));
     STRETTO_RETURN_IF_ERROR(Rename(final_path, old));
     STRETTO_RETURN_IF_ERROR(Rename(temporary, final_path));
@@ -108,15 +115,15 @@ absl::Status CommitTemporary(const std::string& root, int64_t step) {
     return SyncDirectory(root);
   }
   STRETTO_RETURN_IF_ERROR(SyncDirectory(root));
-  return RemoveTemporary(root, step);
+  return RemoveTemporary(root, step, writer);
 }
 
-absl::Status RemoveTemporary(const std::string& root, int64_t step) {
-  return RemoveAll(TemporaryPath(root, step));
+absl::Status RemoveTemporary(const std::string& root, int64_t step, StepWriter writer) {
+  return RemoveAll(TemporaryPath(root, step, writer));
 }
 
 void Prune(const std::string& root, int64_t step, int keep, fs::file_time_type started,
-           const std::set<int64_t>& damaged) {
+           const std::set<int64_t>& damaged, StepWriter writer) {
   absl::StatusOr<std::vector<int64_t>> steps = ListSteps(root);
   if (!steps.ok()) {
     LogWarning(absl::StrCat("old checkpoints stay: ", steps.status().ToString()));
@@ -127,7 +134,7 @@ void Prune(const std::string& root, int64_t step, int keep, fs::file_time_type s
   int kept = 1;  // `step`
   for (const int64_t other : *steps) {
     if (keep <= 0 || other == step || kept++ < keep) continue;
-    const absl::Status removed = RemoveCommitted(root, other);
+    const absl::Status removed = RemoveCommitted(root, other, writer);
     if (!removed.ok()) LogWarning(absl::StrCat("an old checkpoint stays: ", removed.ToString()));
   }
 
@@ -135,8 +142,8 @@ void Prune(const std::string& root, int64_t step, int keep, fs::file_time_type s
   if (!names.ok()) return;
   for (const std::string& name : *names) {
     int64_t other = 0;
-    if (!ParseStep(name, kTemporary, &other) &&
-        !ParseStep(name, std::string(".old") + kTemporary, &other)) {
+    if (!ParseStep(name, Temporary(writer), &other) &&
+        !ParseStep(name, std::string(".old") + Temporary(writer), &other)) {
       continue;
     }
     std::error_code unknown;

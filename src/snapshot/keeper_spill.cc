@@ -27,6 +27,7 @@ using snapshot_internal::RankPart;
 using snapshot_internal::RemoveTemporary;
 using snapshot_internal::ShardFileName;
 using snapshot_internal::ShardMetadata;
+using snapshot_internal::StepWriter;
 using snapshot_internal::TemporaryPath;
 using snapshot_internal::WriteSafetensorsFile;
 using snapshot_internal::WriteWholeFile;
@@ -94,7 +95,7 @@ void Keeper::Impl::Spill(const SnapshotId& id) {
   last_spill = now;
   spilling = Spilling{.id = id};
   InBackground([this, id] {
-    const Told told(PrepareTemporary(options.directory, id.epoch));
+    const Told told(PrepareTemporary(options.directory, id.epoch, StepWriter::kKeeper));
     Post([this, id, told] {
       if (const absl::Status made = told.status(); !made.ok()) {
         LogWarning(absl::StrCat("the snapshot of step ", id.epoch,
@@ -148,7 +149,7 @@ void Keeper::Impl::SpillMine(const SnapshotId& id) {
     Tell("spill", id);
     absl::Status status;
     std::vector<ManifestFile> files;
-    const std::string directory = TemporaryPath(options.directory, id.epoch);
+    const std::string directory = TemporaryPath(options.directory, id.epoch, StepWriter::kKeeper);
     for (const RankPart& part : slots->ManifestOf(slot).ranks) {
       const auto memory = slots->MemoryOf(slot, part.rank);
       if (status.ok() && memory != nullptr) {
@@ -249,17 +250,18 @@ void Keeper::Impl::FinishSpill() {
   InBackground([this, id, manifest = std::move(manifest), so_far = Told(status)]() mutable {
     const auto commit = [&]() -> absl::Status {
       STRETTO_RETURN_IF_ERROR(so_far.status());
-      const std::string directory = TemporaryPath(options.directory, id.epoch);
+      const std::string directory = TemporaryPath(options.directory, id.epoch, StepWriter::kKeeper);
       STRETTO_RETURN_IF_ERROR(IndexShards(directory, &manifest));
       STRETTO_ASSIGN_OR_RETURN(const std::string text, ManifestToJson(manifest));
       STRETTO_RETURN_IF_ERROR(
           WriteWholeFile(absl::StrCat(directory, "/", kManifestName), text).status());
-      STRETTO_RETURN_IF_ERROR(CommitTemporary(options.directory, id.epoch));
-      Prune(options.directory, id.epoch, options.keep, started);
+      STRETTO_RETURN_IF_ERROR(CommitTemporary(options.directory, id.epoch, StepWriter::kKeeper));
+      Prune(options.directory, id.epoch, options.keep, started, {}, StepWriter::kKeeper);
       return absl::OkStatus();
     };
     const Told told(commit());
-    if (!told.status().ok()) RemoveTemporary(options.directory, id.epoch).IgnoreError();
+    if (!told.status().ok())
+      RemoveTemporary(options.directory, id.epoch, StepWriter::kKeeper).IgnoreError();
     Post([this, id, told] {
       const absl::Status committed = told.status();
       spilling.reset();

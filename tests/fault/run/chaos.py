@@ -253,7 +253,7 @@ class Chaos:
         if not self.aims:
             self.aims = list(PHASES)
             self.aims += [p for p in PHASES
-                          if len(self.trials) > 10 and hit[p] < 0.13 * len(self.trials)]
+                          if len(self.trials) > 10 and hit[p] < 0.14 * len(self.trials)]
             random.shuffle(self.aims)
         return self.aims.pop()
 
@@ -330,8 +330,9 @@ class Chaos:
                 self.await_event(run, BEGINS[aim])
                 time.sleep(random.uniform(0, PAUSES[BEGINS[aim]] * 0.8e-3))
         elif aim == "compute":
-            self.await_event(run, "COMMITTED", node=0)
-            time.sleep(random.uniform(0.004, 0.02))
+            # The last to hear of it.
+            self.await_event(run, "COMMITTED", node=options.nodes - 1)
+            time.sleep(random.uniform(0.001, 0.01))
         else:
             time.sleep(random.uniform(0, 0.1))
         share = options.node_share if whole_nodes else 0
@@ -457,7 +458,7 @@ def main():
             "optimizer": {"schedule": "constant", "lr": 1e-3},
             "runtime": {"threads": 1, "device": "cpu"},
             "evaluate": {"every": 10, "samples": options.ranks},
-            "checkpoint": {"every": 0},
+            "checkpoint": {"every": 7, "keep": 2},  # into the folder that keepers spill to
             "snapshot": {"every": 1},
         }, words=lambda: words.choice(["beer", "milk", "ink"]))
         alone = Run(options, scratch, "alone", keepers=False)

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
 #include <sys/socket.h>
 
 #include <thread>
@@ -17,6 +18,23 @@ using std::chrono::milliseconds;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Pair;
+
+TEST(Socket, KnowsWhenItHasMetItself) {
+  const net::Fd alone(socket(AF_INET, SOCK_STREAM, 0));
+  sockaddr_in address = {};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof(address);
+  auto* const general = reinterpret_cast<sockaddr*>(&address);
+  ASSERT_EQ(bind(alone.get(), general, size), 0);
+  ASSERT_EQ(getsockname(alone.get(), general, &size), 0);
+  EXPECT_FALSE(net::IsToItself(alone));
+  ASSERT_EQ(connect(alone.get(), general, size), 0);  // nobody listens there
+  EXPECT_TRUE(net::IsToItself(alone));
+  int port = 0;
+  const net::Fd listener = *net::Listen("127.0.0.1", 0, &port);
+  EXPECT_FALSE(net::IsToItself(*net::Connect("127.0.0.1", port, net::After(milliseconds(5000)))));
+}
 
 class StoreTest : public ::testing::Test {
  protected:

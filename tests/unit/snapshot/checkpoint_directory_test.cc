@@ -49,6 +49,27 @@ TEST(CheckpointDirectoryTest, ACommitReplacesACheckpointOfTheSameStep) {
   EXPECT_THAT(dir.Names("step-00000007"), ElementsAre("new"));
 }
 
+TEST(CheckpointDirectoryTest, TwoWritersOfOneStepDoNotMeet) {
+  TempDirectory dir;
+  const std::string root = dir.path();
+  for (const int64_t step : {6, 7}) {
+    ASSERT_TRUE(PrepareTemporary(root, step).ok());
+    std::ofstream(TemporaryPath(root, step) + "/file") << "trainer's";
+  }
+  ASSERT_TRUE(PrepareTemporary(root, 7, StepWriter::kKeeper).ok());
+  std::ofstream(TemporaryPath(root, 7, StepWriter::kKeeper) + "/file") << "keeper's";
+  ASSERT_TRUE(CommitTemporary(root, 7, StepWriter::kKeeper).ok());
+  Prune(root, 7, 1, std::filesystem::file_time_type::clock::now(), {}, StepWriter::kKeeper);
+  for (const int64_t step : {6, 7}) {
+    EXPECT_TRUE(std::filesystem::exists(TemporaryPath(root, step) + "/file")) << step;
+  }
+  ASSERT_TRUE(CommitTemporary(root, 7).ok());
+  EXPECT_FALSE(std::filesystem::exists(TemporaryPath(root, 7)));
+  std::string text;
+  std::getline(std::ifstream(StepPath(root, 7) + "/file"), text);
+  EXPECT_EQ(text, "trainer's");
+}
+
 TEST(CheckpointDirectoryTest, PruneKeepsTheNewestAndTheOneJustCommitted) {
   TempDirectory dir;
   for (const char* name : {"step-00000001", "step-00000002", "step-00000003", "step-00000009"}) {

@@ -34,7 +34,7 @@ PHASES = ("compute", "capture", "encode", "commit", "spill", "recovery")
 # Which event begins a phase, and how many milliseconds the keepers make of it: too short to be hit
 # otherwise.
 BEGINS = {"capture": "seal", "encode": "encode", "commit": "commit", "spill": "spill"}
-PAUSES = {"seal": 4, "encode": 8, "commit": 8, "spill": 80}
+PAUSES = {"seal": 3, "encode": 6, "commit": 6, "spill": 80}
 STEPS = 2000
 MOST_NODES = 8  # that one run may lose: stretto-run starts 10 keepers again
 PATIENCE = 60
@@ -115,7 +115,7 @@ class Run:
                 return found
             check(self.process.poll() is None,
                   f"stretto-run has ended with {self.process.returncode}, waiting for {what}")
-            time.sleep(0.002)
+            time.sleep(0.0005)
         raise Failure(f"it hangs: waited {PATIENCE} s for {what}")
 
     def pids(self):
@@ -245,17 +245,13 @@ class Chaos:
     def __init__(self, options, scratch, expected):
         self.options, self.scratch, self.expected = options, scratch, expected
         self.trials, self.failures = [], []
-        self.aims = []
 
     def next_aim(self):
-        """Every phase as often as the others; what misses too often is aimed at again."""
+        """Any phase, or the one that was hit least."""
+        if random.random() < 0.5:
+            return random.choice(PHASES)
         hit = collections.Counter(t["phase"] for t in self.trials)
-        if not self.aims:
-            self.aims = list(PHASES)
-            self.aims += [p for p in PHASES
-                          if len(self.trials) > 10 and hit[p] < 0.14 * len(self.trials)]
-            random.shuffle(self.aims)
-        return self.aims.pop()
+        return min(PHASES, key=lambda phase: (hit[phase], random.random()))
 
     def batch(self, number):
         """One run that is hit again and again."""
@@ -330,9 +326,11 @@ class Chaos:
                 self.await_event(run, BEGINS[aim])
                 time.sleep(random.uniform(0, PAUSES[BEGINS[aim]] * 0.8e-3))
         elif aim == "compute":
-            # The last to hear of it.
-            self.await_event(run, "COMMITTED", node=options.nodes - 1)
-            time.sleep(random.uniform(0.001, 0.01))
+            self.await_event(run, "COMMITTED", node=0)
+            # The newest events tell of what is under way.
+            run.wait(lambda: snapshot_phase(run.trace.events[-20 * options.nodes:], options.nodes,
+                                            time.time(), []) == "compute", "a pause")
+            time.sleep(random.uniform(0, 0.003))
         else:
             time.sleep(random.uniform(0, 0.1))
         share = options.node_share if whole_nodes else 0

@@ -27,7 +27,8 @@ class Keepers {
   // Starts them and waits until all are ready. DEADLINE_EXCEEDED or UNAVAILABLE names the one that
   // is not. STRETTO_JOB_TOKEN must be set. CANCELLED as soon as `asked` says that nobody waits for
   // them any more, now or in Restart.
-  static absl::StatusOr<Keepers> Start(const KeeperOptions& options, std::function<bool()> asked);
+  static absl::StatusOr<Keepers> Start(
+      const KeeperOptions& options, std::function<bool()> asked = [] { return false; });
   ~Keepers();  // SIGTERM, and SIGKILL where that does not help
   Keepers(Keepers&& other) noexcept { *this = std::move(other); }
   Keepers& operator=(Keepers&& other) noexcept {

@@ -466,7 +466,9 @@ class CudaAttention final : public AttentionKernels {
   void Backward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o, Tensor o,
                 Tensor lse, Tensor q, Tensor k, Tensor v, const AttentionShape& a) const override {
     if (TooWide(s, q)) return;
-    if (HopperAttentionBackward(s, dq, dk, dv, d_o, o, lse, q, k, v, a)) return;
+    if (HopperAttentionBackward(s, dq, dk, dv, d_o, o, lse, q, k, v, a, /*library_refused=*/true)) {
+      return;
+    }
     ForModelType(q.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
       const Shape shape = MakeShape(q, k, a);

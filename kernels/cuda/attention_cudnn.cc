@@ -402,11 +402,13 @@ class CudnnAttention final : public AttentionKernels {
   void Backward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o, Tensor o,
                 Tensor lse, Tensor q, Tensor k, Tensor v,
                 const AttentionShape& shape) const override {
-    if (HopperAttentionBackward(s, dq, dk, dv, d_o, o, lse, q, k, v, shape)) return;
     const Call call = {q, k, v, o, lse, d_o, dq, dk, dv, shape};
-    if (!Run(s, call)) {
-      PlainAttention()->Backward(s, dq, dk, dv, delta, d_o, o, lse, q, k, v, shape);
+    if (HopperAttentionBackward(s, dq, dk, dv, d_o, o, lse, q, k, v, shape,
+                                /*library_refused=*/false) ||
+        Run(s, call)) {
+      return;
     }
+    PlainAttention()->Backward(s, dq, dk, dv, delta, d_o, o, lse, q, k, v, shape);
   }
   void Merge(Stream& s, Tensor o, Tensor lse, Tensor part, Tensor part_lse, Tensor cu,
              Tensor len) const override {

@@ -106,10 +106,11 @@ bool MakeMap(EncodeTiled encode, CUtensorMap* map, const Tensor& t, int rows) {
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// STRETTO_ATTENTION_BACKWARD=cudnn leaves the pass to cuDNN, to compare the two.
-bool Wanted() {
+// Whether these kernels come before the library's.
+bool First(bool narrow) {
   const char* const choice = std::getenv("STRETTO_ATTENTION_BACKWARD");
-  return choice == nullptr || std::strcmp(choice, "cudnn") != 0;
+  if (choice == nullptr) return narrow;
+  return std::strcmp(choice, "own") == 0;
 }
 
 // Whether the current device runs code for 9.0a.
@@ -124,7 +125,8 @@ bool IsHopper() {
 }  // namespace
 
 bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor d_o, Tensor o,
-                             Tensor lse, Tensor q, Tensor k, Tensor v, const AttentionShape& a) {
+                             Tensor lse, Tensor q, Tensor k, Tensor v, const AttentionShape& a,
+                             bool library_refused) {
   if (q.dtype != DType::kBF16 || (q.dims[2] != 64 && q.dims[2] != 128)) return false;
   const bool self = a.cu_q.data == a.cu_k.data && a.len_q.data == a.len_k.data;
   if (a.causal && !self) return false;
@@ -136,7 +138,10 @@ bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor 
   if (d_o.row_stride != o.row_stride) return false;
   if (std::max(q.rows(), k.rows()) > INT32_MAX / 2) return false;
   static const EncodeTiled encode = FindEncodeTiled();
-  if (!Wanted() || encode == nullptr || !IsHopper()) return false;
+  const int dim = static_cast<int>(q.dims[2]);
+  const bool narrow = dim == 64 && a.causal;
+  if (!library_refused && !First(narrow)) return false;
+  if (encode == nullptr || !IsHopper()) return false;
 
   Shape shape = {};
   const auto rows = [](const Tensor& cu, const Tensor& len, const Tensor& operand) {
@@ -170,8 +175,6 @@ bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor 
   shape.log_sum = log_sum;
   shape.delta = delta;
 
-  const int dim = static_cast<int>(q.dims[2]);
-  const bool narrow = dim == 64 && a.causal;
   const auto output = [](const Tensor& t) {
     return hopper::Output{Data<__nv_bfloat16>(t), t.row_stride};
   };

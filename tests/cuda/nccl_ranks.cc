@@ -625,11 +625,10 @@ absl::Status CheckDocuments(World& world, const testing::ScratchDirectory& scrat
     };
     for (const Sharing& sharing : sharings) {
       const int replica = sharing.cp * sharing.pp * sharing.tp;
-      const int data_ranks = world.size() / (sharing.pp * sharing.tp);
-      if (world.size() % replica != 0 || data_ranks * sharing.capacity < 30) {
-        if (world.rank() == 0) std::printf("%s, not on %d GPUs\n", sharing.name, world.size());
-        continue;
-      }
+      if (world.size() % replica != 0) continue;
+      // Where fewer ranks share documents, each holds more of them.
+      const int64_t data_ranks = world.size() / (sharing.pp * sharing.tp);
+      const int64_t capacity = std::max(sharing.capacity, (30 + data_ranks - 1) / data_ranks);
       config.parallel = {.dp = world.size() / replica,
                          .cp = sharing.cp,
                          .mesh = sharing.mesh,
@@ -637,7 +636,7 @@ absl::Status CheckDocuments(World& world, const testing::ScratchDirectory& scrat
                          .tp = sharing.tp,
                          .schedule = sharing.schedule,
                          .bucket_bytes = 4096};
-      config.batch.capacity = sharing.capacity;
+      config.batch.capacity = capacity;
       config.runtime.graphs = false;
       const std::string name = absl::StrCat(family, ", documents, ", sharing.name);
       if (world.rank() == 0) {

@@ -57,7 +57,12 @@ absl::Status BoxSource::Fetch(int node, int rank, int64_t offset, int64_t bytes,
     if (asked == got) STRETTO_RETURN_IF_ERROR(ask());
     const int64_t n = std::min(kPiece, bytes - got);
     if (asked < bytes) STRETTO_RETURN_IF_ERROR(ask());
-    STRETTO_RETURN_IF_ERROR(reader->Answer(to + got, n));
+    const absl::Status answered = reader->Answer(to + got, n);
+    if (absl::IsNotFound(answered)) {  // a round has taken it away since it was told of
+      return absl::UnavailableError(
+          absl::StrCat(std::string(answered.message()), " any more: start again"));
+    }
+    STRETTO_RETURN_IF_ERROR(answered);
     got += n;
   }
   return absl::OkStatus();

@@ -156,6 +156,10 @@ struct Snapshotter::Impl {
   absl::Status Meet();
   absl::Status Attach(int local_ranks, uint64_t attempt);
   absl::Status FindRestorable(uint64_t attempt, int local_ranks);
+  // The part that lies on this node, as the keeper told of it. What has changed since is DATA_LOSS;
+  // UNAVAILABLE when its keeper has ended.
+  absl::StatusOr<std::shared_ptr<SlotMemory>> OpenOwnPart(SlotHeader* header,
+                                                          SlotContents* contents) const;
   absl::Status ReadOwnPart();
   void TellDamage(const absl::Status& damage);
   void Loop();
@@ -281,20 +285,32 @@ absl::Status Snapshotter::Impl::Attach(int local_ranks, uint64_t attempt) {
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::shared_ptr<SlotMemory>> Snapshotter::Impl::OpenOwnPart(
+    SlotHeader* header, SlotContents* contents) const {
+  absl::StatusOr<std::shared_ptr<SlotMemory>> memory = SlotMemory::Open(told.name);
+  if (absl::IsNotFound(memory.status())) {
+    return absl::UnavailableError(absl::StrCat(std::string(memory.status().message()),
+                                               "; its keeper has ended meanwhile: start again"));
+  }
+  STRETTO_RETURN_IF_ERROR(memory.status());
+  STRETTO_ASSIGN_OR_RETURN(*header, (*memory)->ReadHeader());
+  if (header->id != told.id) {
+    return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " holds step ", header->id.epoch,
+                                            ", not ", told.id.epoch));
+  }
+  STRETTO_ASSIGN_OR_RETURN(*contents, (*memory)->ReadContents({keeper.job, 0, world.rank()}));
+  return memory;
+}
+
 // Checks it, so that Restore may trust it.
 absl::Status Snapshotter::Impl::ReadOwnPart() {
   if (!told.id.present()) return absl::OkStatus();
   RestorableSnapshot snapshot;
   snapshot.epoch = told.id.epoch;
   if (!told.name.empty()) {
-    STRETTO_ASSIGN_OR_RETURN(const auto memory, SlotMemory::Open(told.name));
     SlotHeader header;
-    STRETTO_ASSIGN_OR_RETURN(const SlotContents contents,
-                             memory->ReadContents({keeper.job, 0, world.rank()}, &header));
-    if (header.id != told.id) {
-      return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " holds step ",
-                                              header.id.epoch, ", not ", told.id.epoch));
-    }
+    SlotContents contents;
+    STRETTO_ASSIGN_OR_RETURN(const auto memory, OpenOwnPart(&header, &contents));
     STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents, options.threads));
     snapshot.trainer_state = contents.trainer_state;
   } else {
@@ -341,10 +357,8 @@ absl::Status Snapshotter::Restore() {
   std::shared_ptr<SlotMemory> memory;
   SlotContents contents;
   if (!s.told.name.empty()) {
-    STRETTO_ASSIGN_OR_RETURN(memory, SlotMemory::Open(s.told.name));
     SlotHeader header;
-    STRETTO_ASSIGN_OR_RETURN(contents,
-                             memory->ReadContents({s.keeper.job, 0, s.world.rank()}, &header));
+    STRETTO_ASSIGN_OR_RETURN(memory, s.OpenOwnPart(&header, &contents));
     if (header.layout != s.layout || header.world_size != s.world.size()) memory.reset();
   }
   if (memory != nullptr) STRETTO_RETURN_IF_ERROR(s.copies->Restore(*memory, contents));

@@ -395,6 +395,37 @@ TEST_F(Keepers, ADamagedSlotIsRebuiltFromTheOthers) {
   EXPECT_EQ(Committed(), step);
 }
 
+// Starting again helps there, so it must not look like something that was asked for and is not
+// there (ExitCodeOf).
+TEST_F(Keepers, WhatIsGoneBetweenTellingAndRestoringIsUnavailable) {
+  Start(2, /*data=*/1, /*parity=*/0);
+  ASSERT_TRUE(TrainTo(2, 8).ok());
+  ASSERT_GT(Committed(), 0);
+  // Their own parts, and parts that they read from the others.
+  for (const int ranks : {2, 3}) {
+    std::atomic<int> unavailable = 0;
+    const absl::Status met =
+        Train(ranks, [&](World& world, RankState&, Snapshotter& snapshots) -> absl::Status {
+          EXPECT_TRUE(snapshots.restorable().has_value());
+          STRETTO_RETURN_IF_ERROR(world.Barrier("told"));
+          if (world.rank() == 0) {
+            Lose(1);
+            Replace(1);
+          }
+          STRETTO_RETURN_IF_ERROR(world.Barrier("lost"));
+          const absl::Status restored = snapshots.Restore();
+          EXPECT_TRUE(restored.ok() || absl::IsUnavailable(restored)) << restored;
+          if (!restored.ok()) ++unavailable;
+          return absl::OkStatus();
+        });
+    EXPECT_TRUE(met.ok()) << met;
+    // With the same layout rank 0 has its own part still.
+    EXPECT_EQ(unavailable, ranks == 2 ? 1 : ranks);
+    ASSERT_TRUE(TrainTo(2, 8).ok());
+    ASSERT_GT(Committed(), 0);
+  }
+}
+
 TEST_F(Keepers, WhatIsDamagedDoesNotServeToRebuild) {
   Start(4, 2, 2);
   ASSERT_TRUE(TrainTo(4, 12).ok());

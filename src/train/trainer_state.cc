@@ -60,7 +60,7 @@ std::optional<StepStats> ParseRecord(const nlohmann::json& j, const TrainerState
        {&stats.tokens_per_second, &stats.step_ms, &stats.data_ms, &stats.forward_ms,
         &stats.backward_ms, &stats.update_ms, &stats.exposed_data_ms, &stats.exposed_tensor_ms,
         &stats.exposed_context_ms, &stats.exposed_pipeline_ms, &stats.exposed_world_ms,
-        &stats.comm_exposed_ms}) {
+        &stats.comm_exposed_ms, &stats.exposed_snapshot_ms}) {
     *unknown = std::numeric_limits<double>::quiet_NaN();
   }
   return stats;

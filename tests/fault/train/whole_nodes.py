@@ -244,8 +244,9 @@ def adopt(scratch):
         if losses(output) != losses(f"{scratch}/alone"):
             fail("the losses differ")
         with open(f"{output}/metrics.jsonl") as f:
-            times = [json.loads(line)["step_ms"] for line in f]
-        if [i for i, t in enumerate(times, 1) if t is None] != [step]:
+            records = [json.loads(line) for line in f]
+        times = [(r["step_ms"], r["exposed_snapshot_ms"]) for r in records]
+        if [i for i, t in enumerate(times, 1) if t == (None, None)] != [step]:
             fail(f"the record of step {step} was written by the next run, but its times are {times}")
         # A flipped byte in the newest, in one rank's part; and what is no slot.
         step, before = settled(nodes), slots_of(nodes, 0)

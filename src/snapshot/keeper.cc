@@ -25,6 +25,7 @@ namespace {
 constexpr auto kBeat = std::chrono::seconds(1);
 constexpr auto kConnectTimeout = std::chrono::milliseconds(300);
 constexpr auto kHelloTimeout = std::chrono::seconds(10);
+constexpr auto kRequestTimeout = std::chrono::seconds(30);  // of a reader, and of its answer
 constexpr uint32_t kMostHello = 4096;
 
 bool SameToken(const std::string& a, const std::string& b) {
@@ -315,7 +316,7 @@ void Keeper::Impl::Serve(net::Fd fd) {
     pollfd wait = {fd.get(), POLLIN, 0};
     if (poll(&wait, 1, 200) == 0) continue;
     uint32_t length = 0;
-    const net::Deadline deadline = net::After(std::chrono::seconds(30));
+    const net::Deadline deadline = net::After(kRequestTimeout);
     if (!net::ReceiveAll(fd, &length, sizeof(length), deadline).ok() || length > kMostHello) return;
     frame.resize(length);
     if (!net::ReceiveAll(fd, frame.data(), length, deadline).ok()) return;
@@ -333,20 +334,22 @@ void Keeper::Impl::Serve(net::Fd fd) {
     if (absl::IsDataLoss(read)) {
       Post([this, id, told = Told(read)] { Damaged(id, told.message); });
     }
+    // Checking all may have taken longer than a request may.
+    const net::Deadline answered = net::After(kRequestTimeout);
     wire::Writer out;
     if (read.ok()) {
       const auto total = static_cast<uint32_t>(sizeof(Kind) + bytes.size());
       char head[sizeof(total) + sizeof(Kind)];
       std::memcpy(head, &total, sizeof(total));
       head[sizeof(total)] = static_cast<char>(Kind::kOk);
-      if (!net::SendAll(fd, head, sizeof(head), deadline).ok() ||
-          !net::SendAll(fd, bytes.data(), bytes.size(), deadline).ok()) {
+      if (!net::SendAll(fd, head, sizeof(head), answered).ok() ||
+          !net::SendAll(fd, bytes.data(), bytes.size(), answered).ok()) {
         return;
       }
     } else {
       out.Int(Kind::kError);
       snapshot_internal::Put(out, read);
-      if (!snapshot_internal::SendFrame(fd, out, deadline).ok()) return;
+      if (!snapshot_internal::SendFrame(fd, out, answered).ok()) return;
     }
   }
 }

@@ -104,7 +104,7 @@ bool SlotCopies::WantsRegistration(const std::shared_ptr<SlotMemory>& slot) cons
 
 absl::Status SlotCopies::Register(const std::shared_ptr<SlotMemory>& slot) {
   // A keeper has so many at a time: the oldest is one that it has given up.
-  if (registered_.size() >= kSlots) registered_.erase(registered_.begin());
+  if (registered_.size() >= kSlots) registered_.pop_front();
   Registered made = {slot, {}};
   absl::Status status;
   ForPieces(0, slot->mapped_bytes(), kChunksOfRegistration * options_.chunk_bytes,

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -98,9 +99,9 @@ class SlotCopies {
   const SlotCopyOptions options_;
   std::unique_ptr<Stream> side_;
   Arena ring_;
-  std::vector<Piece> pieces_;     // in the order in which the next update overwrites them
-  std::vector<size_t> part_end_;  // by part: behind its last piece
-  std::vector<Registered> registered_;
+  std::vector<Piece> pieces_;          // in the order in which the next update overwrites them
+  std::vector<size_t> part_end_;       // by part: behind its last piece
+  std::deque<Registered> registered_;  // never assigned: pieces must go before their memory
   bool refused_ = false;
   double copy_seconds_ = 0;
 

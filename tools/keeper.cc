@@ -22,12 +22,11 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
 #include "src/observe/file.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/snapshot/snapshotter.h"
 #include "tools/arguments.h"
 
 namespace {
-
-constexpr int kFailed = 1, kWrongUsage = 2;
 
 // Writes what the keeper does to a file, a JSON object a line with one write each, and lets it wait
 // there for as long as is wanted.
@@ -184,5 +183,5 @@ int main(int argc, char** argv) {
   if (status.ok()) status = ask.empty() ? Run(options) : Ask(ask, options.token);
   if (status.ok()) return 0;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return absl::IsInvalidArgument(status) ? kWrongUsage : kFailed;
+  return absl::IsInvalidArgument(status) ? stretto::kExitUsage : stretto::kExitFailed;
 }

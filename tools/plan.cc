@@ -139,8 +139,8 @@ struct Summary {
   RunPlan plan;
   StepFlops flops;  // of a step, all ranks
   int64_t parameters = 0;
-  int64_t device_memory = -1;  // -1: not given
-  std::string advice;          // when it does not fit
+  int64_t device_memory = -1;         // -1: not given
+  std::string advice;                 // when it does not fit
   std::vector<NamedBytes> snapshots;  // memory of a machine
 
   bool fits() const { return device_memory < 0 || plan.arena_bytes <= device_memory; }
@@ -318,9 +318,9 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   STRETTO_ASSIGN_OR_RETURN(s.plan, LargestPlan(s.config, s.ranks));
   if (keepers != 0) {
     STRETTO_ASSIGN_OR_RETURN(
-        s.snapshots, SnapshotMemory(s.plan, s.ranks,
-                                    static_cast<int>(std::clamp<int64_t>(keepers, -1, 1 << 20)),
-                                    static_cast<int>(std::clamp<int64_t>(parity, -1, 1 << 20))));
+        s.snapshots,
+        SnapshotMemory(s.plan, s.ranks, static_cast<int>(std::clamp<int64_t>(keepers, -1, 1 << 20)),
+                       static_cast<int>(std::clamp<int64_t>(parity, -1, 1 << 20))));
   }
   const int64_t tokens = StepTokens(s.config);
   s.flops = TrainingFlops(s.config.model, {tokens, Product(tokens, s.config.data.sequence_length)});

@@ -181,8 +181,8 @@ DataParallel::~DataParallel() = default;
 absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     Communicator& comm, const Group& group, const Graph& graph, Stream& stream,
     const KernelTable& kernels, uint64_t seed, Budget& budget, const DataParallelOptions& options) {
-  auto dp =
-      std::unique_ptr<DataParallel>(new DataParallel(comm, group, graph, stream, kernels, seed, options));
+  auto dp = std::unique_ptr<DataParallel>(
+      new DataParallel(comm, group, graph, stream, kernels, seed, options));
   const int n = group.size();
   const DType acc = AccumulateType(graph.dtype);
   const BucketPlan* const plan = options.buckets;
@@ -290,9 +290,9 @@ absl::Status DataParallel::Initialize() {
   for (size_t i = 0; i < shards_.size(); ++i) {
     const ParameterSpec& spec = graph_.parameters[i].spec;
     const Tensor& whole = parameters_[i];  // absent where this rank keeps its shard alone
-    STRETTO_RETURN_IF_ERROR(zero_ < 3 ? FillParameter(spec, seed_, pool, 0, whole)
-                                      : FillParameter(spec, seed_, pool, shards_[i].first_row,
-                                                      shards_[i].value));
+    STRETTO_RETURN_IF_ERROR(
+        zero_ < 3 ? FillParameter(spec, seed_, pool, 0, whole)
+                  : FillParameter(spec, seed_, pool, shards_[i].first_row, shards_[i].value));
   }
   return absl::OkStatus();
 }

@@ -32,9 +32,9 @@ enum class KeeperKind : uint8_t {
   kSpilled,  // id, status, files
   // From a trainer.
   kAttach,   // rank, world size, ranks on this node, layout, capacity, attempt -> Restorable
-  kBegin,    // epoch -> slot (-1: none), round, name of the memory
-  kSeal,     // slot, epoch, sizes and checksum -> whether it counts
-  kDamaged,  // id, what: this node's memory of it
+  kBegin,    // epoch -> slot (-1: none), name of the memory, why there is none
+  kSeal,     // epoch, whether it is whole, sizes and checksum -> whether it counts
+  kDamaged,  // id, what: this node's memory of it -> nothing
   kStatus,   // -> text
   // From a reader.
   kRead,  // id, least state, what, offset, bytes -> the bytes

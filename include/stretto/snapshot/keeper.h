@@ -18,9 +18,10 @@ namespace stretto {
 // Something that a keeper does. `what` is the state that a slot has from here on ("WRITING"), or:
 //   "seal"             a rank says that it has written; this counts when the observer returns
 //   "encode" "rebuild" the slot's parity, or all of it, is about to be made
-//   "commit"           node 0 says that the slot is committed; this counts when the observer
-//   returns "pass"             the step is passed over by this node "round"            the keepers
-//   begin a round "spill" "spilled"  the slot is about to be written to disk, and is no longer
+//   "commit"           node 0 says that the slot is committed; counts when the observer returns
+//   "pass"             the step is passed over by this node
+//   "round"            the keepers begin a round
+//   "spill" "spilled"  the slot is about to be written to disk, and is no longer
 //   "damaged"          what the slot holds is not what was written; it is given up
 //   "read"             trainers are told what they may restore
 struct KeeperEvent {
@@ -64,7 +65,8 @@ std::string KeeperSocketPath(const std::string& job, int node);
 class Keeper {
  public:
   // Takes the node's place (one keeper of a job and node on a machine), removes what an earlier one
-  // left (the only node's takes over what is whole) and listens. INVALID_ARGUMENT for options that make no sense.
+  // left (the only node's takes over what is whole) and listens. INVALID_ARGUMENT for options that
+  // make no sense.
   static absl::StatusOr<std::unique_ptr<Keeper>> Start(KeeperOptions options);
   ~Keeper();  // unlinks its shared memory
 

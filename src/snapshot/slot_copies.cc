@@ -145,7 +145,7 @@ void SlotCopies::WaitForPart(Stream& stream, int part) {
   stream.Wait(event);
 }
 
-void SlotCopies::Enqueue(const SlotMemory& slot, bool direct) {
+void SlotCopies::Enqueue(const SlotMemory& slot, bool direct, SlotContents* contents) {
   int part = -1;
   size_t told = 0;
   for (size_t i = 0; i < pieces_.size(); ++i) {
@@ -155,6 +155,10 @@ void SlotCopies::Enqueue(const SlotMemory& slot, bool direct) {
     std::byte* to = slot.payload() + piece.offset;
     if (!direct) {
       const auto chunks = static_cast<size_t>(options_.chunks);
+      // The system may have given no thread that empties the ring.
+      for (size_t next = next_; helpers_ == 0 && next < i && i >= next + chunks; next = next_) {
+        if (next_.compare_exchange_strong(next, next + 1)) Finish(next, slot, direct, contents);
+      }
       std::unique_lock<std::mutex> lock(mutex_);
       changed_.wait(lock, [&] { return i < chunks || emptied_[i - chunks]; });
       to = Chunk(i % chunks);
@@ -173,25 +177,29 @@ void SlotCopies::Work(const SlotMemory& slot, bool direct, SlotContents* content
   while (true) {
     const size_t i = next_.fetch_add(1);
     if (i >= pieces_.size()) return;
-    Event event;
-    {
-      std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [&] { return enqueued_ > i; });
-      event = events_[i];
-    }
-    WaitOnHost(event);
-    const Piece& piece = pieces_[i];
-    if (!direct) {
-      std::memcpy(slot.payload() + piece.offset, Chunk(i % static_cast<size_t>(options_.chunks)),
-                  static_cast<size_t>(piece.bytes));
-      const std::lock_guard<std::mutex> lock(mutex_);
-      emptied_[i] = true;
-      changed_.notify_all();
-    }
-    if (unfinished_[piece.entry].fetch_sub(1) != 1) continue;
-    SlotEntry& entry = contents->entries[piece.entry];
-    entry.checksum = ChecksumOf(slot, entry);
+    Finish(i, slot, direct, contents);
   }
+}
+
+void SlotCopies::Finish(size_t i, const SlotMemory& slot, bool direct, SlotContents* contents) {
+  Event event;
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return enqueued_ > i; });
+    event = events_[i];
+  }
+  WaitOnHost(event);
+  const Piece& piece = pieces_[i];
+  if (!direct) {
+    std::memcpy(slot.payload() + piece.offset, Chunk(i % static_cast<size_t>(options_.chunks)),
+                static_cast<size_t>(piece.bytes));
+    const std::lock_guard<std::mutex> lock(mutex_);
+    emptied_[i] = true;
+    changed_.notify_all();
+  }
+  if (unfinished_[piece.entry].fetch_sub(1) != 1) return;
+  SlotEntry& entry = contents->entries[piece.entry];
+  entry.checksum = ChecksumOf(slot, entry);
 }
 
 absl::Status SlotCopies::Capture(const std::shared_ptr<SlotMemory>& slot, SlotContents* contents) {
@@ -200,20 +208,23 @@ absl::Status SlotCopies::Capture(const std::shared_ptr<SlotMemory>& slot, SlotCo
   }
   const bool direct = Direct(*slot);
   next_ = 0;
+  helpers_ = 0;
   std::fill(emptied_.begin(), emptied_.end(), false);
   for (std::atomic<int32_t>& count : unfinished_) count = 0;
   for (const Piece& piece : pieces_) ++unfinished_[piece.entry];
   const auto start = std::chrono::steady_clock::now();
   absl::Status status;
   // One more than those that work, as the first is busy enqueueing.
-  OnThreads(1 + std::max(1, options_.threads), "copies of snapshots", [&](int thread) {
+  OnThreads(1 + options_.threads, "copies of snapshots", [&](int thread) {
     const absl::Status usable = UseDevice(options_.device);
     if (thread == 0) {
       status = usable;
-      Enqueue(*slot, direct);
+      Enqueue(*slot, direct, contents);
       status.Update(side_->Synchronize());
       copy_seconds_ =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    } else {
+      ++helpers_;
     }
     Work(*slot, direct, contents);
   });

@@ -22,8 +22,10 @@
 namespace stretto::snapshot_internal {
 
 struct SlotCopyOptions {
-  Device device;    // whose streams write the state
-  int threads = 1;  // of checksums and of copies within host memory
+  Device device;  // whose streams write the state
+  // Of checksums and of copies within host memory, beside the one that enqueues. As if the system
+  // gave none: 0.
+  int threads = 1;
   // false: copies go through the ring also where a slot could be registered.
   bool direct = true;
   int64_t chunk_bytes =
@@ -92,7 +94,9 @@ class SlotCopies {
   std::byte* Chunk(size_t i) const {
     return ring_.data() + static_cast<int64_t>(i) * options_.chunk_bytes;
   }
-  void Enqueue(const SlotMemory& slot, bool direct);
+  void Enqueue(const SlotMemory& slot, bool direct, SlotContents* contents);
+  // Waits for the piece's copy, empties its chunk and completes the checksum of its entry.
+  void Finish(size_t piece, const SlotMemory& slot, bool direct, SlotContents* contents);
   void Work(const SlotMemory& slot, bool direct, SlotContents* contents);
 
   const StateRegistry& registry_;
@@ -108,6 +112,7 @@ class SlotCopies {
   // Of a capture.
   std::atomic<bool> under_way_ = false;
   std::atomic<size_t> next_ = 0;                  // piece to be looked after
+  std::atomic<int> helpers_ = 0;                  // threads that do, beside the one that enqueues
   std::vector<std::atomic<int32_t>> unfinished_;  // pieces by entry
   std::mutex mutex_;
   std::condition_variable changed_;

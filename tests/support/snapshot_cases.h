@@ -165,10 +165,10 @@ inline void CheckPartsWaitForTheirOwnCopies(Device device, StreamMode mode, bool
 
 // Captured, changed and restored: the bits are there again, also of a second capture; and a byte
 // that changed in the slot is found.
-inline void CheckThereAndBack(Device device, StreamMode mode, bool direct) {
+inline void CheckThereAndBack(Device device, StreamMode mode, bool direct, int threads = 3) {
   SlotCopyOptions options;
   options.direct = direct;
-  options.threads = 3;
+  options.threads = threads;
   CopiedState state(device, mode, options);
   if (direct) {
     ASSERT_TRUE(state.copies->Register(state.slot).ok());

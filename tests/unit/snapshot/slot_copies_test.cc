@@ -25,6 +25,11 @@ TEST_P(SlotCopies, WithoutTheWaitASnapshotIsTorn) {
 
 TEST_P(SlotCopies, GoThereAndBack) { testing::CheckThereAndBack(Device::Cpu(), mode(), direct()); }
 
+// Where the system gives no threads, who fills the ring empties it.
+TEST_P(SlotCopies, GoThereAndBackWithoutOtherThreads) {
+  testing::CheckThereAndBack(Device::Cpu(), mode(), direct(), /*threads=*/0);
+}
+
 INSTANTIATE_TEST_SUITE_P(Cpu, SlotCopies,
                          ::testing::Combine(::testing::Values(StreamMode::kInline,
                                                               StreamMode::kFifo),

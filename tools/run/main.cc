@@ -69,8 +69,9 @@ absl::Status Check(const SupervisorOptions& o, int64_t ranks, int64_t min_ranks)
   if (o.stall < 0 || o.stall_start < 0 || o.launch.grace < 0 || o.save < 0) {
     return wrong("--stall, --stall-start, --grace and --save are seconds, at least 0");
   }
-  if (o.keepers.count < 0 || o.keepers.count > ranks) {
-    return wrong("--keepers must be between 0 and --ranks");
+  // Each has a rank, also of the fewest.
+  if (o.keepers.count < 0 || o.keepers.count > (min_ranks > 0 ? min_ranks : ranks)) {
+    return wrong("--keepers must be between 0 and --ranks, or --min-ranks where that is given");
   }
   if (o.launch.mpirun.find_first_not_of(' ') == std::string::npos) {
     return wrong("--mpirun must name a program");

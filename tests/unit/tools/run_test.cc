@@ -302,9 +302,9 @@ TEST_F(RunProgram, WrongUsageIsOneSentence) {
   for (const char* options :
        {"--ranks 2", "--ranks 0 -- true", "--ranks x -- true", "--ranks 2 --min-ranks 3 -- true",
         "--launcher srun -- true", "--fatal-codes 2,x -- true", "--keepers 2 -- true",
-        "--delay 9 --delay-cap 1 -- true", "--stall -1 -- true", "--unknown -- true",
-        "--mpirun ' ' -- true", "--restarts -1 -- true", "--ranks 1000000 -- true",
-        "--ranks 1000000 --launcher env -- true"}) {
+        "--ranks 4 --min-ranks 2 --keepers 3 -- true", "--delay 9 --delay-cap 1 -- true",
+        "--stall -1 -- true", "--unknown -- true", "--mpirun ' ' -- true", "--restarts -1 -- true",
+        "--ranks 1000000 -- true", "--ranks 1000000 --launcher env -- true"}) {
     const Result r = Run(std::string(STRETTO_RUN) + " " + options + " 2>&1");
     EXPECT_EQ(r.code, 2) << options;
     EXPECT_TRUE(IsOneSentence(r.output)) << options << ": " << r.output;

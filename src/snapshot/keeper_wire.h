@@ -101,7 +101,8 @@ absl::StatusOr<std::string> ReceiveAnswer(const net::Fd& fd, net::Deadline deadl
 inline constexpr int32_t kWholeShard = -1;
 // Nothing; but the keeper checks all that it has of the snapshot first. DATA_LOSS: it is damaged.
 inline constexpr int32_t kSoundness = std::numeric_limits<int32_t>::min();
-inline constexpr int32_t ParityBlock(int p) { return -2 - p; }  // else a rank
+inline constexpr std::chrono::milliseconds kVerifying = std::chrono::minutes(2);  // most of it
+inline constexpr int32_t ParityBlock(int p) { return -2 - p; }                    // else a rank
 
 // Reads from the slots of one keeper. Not thread-safe.
 class SlotReader {

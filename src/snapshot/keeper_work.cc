@@ -14,8 +14,6 @@ namespace {
 constexpr int64_t kPiece = int64_t{1} << 20;
 constexpr auto kConnectTimeout = std::chrono::seconds(10);
 
-constexpr std::chrono::milliseconds kVerifying = std::chrono::minutes(2);
-
 constexpr auto kPause = std::chrono::milliseconds(100);
 
 absl::Status Stopped() { return absl::CancelledError("the work was stopped"); }

@@ -17,7 +17,8 @@ class BoxSource {
  public:
   BoxSource(Restorable restorable, std::string token, std::string job);
 
-  // Reads the tables of contents of all ranks' parts.
+  // Reads the tables of contents of all ranks' parts. Whose is damaged (DATA_LOSS) has checked all
+  // that it holds then, and given it up.
   absl::Status Open();
   // The trainer's state of the first part.
   const std::string& trainer_state() const { return trainer_state_; }
@@ -32,6 +33,9 @@ class BoxSource {
     SlotEntry entry;
   };
   absl::StatusOr<SlotReader*> ReaderOf(int node);
+  absl::Status OpenNode(int node);
+  // Its keeper looks for damage, and knows of it when this returns.
+  void LetCheck(int node);
   absl::Status Fetch(int node, int rank, int64_t offset, int64_t bytes, void* out);
 
   const Restorable restorable_;

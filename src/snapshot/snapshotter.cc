@@ -251,7 +251,8 @@ absl::Status Snapshotter::Impl::FindRestorable(uint64_t attempt, int local_ranks
                                             " restore different snapshots; start again"));
   }
   const absl::Status read = ReadOwnPart();
-  if (absl::IsDataLoss(read)) TellDamage(read);
+  // Of another node's part that node knows.
+  if (absl::IsDataLoss(read) && !told.name.empty()) TellDamage(read);
   return world.Agree("reading the snapshot's state", read);
 }
 

@@ -395,6 +395,21 @@ TEST_F(Keepers, ADamagedSlotIsRebuiltFromTheOthers) {
   EXPECT_EQ(Committed(), step);
 }
 
+// Ranks that have no part of their own read the tables of all: only who has the damage gives up.
+TEST_F(Keepers, ADamagedTableIsRebuiltForAnotherLayout) {
+  Start(2);
+  ASSERT_TRUE(TrainTo(2, 12).ok());
+  const int64_t step = Committed();
+  ASSERT_GT(step, 0);
+  for (SlotMemory* slot : SlotsOf(1)) {
+    const auto header = slot->ReadHeader();
+    ASSERT_TRUE(header.ok()) << header.status();
+    if (header->id.epoch == step) slot->payload()[header->payload_bytes - 1] ^= std::byte{1};
+  }
+  const absl::Status restored = ExpectRestored(3, step);
+  EXPECT_TRUE(restored.ok()) << restored;
+}
+
 // Starting again helps there, so it must not look like something that was asked for and is not
 // there (ExitCodeOf).
 TEST_F(Keepers, WhatIsGoneBetweenTellingAndRestoringIsUnavailable) {

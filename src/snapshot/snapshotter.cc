@@ -316,7 +316,10 @@ absl::Status Snapshotter::Impl::ReadOwnPart() {
     snapshot.trainer_state = contents.trainer_state;
   } else {
     BoxSource source(told, options.token, keeper.job);
-    STRETTO_RETURN_IF_ERROR(source.Open());
+    const absl::Status opened = source.Open();
+    // A node is gone, or has given it up since the keepers decided: they decide anew.
+    if (absl::IsUnavailable(opened)) return absl::DataLossError(opened.message());
+    STRETTO_RETURN_IF_ERROR(opened);
     snapshot.trainer_state = source.trainer_state();
   }
   restorable = std::move(snapshot);

@@ -157,12 +157,18 @@ TEST_F(BenchProgram, SnapshotsCountWhatWasTaken) {
                                           "set-up"};
   EXPECT_EQ(Names(file), expected);
   for (const auto& result : file["results"]) {
-    if (result["name"] == "off") EXPECT_EQ(result["captured"], 0);
+    if (result["name"] == "off") {
+      EXPECT_EQ(result["captured"], 0);
+    }
     if (result["name"] == "every step") {
       EXPECT_EQ(result["captured"].get<int>() + result["passed_over"].get<int>(), 3);
     }
-    if (result["name"] == "every k steps") EXPECT_GT(result["captured"], 0);
-    if (result["name"] == "capture") EXPECT_GT(result["committed_seconds"], 0);
+    if (result["name"] == "every k steps") {
+      EXPECT_GT(result["captured"], 0);
+    }
+    if (result["name"] == "capture") {
+      EXPECT_GT(result["committed_seconds"], 0);
+    }
   }
   const Result again = Bench("snapshot m.json --steps 3 --spill spilled");
   EXPECT_EQ(again.code, 2);

@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "src/observe/file.h"
+#include "stretto/core/read_file.h"
 #include "stretto/observe/metrics.h"
 
 namespace stretto {
@@ -23,6 +24,7 @@ using observe_internal::UnixSeconds;
 using observe_internal::WriteAll;
 
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
+  STRETTO_RETURN_IF_ERROR(CheckRegularFile("the file of metrics", path));
   std::ifstream in(path, std::ios::binary);
   if (!in) return FileError("read", path, errno == 0 ? EIO : errno);
   std::ostringstream text;

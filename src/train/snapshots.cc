@@ -39,7 +39,16 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
     STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "ring of snapshots",
                                            kSnapshotChunks * kSnapshotChunkBytes));
   }
-  STRETTO_ASSIGN_OR_RETURN(snapshots, Snapshotter::Create(world, registry, std::move(options)));
+  absl::StatusOr<std::unique_ptr<Snapshotter>> created =
+      Snapshotter::Create(world, registry, std::move(options));
+  if (absl::IsDataLoss(created.status()) && newest >= 0) {
+    if (world.rank() == 0) {
+      LogWarning(absl::StrCat(std::string(created.status().message()),
+                              "; going on from the newest checkpoint, without snapshots"));
+    }
+    return false;
+  }
+  STRETTO_ASSIGN_OR_RETURN(snapshots, std::move(created));
   if (snapshots == nullptr || config.checkpoint.resume == "never") return false;
   if (snapshots->lost() && world.rank() == 0) {
     LogWarning(absl::StrCat(

@@ -57,10 +57,12 @@ absl::StatusOr<int> ReadReady(int descriptor, const std::function<bool()>& asked
 std::string HowEnded(pid_t pid) {
   int status = 0;
   const Clock::time_point deadline = Clock::now() + std::chrono::seconds(1);
-  while (waitpid(pid, &status, WNOHANG) == 0) {
+  pid_t ended;
+  while ((ended = waitpid(pid, &status, WNOHANG)) == 0) {
     if (Clock::now() >= deadline) return "closed its output before it was ready";
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
+  if (ended < 0) return "ended before it was ready";  // somebody else was told how
   return WIFSIGNALED(status)
              ? absl::StrCat("was killed by ", SignalName(WTERMSIG(status)), " before it was ready")
              : absl::StrCat("ended with code ", WEXITSTATUS(status), " before it was ready");

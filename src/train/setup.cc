@@ -373,7 +373,11 @@ absl::Status Trainer::Impl::SetUpModel() {
 absl::Status Trainer::Impl::Restore() {
   state.config = PrintConfig(ConfigRef(&config));
   std::error_code ignored;
-  state.output = std::filesystem::weakly_canonical(config.output, ignored).string();
+  // The same name before and after the directory is there.
+  std::filesystem::path output =
+      std::filesystem::weakly_canonical(std::filesystem::absolute(config.output, ignored), ignored);
+  if (!output.has_filename()) output = output.parent_path();
+  state.output = output.string();
   absl::Status locked;
   if (world.rank() == 0) {
     absl::StatusOr<OutputLock> taken = OutputLock::Take(config.output);

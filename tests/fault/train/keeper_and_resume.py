@@ -36,11 +36,12 @@ def fail(text):
 
 class Run:
     def __init__(self, scratch, name, nodes=None):
-        self.scratch, self.nodes = scratch, nodes
+        self.scratch, self.name, self.nodes = scratch, name, nodes
         self.output = os.path.join(scratch, name)
 
     def start(self):
-        sets = [f"output={self.output}", f"steps={STEPS}",
+        # Relative, and not there at the first start.
+        sets = [f"output={self.name}", f"steps={STEPS}",
                 f"data.train={self.scratch}/text.train.bin", *SETTINGS]
         program = [GPT, f"{self.scratch}/config.json"] + [w for s in sets for w in ("--set", s)]
         environment = dict(os.environ)
@@ -51,7 +52,7 @@ class Run:
                        f"{self.scratch}/node"] + program
         return subprocess.Popen([MPIRUN, str(NODES)] + program, stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                                env=environment)
+                                cwd=self.scratch, env=environment)
 
     def finish(self):
         process = self.start()

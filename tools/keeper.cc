@@ -35,7 +35,8 @@ class Observer {
   Observer(int64_t node, std::map<std::string, std::chrono::milliseconds> pauses)
       : node_(node), pauses_(std::move(pauses)) {}
   absl::Status Open(const std::string& path) {
-    descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    // O_NONBLOCK: a FIFO that nobody reads is an error, not a wait.
+    descriptor_ = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | O_NONBLOCK, 0644);
     if (descriptor_ >= 0) return absl::OkStatus();
     return absl::InvalidArgumentError(
         absl::StrCat("stretto-keeper cannot write --trace ", path, ": ", std::strerror(errno)));
@@ -152,6 +153,10 @@ int main(int argc, char** argv) {
       status = absl::InvalidArgumentError(
           absl::StrCat("stretto-keeper: numbers must be -1 to ", kMost, ", not ", value));
     }
+  }
+  if (status.ok() && (options.memory_bytes < -1 || keep < 0)) {
+    status = absl::InvalidArgumentError(
+        "stretto-keeper: --memory must be at least -1 (no limit), --keep at least 0 (all)");
   }
   if (status.ok() && !(silence >= 0.1 && silence <= 86400 && spill >= 0 && spill <= 86400)) {
     status = absl::InvalidArgumentError(

@@ -2,14 +2,17 @@
 
 #include <dirent.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <xxhash.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <utility>
+#include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "src/core/start_thread.h"
 #include "stretto/core/log.h"
 
@@ -19,14 +22,38 @@ std::string SlotNamePrefix(const std::string& job, int node) {
   return absl::StrCat("/stretto-", job, "-", node, "-");
 }
 
-void UnlinkSlots(const std::string& prefix) {
+namespace {
+
+struct SlotName {
+  std::string name;
+  int slot = 0;
+  int64_t number = 0;
+};
+
+// What in /dev/shm has the name of a node's slot. The prefix alone does not say so: that of node 1
+// of the job "a" is one of job "a-1", too.
+std::vector<SlotName> SlotNames(const std::string& prefix) {
+  std::vector<SlotName> names;
   DIR* directory = opendir("/dev/shm");
-  if (directory == nullptr) return;
+  if (directory == nullptr) return names;
   while (const dirent* entry = readdir(directory)) {
-    const std::string name = absl::StrCat("/", entry->d_name);
-    if (name.compare(0, prefix.size(), prefix) == 0) shm_unlink(name.c_str());
+    SlotName found = {.name = absl::StrCat("/", entry->d_name)};
+    if (found.name.compare(0, prefix.size(), prefix) != 0) continue;
+    const std::vector<std::string> parts = absl::StrSplit(found.name.substr(prefix.size()), '-');
+    int rank = 0;
+    const bool numbers = parts.size() == 3 && absl::SimpleAtoi(parts[0], &found.slot) &&
+                         absl::SimpleAtoi(parts[1], &rank) &&
+                         absl::SimpleAtoi(parts[2], &found.number);
+    if (numbers && found.slot >= 0 && found.slot < kSlots) names.push_back(std::move(found));
   }
   closedir(directory);
+  return names;
+}
+
+}  // namespace
+
+void UnlinkSlots(const std::string& prefix) {
+  for (const SlotName& slot : SlotNames(prefix)) shm_unlink(slot.name.c_str());
 }
 
 KeeperSlots::KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads)
@@ -52,26 +79,13 @@ std::unique_ptr<KeeperSlots> KeeperSlots::Adopt(std::string job, int node, Budge
                                                 int prefault_threads, NodeSlots* held) {
   std::unique_ptr<KeeperSlots> slots(
       new KeeperSlots(std::move(job), node, budget, prefault_threads, /*adopt=*/true));
-  std::vector<std::string> names;
-  if (DIR* directory = opendir("/dev/shm"); directory != nullptr) {
-    while (const dirent* entry = readdir(directory)) {
-      names.push_back(absl::StrCat("/", entry->d_name));
-    }
-    closedir(directory);
-  }
   std::array<std::vector<std::shared_ptr<SlotMemory>>, kSlots> found;
-  for (const std::string& name : names) {
-    if (name.compare(0, slots->prefix_.size(), slots->prefix_) != 0) continue;
-    int slot = -1, rank = -1, number = 0, end = 0;
-    const std::string rest = name.substr(slots->prefix_.size());
-    const bool ours = std::sscanf(rest.c_str(), "%d-%d-%d%n", &slot, &rank, &number, &end) == 3 &&
-                      rest.size() == static_cast<size_t>(end) && slot >= 0 && slot < kSlots;
+  for (const auto& [name, slot, number] : SlotNames(slots->prefix_)) {
     absl::StatusOr<std::shared_ptr<SlotMemory>> memory = SlotMemory::Open(name);
     absl::Status sound = memory.status();
     if (sound.ok()) sound = (*memory)->ReadHeader().status();
-    if (!ours) sound = absl::DataLossError(absl::StrCat("/dev/shm", name, " is no slot's name"));
     if (sound.ok()) {
-      slots->made_ = std::max<int64_t>(slots->made_, number);  // names are not used again
+      slots->made_ = std::max(slots->made_.load(), number);  // names are not used again
       found[static_cast<size_t>(slot)].push_back(*std::move(memory));
     } else {
       LogWarning(
@@ -151,7 +165,9 @@ bool KeeperSlots::Suits(const Place& place, const Capacities& ranks) const {
   if (place.ranks.size() != ranks.size()) return false;
   return std::all_of(ranks.begin(), ranks.end(), [&](const auto& wanted) {
     const auto found = place.ranks.find(wanted.first);
-    return found != place.ranks.end() && found->second->capacity() >= wanted.second;
+    // Somebody may have removed it: trainers could not open it.
+    return found != place.ranks.end() && found->second->capacity() >= wanted.second &&
+           access(("/dev/shm" + found->second->name()).c_str(), F_OK) == 0;
   });
 }
 

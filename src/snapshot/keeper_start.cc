@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -41,9 +42,20 @@ absl::Status CheckOptions(const KeeperOptions& o) {
     return absl::InvalidArgumentError(
         absl::StrCat("node ", o.node, " is not one of ", o.nodes, " nodes"));
   }
-  if (o.nodes > 1 && static_cast<int>(o.peers.size()) != o.nodes) {
+  // A single node needs none, but may be told where to listen.
+  if (static_cast<int>(o.peers.size()) != o.nodes && !(o.nodes == 1 && o.peers.empty())) {
     return absl::InvalidArgumentError(absl::StrCat(
         "there are ", o.nodes, " nodes and ", o.peers.size(), " peers; name host:port of all"));
+  }
+  std::set<std::string> addresses;
+  for (const std::string& peer : o.peers) {
+    STRETTO_ASSIGN_OR_RETURN(const HostPort address, ParseHostPort(peer));
+    if (o.nodes == 1) continue;
+    if (address.port == 0 || !addresses.insert(peer).second) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "the peers have ", peer, address.port == 0 ? " with a port that nobody knows" : " twice",
+          "; give each node's keeper an address of its own"));
+    }
   }
   if (o.token.empty()) {
     return absl::InvalidArgumentError(
@@ -85,7 +97,7 @@ absl::StatusOr<net::Fd> ListenLocally(const std::string& path) {
   struct stat what = {};
   if (lstat(path.c_str(), &what) == 0) {
     if (!S_ISSOCK(what.st_mode)) {
-      return absl::AlreadyExistsError(
+      return absl::InvalidArgumentError(
           absl::StrCat(path, " exists and is no socket; choose another place for the keeper's"));
     }
     unlink(path.c_str());
@@ -124,7 +136,11 @@ absl::Status Keeper::Impl::Start(const ErasureCode& code) {
   // One keeper of a node. The file stays: removing it would let two others lock two of them.
   const std::string lock_path = options.socket + ".lock";
   lock = net::Fd(open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-  if (!lock.valid()) return IoError(errno, "open", lock_path);
+  if (!lock.valid()) {
+    return absl::InvalidArgumentError(absl::StrCat("the keeper's socket needs ", lock_path, ": ",
+                                                   std::strerror(errno),
+                                                   "; choose another place for it"));
+  }
   if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
     return absl::AlreadyExistsError(absl::StrCat("a keeper of job ", options.job, ", node ",
                                                  options.node, " runs already (", lock_path,
@@ -133,9 +149,6 @@ absl::Status Keeper::Impl::Start(const ErasureCode& code) {
   HostPort mine{"127.0.0.1", 0};
   if (!options.peers.empty()) {
     STRETTO_ASSIGN_OR_RETURN(mine, ParseHostPort(options.peers[options.node]));
-    for (const std::string& peer : options.peers) {
-      STRETTO_RETURN_IF_ERROR(ParseHostPort(peer).status());
-    }
   }
   // A node may be known to others under an address that it cannot bind.
   const std::string bind = net::IsLoopback(mine.host) ? mine.host : "0.0.0.0";

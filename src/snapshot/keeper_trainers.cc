@@ -126,8 +126,13 @@ void Keeper::Impl::Begin(Connection& c, int64_t epoch) {
   int slot = -1;
   std::string name, why;
   if (c.attempt != attempt || attached.count(c.rank) == 0) {
-    why = "another attempt to train has begun";
-  } else if (writing.slot >= 0 && epoch > writing.epoch) {
+    // Said aloud: a run that still trains has no snapshots from here on.
+    Refuse(c, absl::FailedPreconditionError(
+                  absl::StrCat("another run has come to the keeper of job ", options.job,
+                               " since; give each keepers of its own")));
+    return;
+  }
+  if (writing.slot >= 0 && epoch > writing.epoch) {
     // Some ranks are a snapshot behind. This one is passed over by them, too.
     why = "an older snapshot is still being written";
     if (epoch > writing.refused) {

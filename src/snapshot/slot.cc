@@ -264,15 +264,16 @@ absl::StatusOr<SlotHeader> SlotMemory::ReadHeader() const {
   if (std::memcmp(raw.magic, kMagic, sizeof(kMagic)) != 0) {
     return absl::DataLossError(absl::StrCat("/dev/shm", name_, " is no slot of a snapshot"));
   }
-  if (raw.version != kVersion) {
+  // Else a bit has flipped in it.
+  if (raw.version != kVersion && raw.checksum == ChecksumOf(raw)) {
     return absl::FailedPreconditionError(
         absl::StrCat("/dev/shm", name_, " has version ", raw.version, ", this program reads ",
                      kVersion, "; use keepers and trainers of one version"));
   }
-  const bool sane = raw.checksum == ChecksumOf(raw) && raw.capacity == capacity_ &&
-                    raw.state <= static_cast<uint32_t>(SlotState::kCommitted) &&
-                    raw.contents_bytes >= 0 && raw.payload_bytes >= raw.contents_bytes &&
-                    raw.payload_bytes <= capacity_;
+  const bool sane =
+      raw.version == kVersion && raw.checksum == ChecksumOf(raw) && raw.capacity == capacity_ &&
+      raw.state <= static_cast<uint32_t>(SlotState::kCommitted) && raw.contents_bytes >= 0 &&
+      raw.payload_bytes >= raw.contents_bytes && raw.payload_bytes <= capacity_;
   if (!sane) {
     return absl::DataLossError(absl::StrCat("/dev/shm", name_, " has a damaged header"));
   }

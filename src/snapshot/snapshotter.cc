@@ -311,7 +311,11 @@ absl::Status Snapshotter::Impl::ReadOwnPart() {
   if (!told.name.empty()) {
     SlotHeader header;
     SlotContents contents;
-    STRETTO_ASSIGN_OR_RETURN(const auto memory, OpenOwnPart(&header, &contents));
+    const auto opened = OpenOwnPart(&header, &contents);
+    if (absl::IsUnavailable(opened.status())) {  // the keeper, if it lives, has it made anew
+      return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " was removed"));
+    }
+    STRETTO_ASSIGN_OR_RETURN(const auto memory, opened);
     STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents, options.threads));
     snapshot.trainer_state = contents.trainer_state;
   } else {

@@ -141,7 +141,9 @@ absl::StatusOr<Keepers> Keepers::Start(const KeeperOptions& options, std::functi
 
 Keepers::~Keepers() {
   for (const Node& node : nodes_) {
-    if (node.pid > 0) kill(node.pid, SIGTERM);
+    if (node.pid <= 0) continue;
+    kill(node.pid, SIGTERM);
+    kill(node.pid, SIGCONT);  // who is stopped cannot clean up
   }
   const Clock::time_point deadline = Clock::now() + kLeave;
   for (const Node& node : nodes_) {

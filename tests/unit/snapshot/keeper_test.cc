@@ -14,6 +14,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "src/comm/socket.h"
+#include "src/snapshot/keeper_slots.h"
 #include "stretto/core/cut.h"
 #include "stretto/snapshot/checkpoint.h"
 #include "stretto/snapshot/slot.h"
@@ -445,6 +446,19 @@ TEST_F(Keepers, WhatIsGoneBetweenTellingAndRestoringIsUnavailable) {
   }
 }
 
+TEST_F(Keepers, ARemovedSlotIsLostAndMadeAnew) {
+  Start(3);
+  ASSERT_TRUE(TrainTo(3, 12).ok());
+  const int64_t step = Committed();
+  for (SlotMemory* slot : SlotsOf(1)) slot->Unlink();
+  const LogCapture log;
+  const absl::Status restored = ExpectRestored(3, step);
+  EXPECT_TRUE(restored.ok()) << restored;
+  EXPECT_THAT(log.text(), HasSubstr("was removed"));
+  ASSERT_TRUE(TrainTo(3, step + 8).ok());
+  EXPECT_GT(Committed(), step);
+}
+
 TEST_F(Keepers, WhatIsDamagedDoesNotServeToRebuild) {
   Start(4, 2, 2);
   ASSERT_TRUE(TrainTo(4, 12).ok());
@@ -526,6 +540,29 @@ TEST_F(Keepers, LeaveOtherFilesAlone) {
   std::ofstream(o.socket) << "text";
   EXPECT_THAT(Message(Keeper::Start(o).status()), HasSubstr("exists and is no socket"));
   EXPECT_EQ(std::filesystem::file_size(o.socket), 4u);
+}
+
+// Node PID of the job "test" has a name that this job's node 0 begins with.
+TEST_F(Keepers, LeaveSlotsOfJobsWithSimilarNamesAlone) {
+  Start(1);
+  ASSERT_TRUE(TrainTo(1, 4).ok());
+  const size_t slots = SlotsOf(0).size();
+  ASSERT_GT(slots, 0u);
+  snapshot_internal::UnlinkSlots(snapshot_internal::SlotNamePrefix("test", getpid()));
+  EXPECT_EQ(SlotsOf(0).size(), slots);
+}
+
+TEST_F(Keepers, RunsThatAnotherOneReplacesAreTold) {
+  Start(1);
+  const LogCapture log;
+  const absl::Status status = Train(1, [&](World&, RankState&, Snapshotter& snapshots) {
+    std::thread([&] { EXPECT_TRUE(TrainTo(1, 2).ok()); }).join();
+    snapshots.Capture(5, "{}");
+    snapshots.Wait();
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+  EXPECT_THAT(log.text(), HasSubstr("no snapshot of step 5: another run has come to the keeper"));
 }
 
 TEST_F(Keepers, TheBudgetIsKept) {

@@ -129,6 +129,7 @@ TEST_F(Slots, NoticeAnyFlippedByte) {
     }
     base[at] ^= std::byte{0x04};
     EXPECT_NE(Refusal(Mine()), "") << "byte " << at;
+    EXPECT_EQ(absl::IsDataLoss(slot_->ReadHeader().status()), at < 96) << "byte " << at;
     base[at] ^= std::byte{0x04};
   }
   base[4096 + 65] ^= std::byte{1};

@@ -325,6 +325,12 @@ TEST_F(RunProgram, SaysHowAKeeperEndedThatIsNotReady) {
   EXPECT_THAT(r.output, HasSubstr("was killed by SIGKILL before it was ready"));
   r = run("echo hello; sleep 100");
   EXPECT_THAT(r.output, HasSubstr("writes something else"));
+  // One that is stopped cleans up like any other.
+  r =
+      run("trap 'touch cleaned; exit' TERM; echo ready ${8##*:}; kill -STOP $$; "
+          "while sleep 0.01; do :; done");
+  EXPECT_EQ(r.code, 0) << r.output;
+  EXPECT_TRUE(std::filesystem::exists(Path("cleaned")));
   // Asked to stop while a keeper takes its time.
   r = run("sleep 100", "timeout --signal=TERM 1 ");
   EXPECT_EQ(r.code, 124) << r.output;  // timeout's own

@@ -367,6 +367,7 @@ int Snapshot(int argc, const char* const* argv) {
   if (!parsed.ok()) return Fail(parsed, kUsage);
   Results results;
   return RunInWorld([&](World& world) -> absl::Status {
+    STRETTO_RETURN_IF_ERROR(CheckOutput(world, json));
     STRETTO_RETURN_IF_ERROR(Measure(world, *config, options, &results));
     absl::Status written;
     if (world.rank() == 0) written = results.Write(json);

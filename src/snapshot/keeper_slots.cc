@@ -140,7 +140,7 @@ absl::Status KeeperSlots::AdoptSlot(int slot,
       return absl::FailedPreconditionError(
           absl::StrCat(where, " is of another snapshot or layout than the slot's other ranks'"));
     }
-    STRETTO_RETURN_IF_ERROR(part->VerifyData(contents));
+    STRETTO_RETURN_IF_ERROR(part->VerifyData(contents, threads_));
     total += part->capacity();
     RankPart known;
     known.rank = header.rank;
@@ -466,7 +466,7 @@ absl::Status KeeperSlots::Verify(int slot) const {
     if (memory == nullptr) return absl::InternalError("a slot lost its memory");
     STRETTO_ASSIGN_OR_RETURN(const SlotContents contents,
                              memory->ReadContents({job_, part.layout, part.rank}));
-    STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents));
+    STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents, threads_));
   }
   std::shared_ptr<Arena> parity;
   size_t bytes = 0;

@@ -335,13 +335,16 @@ absl::Status SlotMemory::VerifyData(const SlotContents& contents, int threads) c
   OnThreads(std::max(1, threads), "checksums of snapshots", [&](int) {
     for (size_t i = next.fetch_add(1); i < order.size(); i = next.fetch_add(1)) {
       const SlotEntry& entry = *order[i];
-      const uint64_t sum = XXH3_64bits(payload() + entry.offset, static_cast<size_t>(entry.bytes));
-      if (sum == entry.checksum) continue;
+      if (DataChecksum(entry) == entry.checksum) continue;
       const std::lock_guard<std::mutex> lock(mutex);
       if (damaged == nullptr || &entry < damaged) damaged = &entry;
     }
   });
   return damaged == nullptr ? absl::OkStatus() : Damaged(*damaged);
+}
+
+uint64_t SlotMemory::DataChecksum(const SlotEntry& entry) const {
+  return XXH3_64bits(payload() + entry.offset, static_cast<size_t>(entry.bytes));
 }
 
 absl::Status SlotMemory::Damaged(const SlotEntry& entry) const {

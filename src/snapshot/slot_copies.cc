@@ -1,7 +1,5 @@
 #include "src/snapshot/slot_copies.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -33,10 +31,6 @@ void ForPieces(int64_t begin, int64_t bytes, int64_t size, const Body& piece) {
     piece(begin, n);
     begin += n;
   }
-}
-
-uint64_t ChecksumOf(const SlotMemory& slot, const SlotEntry& entry) {
-  return XXH3_64bits(slot.payload() + entry.offset, static_cast<size_t>(entry.bytes));
 }
 
 }  // namespace
@@ -199,7 +193,7 @@ void SlotCopies::Finish(size_t i, const SlotMemory& slot, bool direct, SlotConte
   }
   if (unfinished_[piece.entry].fetch_sub(1) != 1) return;
   SlotEntry& entry = contents->entries[piece.entry];
-  entry.checksum = ChecksumOf(slot, entry);
+  entry.checksum = slot.DataChecksum(entry);
 }
 
 absl::Status SlotCopies::Capture(const std::shared_ptr<SlotMemory>& slot, SlotContents* contents) {

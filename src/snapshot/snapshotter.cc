@@ -132,7 +132,7 @@ struct Snapshotter::Impl {
   std::condition_variable changed;
   bool busy = false, end = false, broken = false;
   int64_t epoch = 0;
-  std::string trainer_state;
+  std::function<std::string()> trainer_state;
   std::vector<int64_t> missed;  // steps to be captured while another one was
   bool registering = false;     // what keeps the thread busy is no capture
   bool too_early = false;       // the last Capture
@@ -477,7 +477,7 @@ absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
     }
     return false;
   }
-  planned.trainer_state = trainer_state;
+  planned.trainer_state = trainer_state();
   SlotHeader header;
   absl::Status filled = copies->Capture(slot, &planned);
   copies->End();
@@ -493,7 +493,8 @@ absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
   return counts;
 }
 
-void Snapshotter::Capture(int64_t epoch, std::string trainer_state, const Event& after) {
+void Snapshotter::Capture(int64_t epoch, std::function<std::string()> trainer_state,
+                          const Event& after) {
   const std::lock_guard<std::mutex> lock(impl_->mutex);
   if (impl_->broken) return;
   impl_->too_early = false;

@@ -87,7 +87,10 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
 }
 
 void Trainer::Impl::Snapshot() {
-  if (snapshots != nullptr) snapshots->Capture(state.step, ToJson(state), stream->Record());
+  if (snapshots == nullptr) return;
+  // Written down by the other thread: this one has the next step to enqueue.
+  snapshots->Capture(
+      state.step, [saved = state] { return ToJson(saved); }, stream->Record());
 }
 
 void Trainer::Impl::WaitForSnapshot(int part) {

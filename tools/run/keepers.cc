@@ -115,6 +115,7 @@ absl::Status Keepers::StartNode(size_t n) {
       why = how;
     }
   }
+  End({&node});  // else it would count as one that runs
   return absl::UnavailableError(absl::StrCat("keeper ", n, " (", options.program, ") ", why,
                                              "; see its messages, or use --keepers 0"));
 }
@@ -139,24 +140,32 @@ absl::StatusOr<Keepers> Keepers::Start(const KeeperOptions& options, std::functi
   return keepers;
 }
 
-Keepers::~Keepers() {
-  for (const Node& node : nodes_) {
-    if (node.pid <= 0) continue;
-    kill(node.pid, SIGTERM);
-    kill(node.pid, SIGCONT);  // who is stopped cannot clean up
+void Keepers::End(const std::vector<Node*>& nodes) {
+  for (const Node* node : nodes) {
+    if (node->pid <= 0) continue;
+    kill(node->pid, SIGTERM);
+    kill(node->pid, SIGCONT);  // who is stopped cannot clean up
   }
   const Clock::time_point deadline = Clock::now() + kLeave;
-  for (const Node& node : nodes_) {
-    while (node.pid > 0 && waitpid(node.pid, nullptr, WNOHANG) == 0) {
+  for (Node* node : nodes) {
+    while (node->pid > 0 && waitpid(node->pid, nullptr, WNOHANG) == 0) {
       if (Clock::now() >= deadline) {
-        kill(node.pid, SIGKILL);
-        waitpid(node.pid, nullptr, 0);
+        kill(node->pid, SIGKILL);
+        waitpid(node->pid, nullptr, 0);
         break;
       }
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
-    if (node.output >= 0) close(node.output);
+    node->pid = -1;
+    if (node->output >= 0) close(node->output);
+    node->output = -1;
   }
+}
+
+Keepers::~Keepers() {
+  std::vector<Node*> all;
+  for (Node& node : nodes_) all.push_back(&node);
+  End(all);
 }
 
 int Keepers::Ended(pid_t pid) {

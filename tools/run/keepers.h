@@ -53,6 +53,8 @@ class Keepers {
     int output = -1;
   };
   absl::Status StartNode(size_t n);
+  // Ends and collects those that still run.
+  static void End(const std::vector<Node*>& nodes);
   std::vector<KeeperOptions> options_;  // one
   std::vector<Node> nodes_;
   std::function<bool()> asked_ = [] { return false; };

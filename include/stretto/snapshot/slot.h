@@ -102,7 +102,9 @@ class SlotMemory {
                                             SlotHeader* header = nullptr) const;
   // DATA_LOSS names the first tensor whose bytes are not those that were written.
   absl::Status VerifyData(const SlotContents& contents, int threads = 1) const;
-  // That error, for an entry of the contents.
+  // Of the bytes that the slot has of an entry of the contents: XXH3, 64 bits.
+  uint64_t DataChecksum(const SlotEntry& entry) const;
+  // What VerifyData says of an entry that does not fit its checksum.
   absl::Status Damaged(const SlotEntry& entry) const;
 
  private:

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -68,8 +69,8 @@ class Snapshotter {
   // do; the registry must live. Each tensor must not change until WaitForPart has returned for the
   // part of the update that it is in. When the keeper has no free slot, or an earlier snapshot is
   // not yet sealed, the step is passed over. A keeper that is gone ends snapshots with a warning,
-  // not training. `trainer_state` is a JSON object.
-  void Capture(int64_t epoch, std::string trainer_state, const Event& after = {});
+  // not training. `trainer_state` returns a JSON object; it is called in the snapshots' thread.
+  void Capture(int64_t epoch, std::function<std::string()> trainer_state, const Event& after = {});
   // Ranks that pass over different steps have no snapshot together, so all take the same ones:
   // every stride-th that Capture is called for. After each step each rank tells whether its last
   // Capture came too early, an older one being still under way (missed), and all call Adapt with

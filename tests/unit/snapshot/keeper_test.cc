@@ -160,7 +160,7 @@ class Keepers : public ::testing::Test {
         state.Set(step);
         const absl::Status met = world.Barrier(absl::StrCat("step ", step));
         if (!met.ok()) return met;
-        snapshots.Capture(step, absl::StrCat("{\"step\":", step, "}"));
+        snapshots.Capture(step, [step] { return absl::StrCat("{\"step\":", step, "}"); });
         snapshots.Wait();
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
       }
@@ -259,7 +259,7 @@ TEST_F(Keepers, WhatTravelsIsWhatTheCodeNeeds) {
         for (int64_t step = 10; step < 24; ++step) {
           state.Set(step);
           STRETTO_RETURN_IF_ERROR(world.Barrier(absl::StrCat("step ", step)));
-          snapshots.Capture(step, absl::StrCat("{\"step\":", step, "}"));
+          snapshots.Capture(step, [step] { return absl::StrCat("{\"step\":", step, "}"); });
           snapshots.Wait();
           std::this_thread::sleep_for(std::chrono::milliseconds(20));
         }
@@ -335,7 +335,7 @@ TEST_F(Keepers, ARankThatDiesWhileOthersSealLeavesTheOlderSnapshot) {
   const absl::Status died = Train(4, [&](World& world, RankState& state, Snapshotter& snapshots) {
     state.Set(step + 100);
     if (world.rank() == 2) return absl::OkStatus();  // never captures
-    snapshots.Capture(step + 100, "{}");
+    snapshots.Capture(step + 100, [] { return "{}"; });
     return absl::OkStatus();
   });
   ASSERT_TRUE(died.ok()) << died;
@@ -479,7 +479,7 @@ TEST_F(Keepers, MayDieUnderTrainersThatGoOn) {
   const absl::Status status = Train(1, [&](World&, RankState&, Snapshotter& snapshots) {
     Lose(0);
     for (int64_t step = 1; step < 4; ++step) {
-      snapshots.Capture(step, "{}");
+      snapshots.Capture(step, [] { return "{}"; });
       snapshots.Wait();
     }
     EXPECT_EQ(snapshots.stats().captured, 0);
@@ -557,7 +557,7 @@ TEST_F(Keepers, RunsThatAnotherOneReplacesAreTold) {
   const LogCapture log;
   const absl::Status status = Train(1, [&](World&, RankState&, Snapshotter& snapshots) {
     std::thread([&] { EXPECT_TRUE(TrainTo(1, 2).ok()); }).join();
-    snapshots.Capture(5, "{}");
+    snapshots.Capture(5, [] { return "{}"; });
     snapshots.Wait();
     return absl::OkStatus();
   });
@@ -575,7 +575,7 @@ TEST_F(Keepers, TheBudgetIsKept) {
   nodes_.push_back(std::make_unique<Node>(o));
   const absl::Status status = Train(1, [](World&, RankState& state, Snapshotter& snapshots) {
     for (int64_t step = 1; step < 5; ++step) {
-      snapshots.Capture(step, "{}");
+      snapshots.Capture(step, [] { return "{}"; });
       snapshots.Wait();
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
@@ -595,7 +595,7 @@ TEST_F(Keepers, AllRanksTakeTheSameStepsAndAsManyAsTheyCan) {
     // Nobody misses any more: one of three is tried, and after a while one of two, and all.
     int64_t step = 0;
     for (; snapshots.stats().stride > 1 && step < 2000; ++step) {
-      snapshots.Capture(step + 1, "{}");
+      snapshots.Capture(step + 1, [] { return "{}"; });
       snapshots.Wait();
       EXPECT_FALSE(snapshots.missed());
       snapshots.Adapt(false);

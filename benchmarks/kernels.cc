@@ -2,8 +2,8 @@
 // the matrix product of the same device in the same run.
 //
 // Bytes are those that a kernel has to move, each operand once; operations are multiplications and
-// additions of the products (attention: below the diagonal). Operands rotate through copies of
-// themselves that are larger than any cache, so that none of them is warm.
+// additions of the products (attention with a mask: below the diagonal). Operands rotate through
+// copies of themselves that are larger than any cache, so that none of them is warm.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -184,22 +184,24 @@ void AddFloat8(const Shapes& s, std::vector<Case>* cases) {
        [](ops::Context c, const Tensors& t) { ops::Float8Quantize(c, t[0], {}, t[1], t[2], {}); }});
 }
 
-void AddAttention(const Shapes& s, std::vector<Case>* cases) {
+void AddAttention(const Shapes& s, bool causal, std::vector<Case>* cases) {
   const int64_t length = std::min(s.length, s.tokens);
   const int64_t sequences = s.tokens / length;
   const int64_t tokens = sequences * length;
   const double pairs = static_cast<double>(sequences) * static_cast<double>(length) *
-                       static_cast<double>(length + 1) / 2;
+                       (causal ? static_cast<double>(length + 1) / 2 : static_cast<double>(length));
   const double flops = 4 * static_cast<double>(s.hidden) * pairs;
   const Operand qkv = {s.dtype, {tokens, s.qkv()}}, o = {s.dtype, {tokens, s.hidden}};
   const Operand statistics = {s.wide(), {tokens, s.heads}};
   const Operand cu = {DType::kI32, {sequences + 1}, [length](int64_t i) {
                         return static_cast<double>(i * length);
                       }};
-  const auto shape = [length, scale = 1 / std::sqrt(static_cast<double>(s.head_dim()))](Tensor t) {
+  const auto shape = [length, causal,
+                      scale = 1 / std::sqrt(static_cast<double>(s.head_dim()))](Tensor t) {
     AttentionShape shape;
     shape.cu_q = shape.cu_k = t;
     shape.max_q = shape.max_k = shape.uniform = length;
+    shape.causal = causal;
     shape.scale = scale;
     return shape;
   };
@@ -208,7 +210,8 @@ void AddAttention(const Shapes& s, std::vector<Case>* cases) {
     const int64_t first = i == 0 ? 0 : s.heads + (i - 1) * s.kv_heads;
     return t.Columns(first * s.head_dim(), heads * s.head_dim()).Heads(heads);
   };
-  const std::string label = absl::StrFormat("attention %dx%d", sequences, length);
+  const std::string label =
+      absl::StrFormat("attention %dx%d%s", sequences, length, causal ? "" : ", no mask");
   cases->push_back({label + " forward",
                     0,
                     flops,
@@ -617,7 +620,7 @@ absl::Status Run(const Options& o, Device device) {
   std::vector<Case> cases;
   AddProducts(o.shapes, &cases);
   if (bench.kernels().float8 != nullptr) AddFloat8(o.shapes, &cases);
-  AddAttention(o.shapes, &cases);
+  for (const bool causal : {true, false}) AddAttention(o.shapes, causal, &cases);
   AddRows(o.shapes, &cases);
   AddRotary(o.shapes, &cases);
   AddLoss(o.shapes, &cases);

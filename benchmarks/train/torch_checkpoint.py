@@ -49,11 +49,7 @@ def pinned_stager():
     if "async_stager" not in inspect.signature(dcp.async_save).parameters:
         return {}
     from torch.distributed.checkpoint import staging
-    if hasattr(staging, "DefaultStager"):
-        options = staging.StagingOptions(use_pinned_memory=True, use_shared_memory=True,
-                                         use_async_staging=False,
-                                         use_non_blocking_copy=True)
-        return {"async_stager": staging.DefaultStager(options)}
+    # Not DefaultStager, which PyTorch 2.11 closes behind the first save.
     return {"async_stager": staging.BlockingAsyncStager(cache_staged_state_dict=True)}
 
 
@@ -68,6 +64,8 @@ def main():
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"),
                         ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29531")):
         os.environ.setdefault(name, value)
+    if args.path is not None:
+        os.makedirs(args.path, exist_ok=True)
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl")  # saving talks among CPUs
     mesh = init_device_mesh("cuda", (dist.get_world_size(),))

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <climits>
 #include <cstring>
 #include <numeric>
 #include <thread>
@@ -231,37 +232,42 @@ absl::Status SlotCopies::Restore(const SlotMemory& slot, const SlotContents& con
     const std::byte* from;
     int64_t bytes;
   };
+  const bool host = options_.device.kind == DeviceKind::kCpu;
+  // Each thread has two places in the ring: it fills one while the device reads the other.
+  constexpr int64_t kLeast = 4096;
+  const int64_t ring = options_.chunks * options_.chunk_bytes;
+  const auto most = host ? INT_MAX : static_cast<int>(ring / (2 * kLeast));
+  const int threads = std::clamp(options_.restart_threads, 1, most);
+  const int64_t piece = host ? options_.chunk_bytes : ring / (2 * threads) / kLeast * kLeast;
   std::vector<Stretch> all;
   for (size_t i = 0; i < registry_.entries().size(); ++i) {
     const Tensor& local = registry_.entries()[i].local;
     const SlotEntry& entry = contents.entries[i];
     if (entry.bytes == 0 || entry.bytes != local.bytes()) continue;
-    ForPieces(0, entry.bytes, options_.chunk_bytes, [&](int64_t at, int64_t bytes) {
+    ForPieces(0, entry.bytes, piece, [&](int64_t at, int64_t bytes) {
       all.push_back({local.data + at, slot.payload() + entry.offset + at, bytes});
     });
   }
-  const bool host = options_.device.kind == DeviceKind::kCpu;
-  const int threads = host ? options_.threads : std::min(options_.threads, options_.chunks);
   std::atomic<size_t> next = 0;
   absl::Status usable;
-  OnThreads(std::max(1, threads), "restoring snapshots", [&](int thread) {
+  OnThreads(threads, "restoring snapshots", [&](int thread) {
     const absl::Status used = UseDevice(options_.device);
     if (thread == 0) usable = used;
-    for (size_t i = next.fetch_add(1); i < all.size(); i = next.fetch_add(1)) {
+    Event copied[2];
+    for (int64_t turn = 0;; ++turn) {
+      const size_t i = next.fetch_add(1);
+      if (i >= all.size()) return;
       const Stretch& s = all[i];
       if (host) {
         std::memcpy(s.to, s.from, static_cast<size_t>(s.bytes));
         continue;
       }
-      std::byte* const chunk = Chunk(static_cast<size_t>(thread));
-      std::memcpy(chunk, s.from, static_cast<size_t>(s.bytes));
-      Event copied;
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        CopyBytes(*side_, s.to, chunk, s.bytes);
-        copied = side_->Record();
-      }
-      WaitOnHost(copied);
+      std::byte* const place = ring_.data() + (2 * thread + turn % 2) * piece;
+      if (turn >= 2) WaitOnHost(copied[turn % 2]);
+      std::memcpy(place, s.from, static_cast<size_t>(s.bytes));
+      const std::lock_guard<std::mutex> lock(mutex_);
+      CopyBytes(*side_, s.to, place, s.bytes);
+      copied[turn % 2] = side_->Record();
     }
   });
   usable.Update(side_->Synchronize());

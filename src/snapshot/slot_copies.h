@@ -26,6 +26,7 @@ struct SlotCopyOptions {
   // Of checksums and of copies within host memory, beside the one that enqueues. As if the system
   // gave none: 0.
   int threads = 1;
+  int restart_threads = 1;  // of Restore
   // false: copies go through the ring also where a slot could be registered.
   bool direct = true;
   int64_t chunk_bytes =

@@ -126,6 +126,13 @@ struct Snapshotter::Impl {
   KeeperConnection keeper;
   Restorable told;
   std::optional<RestorableSnapshot> restorable;
+  // The part of it that lies on this node, mapped until it is restored or a step is captured.
+  struct OwnPart {
+    std::shared_ptr<SlotMemory> memory;
+    SlotHeader header;
+    SlotContents contents;
+  };
+  std::optional<OwnPart> own;
   std::map<int, std::shared_ptr<SlotMemory>> slots;  // that this rank has written
 
   std::mutex mutex;
@@ -158,8 +165,7 @@ struct Snapshotter::Impl {
   absl::Status FindRestorable(uint64_t attempt, int local_ranks);
   // The part that lies on this node, as the keeper told of it. What has changed since is DATA_LOSS;
   // UNAVAILABLE when its keeper has ended.
-  absl::StatusOr<std::shared_ptr<SlotMemory>> OpenOwnPart(SlotHeader* header,
-                                                          SlotContents* contents) const;
+  absl::StatusOr<OwnPart> OpenOwnPart() const;
   absl::Status ReadOwnPart();
   void TellDamage(const absl::Status& damage);
   void Loop();
@@ -239,6 +245,7 @@ absl::Status Snapshotter::Impl::Meet() {
 // What all ranks can restore; DATA_LOSS when what one has is damaged, which its keeper then knows.
 absl::Status Snapshotter::Impl::FindRestorable(uint64_t attempt, int local_ranks) {
   restorable.reset();
+  own.reset();
   told = Restorable();
   STRETTO_RETURN_IF_ERROR(world.Agree("attaching to the keepers", Attach(local_ranks, attempt)));
   wire::Writer found;
@@ -286,21 +293,21 @@ absl::Status Snapshotter::Impl::Attach(int local_ranks, uint64_t attempt) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::shared_ptr<SlotMemory>> Snapshotter::Impl::OpenOwnPart(
-    SlotHeader* header, SlotContents* contents) const {
+absl::StatusOr<Snapshotter::Impl::OwnPart> Snapshotter::Impl::OpenOwnPart() const {
   absl::StatusOr<std::shared_ptr<SlotMemory>> memory = SlotMemory::Open(told.name);
   if (absl::IsNotFound(memory.status())) {
     return absl::UnavailableError(absl::StrCat(std::string(memory.status().message()),
                                                "; its keeper has ended meanwhile: start again"));
   }
   STRETTO_RETURN_IF_ERROR(memory.status());
-  STRETTO_ASSIGN_OR_RETURN(*header, (*memory)->ReadHeader());
-  if (header->id != told.id) {
-    return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " holds step ", header->id.epoch,
-                                            ", not ", told.id.epoch));
+  OwnPart part = {*std::move(memory), {}, {}};
+  STRETTO_ASSIGN_OR_RETURN(part.header, part.memory->ReadHeader());
+  if (part.header.id != told.id) {
+    return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " holds step ",
+                                            part.header.id.epoch, ", not ", told.id.epoch));
   }
-  STRETTO_ASSIGN_OR_RETURN(*contents, (*memory)->ReadContents({keeper.job, 0, world.rank()}));
-  return memory;
+  STRETTO_ASSIGN_OR_RETURN(part.contents, part.memory->ReadContents({keeper.job, 0, world.rank()}));
+  return part;
 }
 
 // Checks it, so that Restore may trust it.
@@ -309,15 +316,13 @@ absl::Status Snapshotter::Impl::ReadOwnPart() {
   RestorableSnapshot snapshot;
   snapshot.epoch = told.id.epoch;
   if (!told.name.empty()) {
-    SlotHeader header;
-    SlotContents contents;
-    const auto opened = OpenOwnPart(&header, &contents);
+    absl::StatusOr<OwnPart> opened = OpenOwnPart();
     if (absl::IsUnavailable(opened.status())) {  // the keeper, if it lives, has it made anew
       return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " was removed"));
     }
-    STRETTO_ASSIGN_OR_RETURN(const auto memory, opened);
-    STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents, options.threads));
-    snapshot.trainer_state = contents.trainer_state;
+    STRETTO_ASSIGN_OR_RETURN(own, std::move(opened));
+    STRETTO_RETURN_IF_ERROR(own->memory->VerifyData(own->contents, options.restart_threads));
+    snapshot.trainer_state = own->contents.trainer_state;
   } else {
     BoxSource source(told, options.token, keeper.job);
     const absl::Status opened = source.Open();
@@ -341,9 +346,11 @@ absl::StatusOr<std::unique_ptr<Snapshotter>> Snapshotter::Create(World& world,
   Impl& i = *impl;
   i.stats.bytes = i.planned.data_bytes;
   const auto start = [&]() -> absl::Status {
-    STRETTO_ASSIGN_OR_RETURN(
-        i.copies, SlotCopies::Create(registry, i.planned,
-                                     {.device = i.options.device, .threads = i.options.threads}));
+    STRETTO_ASSIGN_OR_RETURN(i.copies,
+                             SlotCopies::Create(registry, i.planned,
+                                                {.device = i.options.device,
+                                                 .threads = i.options.threads,
+                                                 .restart_threads = i.options.restart_threads}));
     STRETTO_ASSIGN_OR_RETURN(i.thread, StartThread("snapshots", [&i] { i.Loop(); }));
     return absl::OkStatus();
   };
@@ -362,20 +369,23 @@ bool Snapshotter::lost() const { return impl_->told.lost; }
 absl::Status Snapshotter::Restore() {
   Impl& s = *impl_;
   if (!s.restorable) return absl::NotFoundError("the keepers hold no snapshot");
-  std::shared_ptr<SlotMemory> memory;
-  SlotContents contents;
-  if (!s.told.name.empty()) {
-    SlotHeader header;
-    STRETTO_ASSIGN_OR_RETURN(memory, s.OpenOwnPart(&header, &contents));
-    if (header.layout != s.layout || header.world_size != s.world.size()) memory.reset();
+  // Still mapped, as mapping anew costs as much as copying.
+  std::optional<Impl::OwnPart> own = std::exchange(s.own, std::nullopt);
+  if (own) {
+    STRETTO_ASSIGN_OR_RETURN(const SlotHeader now, own->memory->ReadHeader());
+    if (now.id != s.told.id) {
+      return absl::UnavailableError(absl::StrCat("/dev/shm", s.told.name, " holds step ",
+                                                 now.id.epoch, " meanwhile; start again"));
+    }
+    if (now.layout != s.layout || now.world_size != s.world.size()) own.reset();
   }
-  if (memory != nullptr) STRETTO_RETURN_IF_ERROR(s.copies->Restore(*memory, contents));
+  if (own) STRETTO_RETURN_IF_ERROR(s.copies->Restore(*own->memory, own->contents));
   std::optional<BoxSource> others;
   size_t index = 0;
   for (const StateEntry& entry : s.registry.entries()) {
     const size_t i = index++;
     if (entry.local.bytes() == 0) continue;
-    if (memory != nullptr && contents.entries[i].bytes == entry.local.bytes()) continue;
+    if (own && own->contents.entries[i].bytes == entry.local.bytes()) continue;
     if (!others) {
       others.emplace(s.told, s.options.token, s.keeper.job);
       STRETTO_RETURN_IF_ERROR(others->Open());
@@ -508,6 +518,7 @@ void Snapshotter::Capture(int64_t epoch, std::function<std::string()> trainer_st
     impl_->too_early = !impl_->registering;
     return;
   }
+  impl_->own.reset();  // not restored: an older step than the one that the run began with
   impl_->epoch = epoch;
   impl_->trainer_state = std::move(trainer_state);
   impl_->copies->Begin(after);

@@ -35,6 +35,7 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
   const bool cpu = options.device.kind == DeviceKind::kCpu;
   options.threads =
       cpu ? 1 : static_cast<int>(std::clamp<int64_t>(config.runtime.threads / 2, 1, 8));
+  options.restart_threads = static_cast<int>(std::clamp<int64_t>(config.runtime.threads, 1, 64));
   if (!options.keeper.empty() && !cpu) {
     STRETTO_RETURN_IF_ERROR(budget.Reserve(Resource::kHostMemory, "ring of snapshots",
                                            kSnapshotChunks * kSnapshotChunkBytes));

@@ -25,8 +25,9 @@ struct SnapshotterOptions {
   std::string token;  // of the job (STRETTO_JOB_TOKEN)
   // How long the keepers may take to agree, rebuilding included.
   std::chrono::milliseconds timeout = std::chrono::seconds(600);
-  Device device;    // whose streams write the registry's tensors
-  int threads = 1;  // for checksums, and for copies within host memory
+  Device device;            // whose streams write the registry's tensors
+  int threads = 1;          // for checksums, and for copies within host memory
+  int restart_threads = 1;  // for the same before the first step, when nothing else runs
 };
 
 struct SnapshotStats {

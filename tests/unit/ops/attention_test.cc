@@ -164,23 +164,35 @@ TEST_P(GpuAttentionTest, ManyTilesGiveTheLibrarysGradients) {
   for (const int64_t dim : {64, 128}) {
     for (const bool causal : {true, false}) {
       AttentionSizes sizes = {16, 8, dim, {0}, {0}, causal, 0.1, true};
-      for (int i = 0; i < 40; ++i) {
+      // Those of f32 are plain and slow.
+      const bool fast = run.dtype() == DType::kBF16;
+      for (int i = 0; i < (fast ? 40 : 8); ++i) {
         sizes.cu_q.push_back(sizes.cu_q.back() + 1 + (i * 131) % 700);
         sizes.cu_k.push_back(causal ? sizes.cu_q.back() : sizes.cu_k.back() + 1 + (i * 257) % 500);
       }
       Problem p(run, sizes);
       p.Forward(c);
-      std::vector<std::array<Values, 3>> results;
-      for (int again = 0; again < 4; ++again) {
-        const Choose first(again == 3 ? "cudnn" : "own");
+      const Buffer* const gradients[] = {&p.dq, &p.dk, &p.dv};
+      std::array<std::array<Values, 3>, 2> results;  // own, the library's
+      std::array<std::vector<std::byte>, 3> bytes;
+      for (int again = 0; again < (fast ? 30 : 2); ++again) {
+        const Choose first("own");
         p.Backward(c);
         run.ExpectOk();
-        results.push_back({p.dq.Read(), p.dk.Read(), p.dv.Read()});
+        for (size_t i = 0; i < 3; ++i) {
+          if (again == 0) {
+            bytes[i] = gradients[i]->bytes();
+            results[0][i] = gradients[i]->Read();
+          }
+          EXPECT_TRUE(gradients[i]->bytes() == bytes[i]) << dim << causal << i << again;
+        }
       }
-      EXPECT_TRUE(results[0] == results[1]) << dim << causal;  // without printing millions
-      EXPECT_TRUE(results[0] == results[2]) << dim << causal;
+      const Choose library("cudnn");
+      p.Backward(c);
+      run.ExpectOk();
+      for (size_t i = 0; i < 3; ++i) results[1][i] = gradients[i]->Read();
       for (size_t i = 0; i < 3; ++i) {
-        EXPECT_TRUE(Near(results[0][i], results[3][i], 2 * run.tolerance())) << i;
+        EXPECT_TRUE(Near(results[0][i], results[1][i], 2 * run.tolerance())) << i;
       }
     }
   }

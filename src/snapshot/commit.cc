@@ -299,10 +299,12 @@ int CommitProtocol::restorable() const {
 
 void CommitProtocol::Forget(int slot) {
   SlotRecord& record = slots_[static_cast<size_t>(slot)];
-  if (record.state < SlotState::kProtected) return;
+  if (record.state < SlotState::kSealed) return;
+  // Unless the round finds that enough of it, or of an older one, is left. What was SEALED only
+  // was promised to nobody.
+  if (record.state >= SlotState::kProtected) lost_ = true;
   Clear(&record);
   if (phase_ == Phase::kReady) phase_ = Phase::kRestoring;  // nobody reads what is older meanwhile
-  lost_ = true;  // unless the round finds that enough of it, or of an older one, is left
   Send(0, Kind::kAgain);
 }
 

@@ -441,6 +441,13 @@ void Keeper::Impl::Beat() {
   }
   if (now - last_beat < kBeat) return;
   last_beat = now;
+  for (int s = 0; s < kSlots; ++s) {
+    const SlotRecord& slot = protocol.slots()[static_cast<size_t>(s)];
+    if (slot.state < SlotState::kSealed) continue;
+    if (const absl::Status whole = slots->Whole(s); !whole.ok()) {
+      Damaged(SnapshotId(slot.id), std::string(whole.message()));
+    }
+  }
   for (Connection& c : connections) {
     if (c.role != KeeperRole::kKeeper) continue;
     wire::Writer beat;

@@ -47,6 +47,7 @@ struct Keeper::Impl {
     net::Clock::time_point since, heard;
     // Of a trainer.
     int rank = -1;
+    uint64_t run = 0;  // that has claimed the keeper
     uint64_t attempt = 0;
     bool waits = false;  // for what can be restored
   };
@@ -86,6 +87,7 @@ struct Keeper::Impl {
 
   // keeper_trainers.cc: trainers.
   void HandleTrainer(Connection& c, Kind kind, wire::Reader& frame);
+  void Claim(Connection& c, uint64_t run);
   void Attach(Connection& c, wire::Reader& frame);
   void Begin(Connection& c, int64_t epoch);
   void Seal(Connection& c, wire::Reader& frame);

@@ -165,8 +165,9 @@ bool KeeperSlots::Suits(const Place& place, const Capacities& ranks) const {
   if (place.ranks.size() != ranks.size()) return false;
   return std::all_of(ranks.begin(), ranks.end(), [&](const auto& wanted) {
     const auto found = place.ranks.find(wanted.first);
-    // Somebody may have removed it: trainers could not open it.
+    // Somebody may have removed it, so that trainers could not open it, or cut it short.
     return found != place.ranks.end() && found->second->capacity() >= wanted.second &&
+           found->second->Whole().ok() &&
            access(("/dev/shm" + found->second->name()).c_str(), F_OK) == 0;
   });
 }
@@ -406,8 +407,23 @@ absl::Status KeeperSlots::Read(const SnapshotId& id, SlotState least, int32_t wh
     to += span.bytes;
   }
   if (to != static_cast<std::byte*>(out) + bytes) return gone();
+  const absl::Status whole = WholeOf(memory);
   const std::lock_guard<std::mutex> lock(mutex_);
-  return holds(places_[s]) ? absl::OkStatus() : gone();
+  return holds(places_[s]) ? whole : gone();
+}
+
+absl::Status KeeperSlots::WholeOf(const std::map<int, std::shared_ptr<SlotMemory>>& ranks) {
+  for (const auto& [rank, memory] : ranks) STRETTO_RETURN_IF_ERROR(memory->Whole());
+  return absl::OkStatus();
+}
+
+absl::Status KeeperSlots::Whole(int slot) const {
+  std::map<int, std::shared_ptr<SlotMemory>> ranks;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ranks = places_[slot].ranks;
+  }
+  return WholeOf(ranks);
 }
 
 absl::Status KeeperSlots::WriteShard(int slot, int64_t offset, int64_t bytes,

@@ -60,13 +60,15 @@ class KeeperSlots {
   absl::StatusOr<std::byte*> MakeParity(int slot, int blocks, int64_t block_bytes);
 
   // Copies out of a slot, from any thread. NOT_FOUND unless it holds `id` in a state of at least
-  // `least` before and after. `what`: kWholeShard, a ParityBlock or a rank.
+  // `least` before and after; DATA_LOSS as Whole. `what`: kWholeShard, a ParityBlock or a rank.
   absl::Status Read(const SnapshotId& id, SlotState least, int32_t what, int64_t offset,
                     int64_t bytes, void* out) const;
   // Into the shard of a slot that nobody reads.
   absl::Status WriteShard(int slot, int64_t offset, int64_t bytes, const std::byte* from);
   // The parity is made: from here on Verify notices when it changes.
   void SealParity(int slot);
+  // DATA_LOSS when somebody has cut a rank's memory short.
+  absl::Status Whole(int slot) const;
   // Checksums of all ranks' parts and of the parity. DATA_LOSS names what is damaged.
   absl::Status Verify(int slot) const;
   // The same of the slot that holds `id`, before and after; NOT_FOUND unless it does.
@@ -99,6 +101,7 @@ class KeeperSlots {
                         std::map<int, std::shared_ptr<SlotMemory>>* made);
   bool Suits(const Place& place, const Capacities& ranks) const;
   void WriteHeaders(Place& place);
+  static absl::Status WholeOf(const std::map<int, std::shared_ptr<SlotMemory>>& ranks);
   // The parts of a shard, with mutex_ held.
   static std::vector<Span> Spans(const Place& place, int64_t offset, int64_t bytes);
 

@@ -60,7 +60,8 @@ absl::StatusOr<StateRegistry> RegistryOf(const SlotContents& contents, std::byte
   return registry;
 }
 
-// The files of one rank.
+// The files of one rank. DATA_LOSS when they may have other bytes than the rank has written: their
+// own digests would not tell.
 absl::Status WriteRank(const SlotMemory& memory, const SlotIdentity& identity,
                        const std::string& directory, std::vector<ManifestFile>* written) {
   STRETTO_ASSIGN_OR_RETURN(const SlotContents contents, memory.ReadContents(identity));
@@ -78,12 +79,13 @@ absl::Status WriteRank(const SlotMemory& memory, const SlotIdentity& identity,
     STRETTO_ASSIGN_OR_RETURN(const auto metadata, ShardMetadata(registry, files[k]));
     const std::string name =
         ShardFileName(identity.rank, static_cast<int>(k), static_cast<int>(files.size()));
-    STRETTO_ASSIGN_OR_RETURN(
-        const WrittenFile file,
-        WriteSafetensorsFile(absl::StrCat(directory, "/", name), items, metadata));
-    written->push_back({name, file.bytes, file.digest, identity.rank});
+    const absl::StatusOr<WrittenFile> file =
+        WriteSafetensorsFile(absl::StrCat(directory, "/", name), items, metadata);
+    STRETTO_RETURN_IF_ERROR(memory.Whole());  // else the system could not read it
+    STRETTO_RETURN_IF_ERROR(file.status());
+    written->push_back({name, file->bytes, file->digest, identity.rank});
   }
-  return absl::OkStatus();
+  return memory.VerifyData(contents);
 }
 
 }  // namespace
@@ -166,6 +168,7 @@ void Keeper::Impl::SpillMine(const SnapshotId& id) {
       writes_files = false;
       protocol.Hold(slot, false);
       Tell("spilled", id);
+      if (absl::IsDataLoss(told.status())) Damaged(id, told.message);
       TellSpilled(id, told.status(), files);
     });
   });

@@ -1,4 +1,5 @@
 // The keeper's side of trainers (snapshotter.h has theirs), and what the commit protocol wants.
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -16,6 +17,11 @@ using snapshot_internal::Restorable;
 
 void Keeper::Impl::HandleTrainer(Connection& c, Kind kind, wire::Reader& frame) {
   switch (kind) {
+    case Kind::kClaim: {
+      const auto run = frame.Int<uint64_t>();
+      if (frame.ok() && run != 0) Claim(c, run);
+      return;
+    }
     case Kind::kAttach:
       Attach(c, frame);
       return;
@@ -48,6 +54,26 @@ void Keeper::Impl::HandleTrainer(Connection& c, Kind kind, wire::Reader& frame) 
   }
 }
 
+// A keeper is one run's at a time: another one would end its snapshots, and overwrite what it would
+// go on from. All ranks of a run claim theirs before the first attaches, so that who is turned away
+// anywhere has changed nothing.
+void Keeper::Impl::Claim(Connection& c, uint64_t run) {
+  const auto others = std::count_if(connections.begin(), connections.end(), [&](const auto& o) {
+    return o.run != 0 && o.run != run && !o.broken;
+  });
+  if (others > 0) {
+    Refuse(c, absl::UnavailableError(absl::StrCat(
+                  "another run has ", others, others == 1 ? " rank" : " ranks",
+                  " with the keeper of job ", options.job, " on node ", options.node,
+                  "; start again when it has ended, or give each run keepers of its own --job")));
+    return;
+  }
+  c.run = run;
+  wire::Writer out;
+  out.Int(Kind::kOk);
+  Send(c, out);
+}
+
 // Trainers of one attempt come one by one. The first of a new attempt ends what an earlier one was
 // about, and lets all keepers agree anew.
 void Keeper::Impl::Attach(Connection& c, wire::Reader& frame) {
@@ -58,8 +84,8 @@ void Keeper::Impl::Attach(Connection& c, wire::Reader& frame) {
   part.layout = frame.Int<uint64_t>();
   const auto capacity = frame.Int<int64_t>();
   const auto number = frame.Int<uint64_t>();
-  if (!frame.ok() || part.rank < 0 || part.rank >= part.world_size || local < 1 || capacity < 0 ||
-      number == 0) {
+  if (!frame.ok() || c.run == 0 || part.rank < 0 || part.rank >= part.world_size || local < 1 ||
+      capacity < 0 || number == 0) {
     c.broken = true;
     return;
   }
@@ -126,10 +152,8 @@ void Keeper::Impl::Begin(Connection& c, int64_t epoch) {
   int slot = -1;
   std::string name, why;
   if (c.attempt != attempt || attached.count(c.rank) == 0) {
-    // Said aloud: a run that still trains has no snapshots from here on.
-    Refuse(c, absl::FailedPreconditionError(
-                  absl::StrCat("another run has come to the keeper of job ", options.job,
-                               " since; give each keepers of its own")));
+    Refuse(c, absl::FailedPreconditionError(absl::StrCat(
+                  "rank ", c.rank, " is not attached to the keeper of job ", options.job)));
     return;
   }
   if (writing.slot >= 0 && epoch > writing.epoch) {
@@ -177,7 +201,7 @@ void Keeper::Impl::Seal(Connection& c, wire::Reader& frame) {
                        writing.slot >= 0 && writing.pens.count(c.rank) > 0;
   if (current && whole && !writing.doomed) {
     const auto memory = slots->MemoryOf(writing.slot, c.rank);
-    if (memory != nullptr && part.contents_bytes >= 0 &&
+    if (memory != nullptr && memory->Whole().ok() && part.contents_bytes >= 0 &&
         part.contents_bytes <= part.payload_bytes && part.payload_bytes <= memory->capacity()) {
       const RankPart& known = attached[c.rank];
       part.rank = known.rank;
@@ -284,11 +308,12 @@ void Keeper::Impl::Act() {
   }
 }
 
-// What lies in a slot is not what was written: it is lost, as if it had never been here.
+// What lies in a slot is not what was written: it is lost, as if it had never been here. Whose
+// parity is being made is not promised yet, and given up by all.
 void Keeper::Impl::Damaged(const SnapshotId& id, const std::string& what) {
   for (int s = 0; s < kSlots; ++s) {
     const SlotRecord& slot = protocol.slots()[static_cast<size_t>(s)];
-    if (slot.id != id || slot.state < SlotState::kProtected) continue;
+    if (slot.id != id || slot.state < SlotState::kSealed) continue;
     LogWarning(absl::StrCat("the snapshot of step ", id.epoch, " is damaged on node ", options.node,
                             " and given up there: ", what));
     Tell("damaged", id);

@@ -17,7 +17,7 @@
 namespace stretto::snapshot_internal {
 
 inline constexpr uint32_t kKeeperMagic = 0x4b525453;  // "STRK"
-inline constexpr uint32_t kKeeperVersion = 2;
+inline constexpr uint32_t kKeeperVersion = 3;
 inline constexpr uint32_t kMostReadBytes = 8u << 20;
 
 enum class KeeperKind : uint8_t {
@@ -31,6 +31,7 @@ enum class KeeperKind : uint8_t {
   kSpill,    // of node 0: id; write it to disk
   kSpilled,  // id, status, files
   // From a trainer.
+  kClaim,    // a number of its run -> nothing; before kAttach
   kAttach,   // rank, world size, ranks on this node, layout, capacity, attempt -> Restorable
   kBegin,    // epoch -> slot (-1: none), name of the memory, why there is none
   kSeal,     // epoch, whether it is whole, sizes and checksum -> whether it counts

@@ -151,6 +151,7 @@ absl::Status BoxSource::Fill(const StateEntry& entry) {
     source.resize(static_cast<size_t>(from.bytes));
     STRETTO_RETURN_IF_ERROR(Fetch(part.node, part.rank, from.offset, from.bytes, source.data()));
     if (XXH3_64bits(source.data(), source.size()) != from.checksum) {
+      LetCheck(part.node);
       return absl::DataLossError(absl::StrCat("the bytes of ", entry.name, " of rank ", part.rank,
                                               " on node ", part.node,
                                               " are not those that were written"));

@@ -23,7 +23,7 @@ class BoxSource {
   // The trainer's state of the first part.
   const std::string& trainer_state() const { return trainer_state_; }
   // NOT_FOUND for a tensor, or a part of it, that nobody left; FAILED_PRECONDITION for another
-  // shape or type; DATA_LOSS for bytes that are not those that were written.
+  // shape or type; DATA_LOSS for bytes that are not those that were written, told as by Open.
   absl::Status Fill(const StateEntry& entry);
 
  private:

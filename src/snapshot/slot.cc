@@ -21,6 +21,7 @@
 #include "src/core/format.h"
 #include "src/core/start_thread.h"
 #include "src/snapshot/file_io.h"
+#include "src/snapshot/mapping_guard.h"
 
 namespace stretto {
 namespace {
@@ -146,15 +147,29 @@ absl::StatusOr<SlotContents> DecodeContents(const std::string& text, const std::
 // Memory.
 
 SlotMemory::SlotMemory(std::string name, std::byte* base, int64_t capacity)
-    : name_(std::move(name)), base_(base), capacity_(capacity) {}
+    : name_(std::move(name)),
+      base_(base),
+      capacity_(capacity),
+      guard_(std::make_unique<snapshot_internal::MappingGuard>(base, kPage + capacity)) {}
 
-SlotMemory::~SlotMemory() { munmap(base_, static_cast<size_t>(kPage + capacity_)); }
+SlotMemory::~SlotMemory() {
+  guard_.reset();
+  munmap(base_, static_cast<size_t>(kPage + capacity_));
+}
 
 int64_t SlotMemory::mapped_bytes() const {
   return (kPayloadOffset + capacity_ + kPage - 1) / kPage * kPage;
 }
 
 void SlotMemory::Unlink() { shm_unlink(name_.c_str()); }
+
+absl::Status SlotMemory::Whole() const {
+  const std::string path = "/dev/shm" + name_;
+  struct stat info = {};
+  const bool cut = stat(path.c_str(), &info) == 0 && info.st_size < kPage + capacity_;
+  if (!cut && !guard_->lost()) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat(path, " was cut short by somebody else"));
+}
 
 absl::StatusOr<std::shared_ptr<SlotMemory>> SlotMemory::Create(const std::string& name,
                                                                int64_t capacity) {
@@ -221,7 +236,7 @@ absl::Status SlotMemory::Prefault(int threads) {
       if (at >= bytes) return;
       const auto size = static_cast<size_t>(std::min(kPiece, bytes - at));
       if (madvise(base_ + at, size, MADV_POPULATE_WRITE) == 0) continue;
-      // Kernels before 5.14 do not know it; then a short file system shows by SIGBUS only.
+      // Kernels before 5.14 do not know it; then the guard notices a file system that is short.
       if (errno != EINVAL) {
         error = errno;
         return;
@@ -233,6 +248,7 @@ absl::Status SlotMemory::Prefault(int threads) {
     }
   };
   OnThreads(threads, "prefaulting snapshots", [&](int) { touch(); });
+  if (error == 0 && guard_->lost()) error = ENOSPC;
   if (error == 0) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat("no memory for a slot of a snapshot of ",
                                                    HumanBytes(bytes), ": ", std::strerror(error),
@@ -340,6 +356,7 @@ absl::Status SlotMemory::VerifyData(const SlotContents& contents, int threads) c
       if (damaged == nullptr || &entry < damaged) damaged = &entry;
     }
   });
+  STRETTO_RETURN_IF_ERROR(Whole());
   return damaged == nullptr ? absl::OkStatus() : Damaged(*damaged);
 }
 

@@ -37,6 +37,8 @@ using snapshot_internal::SlotCopies;
 
 // A keeper answers at once, save when it is asked what can be restored.
 constexpr std::chrono::milliseconds kPatience = std::chrono::seconds(30);
+// Ranks of this job that were killed may not be gone yet.
+constexpr std::chrono::milliseconds kLeaving = std::chrono::seconds(2);
 // Both slots of a node may be damaged, one after the other.
 constexpr int kMostRepairs = 4;
 // Somebody waits at a terminal.
@@ -161,6 +163,8 @@ struct Snapshotter::Impl {
   }
 
   absl::Status Meet();
+  // The keeper is this run's from here on. UNAVAILABLE while it is another one's.
+  absl::Status Claim(uint64_t run);
   absl::Status Attach(int local_ranks, uint64_t attempt);
   absl::Status FindRestorable(uint64_t attempt, int local_ranks);
   // The part that lies on this node, as the keeper told of it. What has changed since is DATA_LOSS;
@@ -231,6 +235,7 @@ absl::Status Snapshotter::Impl::Meet() {
                      keeper.nodes, "; start one keeper for each node that has ranks"));
   }
   STRETTO_RETURN_IF_ERROR(world.Agree("comparing the keepers of snapshots", status));
+  STRETTO_RETURN_IF_ERROR(world.Agree("claiming the keepers of snapshots", Claim(attempt)));
   for (int repairs = 0;; ++repairs) {
     // A number of its own for each time.
     const absl::Status found = FindRestorable(attempt + static_cast<uint64_t>(2 * repairs), local);
@@ -239,6 +244,18 @@ absl::Status Snapshotter::Impl::Meet() {
       LogWarning(absl::StrCat(std::string(found.message()),
                               "; the keepers look for it, or for an older one, anew"));
     }
+  }
+}
+
+absl::Status Snapshotter::Impl::Claim(uint64_t run) {
+  const net::Deadline deadline = net::After(kLeaving);
+  while (true) {
+    wire::Writer out;
+    out.Int(KeeperKind::kClaim).Int(run);
+    STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kPatience)));
+    const absl::Status claimed = ReceiveAnswer(keeper.fd, net::After(kPatience)).status();
+    if (claimed.ok() || net::Clock::now() >= deadline) return claimed;
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
   }
 }
 
@@ -440,10 +457,14 @@ absl::StatusOr<std::shared_ptr<SlotMemory>> Snapshotter::Impl::AskForSlot(int64_
   std::shared_ptr<SlotMemory>& memory = slots[slot];
   if (memory != nullptr && memory->name() == name) return memory;
   absl::StatusOr<std::shared_ptr<SlotMemory>> opened = SlotMemory::Open(name);
-  memory = opened.ok() ? *opened : nullptr;
-  if (!opened.ok()) {
+  // Cut short since the keeper gave it out, which makes it anew then.
+  const bool cut = absl::IsDataLoss(opened.status()) ||
+                   (opened.ok() && (*opened)->capacity() < planned.data_bytes);
+  memory = opened.ok() && !cut ? *opened : nullptr;
+  if (memory == nullptr) {
     STRETTO_RETURN_IF_ERROR(Seal(of_epoch, /*whole=*/false, {}).status());
   }
+  if (cut) return std::shared_ptr<SlotMemory>();
   return opened;
 }
 

@@ -128,7 +128,7 @@ class CommitProtocol {
   void Abandon(int slot);
   // The work of an action is done. `round` is the action's.
   void Protected(int slot, int64_t round);
-  // A slot that was PROTECTED or COMMITTED is damaged: another round decides without it.
+  // A slot that was SEALED or more is damaged: another round decides without it.
   void Forget(int slot);
   // While held, a committed slot is not given to Begin although a newer one exists (it is being
   // written to disk).

@@ -68,7 +68,12 @@ struct SlotHeader {
 };
 uint64_t HashOf(const std::string& text);
 
+namespace snapshot_internal {
+class MappingGuard;
+}
+
 // A mapping of a slot. Unmapping leaves the memory; Unlink ends it when nobody maps it any more.
+// Who cuts it short meanwhile ends no process: see Whole.
 class SlotMemory {
  public:
   // Makes the object /dev/shm`name`, readable by this user alone, with room for `capacity` bytes of
@@ -92,6 +97,8 @@ class SlotMemory {
   // by one thread), and where memory is short it is better to learn it here than by SIGBUS.
   absl::Status Prefault(int threads);
   void Unlink();
+  // DATA_LOSS when somebody has cut it short since it was mapped. What is gone reads as zeroes.
+  absl::Status Whole() const;
 
   void WriteHeader(const SlotHeader& header);
   // DATA_LOSS for a header that nobody finished; FAILED_PRECONDITION for another program version.
@@ -112,6 +119,7 @@ class SlotMemory {
   std::string name_;
   std::byte* base_;
   int64_t capacity_;
+  std::unique_ptr<snapshot_internal::MappingGuard> guard_;
 };
 
 // Page-locked host memory through which a trainer's copies from and to a device go where they do

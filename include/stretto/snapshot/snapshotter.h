@@ -50,7 +50,8 @@ class Snapshotter {
  public:
   // All ranks, each with the keeper of its node or all without one: null then. Attaches and waits
   // until the keepers have agreed on what can be restored, the same for all ranks.
-  // FAILED_PRECONDITION when some ranks have a keeper and others do not.
+  // FAILED_PRECONDITION when some ranks have a keeper and others do not; UNAVAILABLE while ranks of
+  // another run have it, which this one then leaves as it is.
   static absl::StatusOr<std::unique_ptr<Snapshotter>> Create(World& world,
                                                              const StateRegistry& registry,
                                                              SnapshotterOptions options);

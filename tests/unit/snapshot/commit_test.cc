@@ -354,14 +354,16 @@ class Explorer {
             kTrouble);
       }
       for (int s = 0; s < kSlots && state.left.damages > 0 && others_whole; ++s) {
-        if (node.protocol.slots()[s].state < SlotState::kProtected) continue;
+        const SlotState damaged = node.protocol.slots()[s].state;
+        if (damaged < SlotState::kSealed) continue;
         Try(
             state,
             [&](State& next) {
               --next.left.damages;
               auto& me = next.nodes[n];
               me.memory[s] = Memory();
-              me.whole = false;  // it may yet be promised by who has not heard of it
+              // It may yet be promised by who has not heard of it.
+              if (damaged >= SlotState::kProtected) me.whole = false;
               me.protocol.Forget(s);
               Act(next, n);
             },

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -415,6 +416,74 @@ TEST_F(Keepers, ADamagedTableIsRebuiltForAnotherLayout) {
   EXPECT_TRUE(restored.ok()) << restored;
 }
 
+// What they read of others' tensors is looked at when it comes. The next start finds it rebuilt.
+TEST_F(Keepers, DamagedBytesOfAnotherNodeAreToldToItsKeeper) {
+  Start(2);
+  ASSERT_TRUE(TrainTo(2, 12).ok());
+  const int64_t step = Committed();
+  ASSERT_GT(step, 0);
+  for (SlotMemory* slot : SlotsOf(1)) slot->payload()[100] ^= std::byte{1};
+  in_blocks_ = true;  // rank 1 is on node 0 now, and its part still on node 1
+  const LogCapture log;
+  const absl::Status damaged =
+      Train(4, [](World& world, RankState&, Snapshotter& snapshots) -> absl::Status {
+        const absl::Status restored = snapshots.Restore();
+        EXPECT_TRUE(restored.ok() || absl::IsDataLoss(restored)) << restored;
+        return world.Agree("restoring", restored);
+      });
+  EXPECT_TRUE(absl::IsDataLoss(damaged)) << damaged;
+  EXPECT_THAT(log.text(), HasSubstr("is damaged on node 1 and given up there"));
+  const absl::Status restored = ExpectRestored(4, step);
+  EXPECT_TRUE(restored.ok()) << restored;
+}
+
+// Else the keeper would end by SIGBUS where it reads.
+TEST_F(Keepers, MemoryThatSomebodyCutsShortIsDamaged) {
+  Start(3);
+  ASSERT_TRUE(TrainTo(3, 12).ok());
+  int64_t step = Committed();
+  ASSERT_GT(step, 0);
+  for (const int64_t bytes : {int64_t{0}, int64_t{8192}}) {
+    for (const SlotMemory* slot : SlotsOf(1)) {
+      ASSERT_EQ(truncate(("/dev/shm" + slot->name()).c_str(), bytes), 0);
+    }
+    const LogCapture log;
+    const absl::Status restored = ExpectRestored(3, step);
+    EXPECT_TRUE(restored.ok()) << restored;
+    EXPECT_THAT(log.text(), HasSubstr("is damaged on node 1 and given up there"));
+    ASSERT_TRUE(TrainTo(3, step + 8).ok());
+    EXPECT_GT(Committed(), step);
+    step = Committed();
+  }
+}
+
+TEST_F(Keepers, MemoryThatIsCutShortUnderTrainersIsMadeAnew) {
+  Start(1);
+  const absl::Status status =
+      Train(1, [&](World&, RankState& state, Snapshotter& snapshots) -> absl::Status {
+        int64_t taken = 0;
+        for (int64_t step = 1; step < 1000 && taken < 20; ++step) {
+          state.Set(step);
+          snapshots.Capture(step, [step] { return absl::StrCat("{\"step\":", step, "}"); });
+          if (step % 2 == 0) {
+            for (const auto& file : std::filesystem::directory_iterator("/dev/shm")) {
+              const std::string name = file.path().filename().string();
+              if (name.find(absl::StrCat("stretto-", job_, "-")) != 0) continue;
+              if (truncate(file.path().c_str(), 4096) != 0) {
+                EXPECT_EQ(errno, ENOENT);  // made anew just now
+              }
+            }
+          }
+          snapshots.Wait();
+          taken = snapshots.stats().captured;
+          std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        }
+        EXPECT_GE(taken, 20);
+        return absl::OkStatus();
+      });
+  EXPECT_TRUE(status.ok()) << status;
+}
+
 // Starting again helps there, so it must not look like something that was asked for and is not
 // there (ExitCodeOf).
 TEST_F(Keepers, WhatIsGoneBetweenTellingAndRestoringIsUnavailable) {
@@ -552,17 +621,32 @@ TEST_F(Keepers, LeaveSlotsOfJobsWithSimilarNamesAlone) {
   EXPECT_EQ(SlotsOf(0).size(), slots);
 }
 
-TEST_F(Keepers, RunsThatAnotherOneReplacesAreTold) {
-  Start(1);
-  const LogCapture log;
-  const absl::Status status = Train(1, [&](World&, RankState&, Snapshotter& snapshots) {
-    std::thread([&] { EXPECT_TRUE(TrainTo(1, 2).ok()); }).join();
-    snapshots.Capture(5, [] { return "{}"; });
-    snapshots.Wait();
-    return absl::OkStatus();
-  });
-  EXPECT_TRUE(status.ok()) << status;
-  EXPECT_THAT(log.text(), HasSubstr("no snapshot of step 5: another run has come to the keeper"));
+// A second run would end the snapshots of the first, and write over what it would go on from.
+TEST_F(Keepers, ASecondRunIsRefusedAndTheFirstGoesOn) {
+  Start(2);
+  const absl::Status status =
+      Train(2, [&](World& world, RankState& state, Snapshotter& snapshots) -> absl::Status {
+        if (world.rank() == 0) {
+          absl::Status second;
+          std::thread([&] { second = TrainTo(2, 2); }).join();
+          EXPECT_TRUE(absl::IsUnavailable(second)) << second;
+          EXPECT_THAT(Message(second), HasSubstr("another run has 1 rank with the keeper of job"));
+        }
+        for (int64_t step = 5; step < 15; ++step) {
+          state.Set(step);
+          STRETTO_RETURN_IF_ERROR(world.Barrier(absl::StrCat("step ", step)));
+          snapshots.Capture(step, [step] { return absl::StrCat("{\"step\":", step, "}"); });
+          snapshots.Wait();
+          std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        }
+        EXPECT_GT(snapshots.stats().captured, 0);
+        return absl::OkStatus();
+      });
+  ASSERT_TRUE(status.ok()) << status;
+  const int64_t step = Committed();
+  EXPECT_GE(step, 5);
+  const absl::Status restored = ExpectRestored(2, step);  // now that it has ended
+  EXPECT_TRUE(restored.ok()) << restored;
 }
 
 TEST_F(Keepers, TheBudgetIsKept) {

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -176,6 +177,28 @@ TEST(SlotContents, ALayoutIsBoxesAndRanks) {
   EXPECT_NE(LayoutHash(contents, 1, 2), hash);
   contents.entries[0].first_row = 2;
   EXPECT_NE(LayoutHash(contents, 0, 2), hash);
+}
+
+// Without a guard each of these accesses is a SIGBUS.
+TEST_F(Slots, ThatAreCutShortReadAsZeroesAndAreDamaged) {
+  ASSERT_TRUE(slot_->Prefault(1).ok());
+  Fill();
+  EXPECT_TRUE(slot_->Whole().ok());
+  const auto contents = slot_->ReadContents(Mine());
+  ASSERT_TRUE(contents.ok()) << contents.status();
+  ASSERT_EQ(truncate(("/dev/shm" + name_).c_str(), 0), 0);
+  EXPECT_THAT(Refusal(Mine()), HasSubstr("is no slot"));
+  EXPECT_THAT(Message(slot_->VerifyData(*contents)), HasSubstr("was cut short by somebody else"));
+  std::memset(slot_->payload(), 1, static_cast<size_t>(slot_->capacity()));
+  EXPECT_EQ(slot_->payload()[slot_->capacity() - 1], std::byte{1});
+  // Also where the file is as long again.
+  ASSERT_EQ(truncate(("/dev/shm" + name_).c_str(), 4096 + slot_->capacity()), 0);
+  EXPECT_TRUE(absl::IsDataLoss(slot_->Whole()));
+}
+
+using SlotsDeathTest = Slots;
+TEST_F(SlotsDeathTest, OtherBusErrorsEndTheProcess) {
+  EXPECT_EXIT(raise(SIGBUS), ::testing::KilledBySignal(SIGBUS), "");
 }
 
 }  // namespace

@@ -52,6 +52,7 @@ std::string Help() {
 
 absl::Status Results::Write(const std::string& path) const {
   if (path.empty()) return absl::OkStatus();
+  STRETTO_RETURN_IF_ERROR(CheckNoPipe(path));
   Json json = {{"program", "stretto-bench"},
                {"command", command},
                {"device", device},
@@ -83,6 +84,7 @@ absl::Status CheckWritable(const std::string& path) {
     std::remove(draft.c_str());
     return written;
   }
+  STRETTO_RETURN_IF_ERROR(CheckNoPipe(path));
   std::error_code ignored;
   if (std::filesystem::is_directory(path, ignored))
     errno = EISDIR;

@@ -330,6 +330,18 @@ TEST_F(Costs, FitChecksItsOutputFirst) {
     EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
     EXPECT_THAT(r.output, HasSubstr(absl::StrCat("opening the output: ", output)));
   }
+  ASSERT_EQ(Run("mkfifo pipe && ln -s pipe link").code, 0);
+  for (const std::string output : {"pipe", "link"}) {
+    const Result r = Bench("fit small.json --repetitions 1 --output " + output);
+    EXPECT_EQ(r.code, 2);
+    EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
+    EXPECT_THAT(r.output, HasSubstr(output + " is a pipe, which nobody may ever read"));
+  }
+  EXPECT_EQ(
+      Run("(" STRETTO_BENCH " fit small.json --repetitions 1 --output /dev/stdout; echo $?) | "
+          "tail -1")
+          .output,
+      "0\n");
   const Result full = Bench("fit small.json --repetitions 1 --output /dev/full");
   EXPECT_EQ(full.code, 1);
   EXPECT_THAT(full.output, HasSubstr("/dev/full could not be written"));
@@ -459,6 +471,7 @@ TEST_F(BenchProgram, VarlenComparesMeshes) {
   // Before anything is measured, which would take for ever, or waited for.
   ASSERT_EQ(Run("mkfifo pipe").code, 0);
   for (const auto& [option, sentence] : {std::pair("--json absent/v.json", "absent/v.json"),
+                                         std::pair("--json pipe", "pipe is a pipe"),
                                          std::pair("--lengths pipe", "no regular file but a pipe"),
                                          std::pair("--fit pipe", "no regular file but a pipe")}) {
     r = Bench(absl::StrCat(small, "--set steps=1000000 ", option));
@@ -472,6 +485,9 @@ TEST_F(BenchProgram, FileThatCannotBeWrittenIsAnError) {
   const Result r = Bench(absl::StrCat(kSmall, "--only rope --json absent/k.json"));
   EXPECT_EQ(r.code, 1);
   EXPECT_THAT(r.output, HasSubstr("cannot be written to absent/k.json"));
+  ASSERT_EQ(Run("mkfifo pipe").code, 0);
+  EXPECT_THAT(Bench(absl::StrCat(kSmall, "--only rope --json pipe")).output,
+              HasSubstr("pipe is a pipe"));
 }
 
 }  // namespace

@@ -12,13 +12,14 @@
 #   --batch N       kills of one run at most (default 25)
 #   --json FILE     where all trials go
 #                   (programs come from build/release, or from the directory in STRETTO_BUILD)
-# Exits with 1 when a trial has failed, or, of 100 trials or more, when a phase has less than 10 %.
+# Exits with 1 when a trial has failed, or, of 100 trials or more, when a phase has less than 10 %,
+# and with 2 when it was called wrongly.
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 source "$(dirname "$0")/common.sh"
 
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,16s/^# \{0,1\}//p' "$0"
+  sed -n '2,17s/^# \{0,1\}//p' "$0"
   exit 0
 fi
 build=${STRETTO_BUILD:-$root/build/release}

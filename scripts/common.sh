@@ -37,3 +37,8 @@ fail() {
   echo "$(basename "$0"): $*" >&2
   exit 1
 }
+# The same of a wrong call.
+refuse() {
+  echo "$(basename "$0"): $*" >&2
+  exit 2
+}

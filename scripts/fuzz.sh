@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
 seconds=${1:-60}
-[[ $seconds =~ ^[1-9][0-9]*$ ]] || fail "seconds must be a positive number, not '$seconds'"
+[[ $seconds =~ ^[1-9][0-9]*$ ]] || refuse "seconds must be a positive number, not '$seconds'"
 command -v clang++ > /dev/null ||
   fail "clang++ was not found; on Debian or Ubuntu: apt-get install clang libclang-rt-dev"
 readers=(fuzz_config fuzz_safetensors fuzz_token_file fuzz_tokenizer)

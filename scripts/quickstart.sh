@@ -17,17 +17,17 @@ config=$root/configs/quickstart.json
 while [ $# -gt 0 ]; do
   case $1 in
     --text | --output | --steps | --config)
-      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+      [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       declare "${1#--}=$2"
       shift 2
       ;;
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) fail "unknown option '$1'; see --help" ;;
+    *) refuse "unknown option '$1'; see --help" ;;
   esac
 done
-[ -z "$steps" ] || [[ $steps =~ ^[1-9][0-9]*$ ]] || fail "--steps must be a positive number, not '$steps'"
-[ -z "$text" ] || [ -r "$text" ] || fail "cannot read the text '$text'"
-[ -r "$config" ] || fail "cannot read the configuration '$config'"
+[ -z "$steps" ] || [[ $steps =~ ^[1-9][0-9]*$ ]] || refuse "--steps must be a positive number, not '$steps'"
+[ -z "$text" ] || [ -r "$text" ] || refuse "cannot read the text '$text'"
+[ -r "$config" ] || refuse "cannot read the configuration '$config'"
 [ -n "$output" ] || output=$root/runs/quickstart
 mkdir -p "$output"
 output=$(cd "$output" && pwd)

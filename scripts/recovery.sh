@@ -2,37 +2,49 @@
 # Seconds from SIGKILL of a rank to the first new step, by phase, on whatever device: with snapshots in
 # the memory of a keeper, and without, from a checkpoint on a disk whose cache is cold.
 #   scripts/recovery.sh [--config FILE] [--set section.name=value]... [--ranks N] [--after STEP]
-#                       [--launcher env|mpi] [--output DIR] [--build DIR]
+#                       [--launcher env|mpi] [--output DIR]
 #   --config FILE  what to train (default configs/quickstart.json); data and outputs are set here
 #   --ranks N      (default 1)
 #   --after STEP   kill after this step at the earliest (default 20)
 #   --output DIR   where everything goes (default runs/recovery); removed first. The checkpoint's disk
+#                  (programs come from build/release, or from the directory in STRETTO_BUILD)
 # On a GPU, 1.5 billion parameters and 32 Ki tokens a step:
 #   scripts/recovery.sh --config configs/bench_llama_1.5b_cuda.json --set batch.global=16
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
-output=$root/runs/recovery build=$root/build/release launcher=env ranks=1 after=20
-config=$root/configs/quickstart.json sets=()
+# shellcheck source=scripts/common.sh
+source "$(dirname "$0")/common.sh"
+
+output=$root/runs/recovery
+launcher='env'
+ranks=1
+after=20
+config=$root/configs/quickstart.json
+sets=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --config | --ranks | --after | --launcher | --output | --build)
-      [ $# -ge 2 ] || { echo "recovery.sh: $1 needs a value; see --help" >&2; exit 2; }
+    --config | --ranks | --after | --launcher | --output)
+      [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       declare "${1#--}=$2"
       shift 2
       ;;
     --set)
-      [ $# -ge 2 ] || { echo "recovery.sh: --set needs a value; see --help" >&2; exit 2; }
+      [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       sets+=(--set "$2")
       shift 2
       ;;
     -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) echo "recovery.sh: unknown option '$1'; see --help" >&2; exit 2 ;;
+    *) refuse "unknown option '$1'; see --help" ;;
   esac
 done
+for number in "$ranks" "$after"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || refuse "--ranks and --after must be positive numbers, not '$number'"
+done
+[[ $launcher =~ ^(env|mpi)$ ]] || refuse "--launcher must be env or mpi, not '$launcher'"
+[ -r "$config" ] || refuse "cannot read the configuration '$config'"
+[ -n "$output" ] || refuse "--output is empty; name a directory"
+build=${STRETTO_BUILD:-$root/build/release}
 for program in tools/stretto-run tools/stretto-keeper tools/stretto-tokenize examples/gpt/stretto-gpt; do
-  [ -x "$build/$program" ] && continue
-  echo "recovery.sh: $build/$program is missing; build it: cmake --build $build --target ${program##*/}" >&2
-  exit 2
+  [ -x "$build/$program" ] || fail "'$build/$program' is not there; build first (README.md)"
 done
 rm -rf "$output"
 mkdir -p "$output"
@@ -48,8 +60,8 @@ wait_for() {
   local deadline=$((SECONDS + $1)) what=$2
   shift 2
   until "$@"; do
-    kill -0 $job 2> /dev/null || { echo "recovery.sh: the job ended before $what; see $log" >&2; exit 1; }
-    [ $SECONDS -lt $deadline ] || { echo "recovery.sh: no $what in time; see $log" >&2; exit 1; }
+    kill -0 $job 2> /dev/null || fail "the job ended before $what; see $log"
+    [ $SECONDS -lt $deadline ] || fail "no $what in time; see $log"
     sleep 0.05
   done
 }

@@ -17,10 +17,10 @@ while [ $# -gt 0 ]; do
     --jobs) jobs=${2:-}; shift; [ $# -gt 0 ] && shift ;;
     --jobs=*) jobs=${1#--jobs=}; shift ;;
     -h | --help) sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) fail "unknown option '$1'; see --help" ;;
+    *) refuse "unknown option '$1'; see --help" ;;
   esac
 done
-[[ $jobs =~ ^[1-9][0-9]*$ ]] || fail "--jobs must be a positive number, not '$jobs'"
+[[ $jobs =~ ^[1-9][0-9]*$ ]] || refuse "--jobs must be a positive number, not '$jobs'"
 export CTEST_PARALLEL_LEVEL=$jobs CMAKE_BUILD_PARALLEL_LEVEL=$jobs
 
 # Configures and builds: build DIRECTORY "TARGETS" CMAKE_OPTIONS...

@@ -20,22 +20,22 @@ sets=()
 while [ $# -gt 0 ]; do
   case $1 in
     --ranks | --steps | --output)
-      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+      [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       declare "${1#--}=$2"
       shift 2
       ;;
     --set)
-      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+      [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       sets+=(--set "$2")
       shift 2
       ;;
     -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    -*) fail "unknown option '$1'; see --help" ;;
+    -*) refuse "unknown option '$1'; see --help" ;;
     *) files+=("$1"); shift ;;
   esac
 done
 for number in "$ranks" "$steps"; do
-  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "--ranks and --steps must be positive numbers, not '$number'"
+  [[ $number =~ ^[1-9][0-9]*$ ]] || refuse "--ranks and --steps must be positive numbers, not '$number'"
 done
 if [ ${#files[@]} -eq 0 ]; then
   while IFS= read -r -d '' file; do files+=("$file"); done < <(

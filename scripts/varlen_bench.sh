@@ -29,25 +29,25 @@ sets=()
 while [ $# -gt 0 ]; do
   case $1 in
     --ranks | --rate | --capacity | --steps | --rounds | --repetitions)
-      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+      [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       declare "${1#--}=$2"
       shift 2
       ;;
     --set)
-      [ $# -ge 2 ] || fail "$1 needs a value; see --help"
+      [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       sets+=(--set "$2")
       shift 2
       ;;
     --) shift; break ;;
     -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) fail "unknown option '$1'; see --help" ;;
+    *) refuse "unknown option '$1'; see --help" ;;
   esac
 done
 for number in "$ranks" "$capacity" "$steps" "$rounds"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] ||
-    fail "--ranks, --capacity, --steps and --rounds must be positive numbers, not '$number'"
+    refuse "--ranks, --capacity, --steps and --rounds must be positive numbers, not '$number'"
 done
-[[ $repetitions =~ ^[0-9]+$ ]] || fail "--repetitions must be a number, not '$repetitions'"
+[[ $repetitions =~ ^[0-9]+$ ]] || refuse "--repetitions must be a number, not '$repetitions'"
 build=${STRETTO_BUILD:-$root/build/release}
 program=$build/benchmarks/stretto-bench
 [ -x "$program" ] || fail "'$program' is not there; build first (README.md)"
@@ -83,7 +83,7 @@ if [ -z "$rate" ]; then
   run fit_and_measure "$root/scripts/mpirun.sh" "$ranks"
   exit
 fi
-[[ $rate =~ ^[1-9][0-9]*[kmg]?bit$ ]] || fail "--rate is '$rate'; give a rate such as 200mbit"
+[[ $rate =~ ^[1-9][0-9]*[kmg]?bit$ ]] || refuse "--rate is '$rate'; give a rate such as 200mbit"
 
 skip() {
   echo "SKIP: $*" >&2
@@ -93,7 +93,7 @@ skip() {
 for tool in ip tc; do
   command -v "$tool" > /dev/null || skip "there is no '$tool' here; install iproute2"
 done
-[ $((ranks % 2)) = 0 ] || fail "--rate halves the ranks between two namespaces; --ranks is $ranks"
+[ $((ranks % 2)) = 0 ] || refuse "--rate halves the ranks between two namespaces; --ranks is $ranks"
 inside() { ip netns exec "${names[$1]}" "${@:2}"; }
 link_up() {
   for name in "${names[@]}"; do ip netns add "$name" || return; done

@@ -424,9 +424,30 @@ def summary(trials, hits, failures, options):
     return "\n".join(text + failures)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"chaos.sh: {message}; see --help\n")
+
+
+def check_options(parser, options):
+    """Ends with one sentence about the first that makes no sense."""
+    for name, least in (("trials", 1), ("nodes", 1), ("ranks", 0), ("parity", 0), ("batch", 1)):
+        value = getattr(options, name)
+        if value < least:
+            parser.error(f"--{name} must be at least {least}, not {value}")
+    if options.ranks and options.ranks < options.nodes:
+        parser.error(f"--ranks must be at least --nodes, {options.nodes}, not {options.ranks}")
+    if options.parity >= options.nodes:
+        parser.error(f"--parity must be less than --nodes, {options.nodes}, not {options.parity}")
+    if not 0 <= options.node_share <= 1:
+        parser.error(f"--node-share must be 0 to 1, not {options.node_share}")
+    folder = os.path.dirname(os.path.abspath(options.json))
+    if options.json and (os.path.isdir(options.json) or not os.access(folder, os.W_OK)):
+        parser.error(f"--json {options.json} cannot be written")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--nodes", type=int, default=3, help="keepers")
@@ -439,6 +460,7 @@ def main():
     for name in ("stretto_run", "gpt", "tokenize", "keeper"):
         parser.add_argument(name)
     options = parser.parse_args()
+    check_options(parser, options)
     options.ranks = options.ranks or options.nodes
     options.steps = 8 * min(options.trials, options.batch) + 100
     random.seed(options.seed)

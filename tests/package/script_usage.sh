@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# What a script was called with wrongly is told in one sentence, and ends it with code 2:
+#   script_usage.sh SCRIPTS
+set -euo pipefail
+scripts=$1
+wrong() {
+  local said status=0
+  said=$("$scripts/$1" "${@:2}" 2>&1) || status=$?
+  if [ "$status" != 2 ] || [ "$(wc -l <<< "$said")" != 1 ] || [[ $said != "$1: "* ]]; then
+    echo "$*: code $status: $said"
+    exit 1
+  fi
+}
+for script in chaos.sh recovery.sh varlen.sh varlen_bench.sh quickstart.sh test.sh; do
+  wrong $script --unknown 1
+done
+for option in "--trials 0" "--trials x" "--nodes 0" "--nodes 3 --ranks 2" "--parity -1" \
+  "--nodes 3 --parity 3" "--node-share 1.5" "--node-share nan" "--batch 0" "--json /absent/file" \
+  "--json /"; do
+  # shellcheck disable=SC2086  # an option and its value
+  wrong chaos.sh $option
+done
+wrong recovery.sh --ranks 0
+wrong recovery.sh --set
+wrong recovery.sh --launcher srun
+wrong varlen_bench.sh --ranks 0
+wrong varlen_bench.sh --ranks
+wrong varlen_bench.sh --repetitions x
+wrong varlen_bench.sh --rate 5
+wrong varlen_bench.sh --rate 5mbit --ranks 3
+wrong varlen.sh --steps 0
+wrong quickstart.sh --steps 0
+wrong test.sh --jobs x
+wrong fuzz.sh x

@@ -16,6 +16,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "stretto/core/exit_code.h"
 #include "tools/run/process.h"
 
 namespace stretto {
@@ -23,54 +24,35 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kReady(30), kLeave(5);
+constexpr int kLook = 50;  // milliseconds
 
-// The port of "ready <port>". DEADLINE_EXCEEDED when it does not come in time, CANCELLED when it is
-// not waited for any more, UNAVAILABLE when the pipe ends before it or something else comes.
-absl::StatusOr<int> ReadReady(int descriptor, const std::function<bool()>& asked) {
-  constexpr int64_t kLook = 50;  // milliseconds
-  std::string text;
-  const Clock::time_point deadline = Clock::now() + kReady;
-  while (text.find('\n') == std::string::npos) {
-    const auto left =
-        std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-    struct pollfd watched = {.fd = descriptor, .events = POLLIN, .revents = 0};
-    if (left <= 0) {
-      return absl::DeadlineExceededError(
-          absl::StrCat("did not become ready within ", kReady.count(), " s"));
-    }
-    if (asked()) return absl::CancelledError("was not waited for");
-    if (poll(&watched, 1, static_cast<int>(std::min<int64_t>(left, kLook))) <= 0) continue;
-    char part[256];
-    const ssize_t n = read(descriptor, part, sizeof(part));
-    if (n <= 0) return absl::UnavailableError("ended before it was ready");
-    text.append(part, static_cast<size_t>(n));
-  }
-  int port = 0;
-  if (text.rfind("ready ", 0) != 0 ||
-      !absl::SimpleAtoi(text.substr(6, text.find('\n') - 6), &port)) {
-    return absl::UnavailableError("writes something else than \"ready PORT\"");
-  }
-  return port;
-}
-
-// How a process has ended that is about to; it is collected.
-std::string HowEnded(pid_t pid) {
+// How a process has ended that is about to; it is collected. FAILED_PRECONDITION for wrong usage,
+// and for a program that cannot be started.
+absl::Status HowEnded(pid_t pid) {
   int status = 0;
   const Clock::time_point deadline = Clock::now() + std::chrono::seconds(1);
   pid_t ended;
   while ((ended = waitpid(pid, &status, WNOHANG)) == 0) {
-    if (Clock::now() >= deadline) return "closed its output before it was ready";
+    if (Clock::now() >= deadline) {
+      return absl::UnavailableError("closed its output before it was ready");
+    }
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
-  if (ended < 0) return "ended before it was ready";  // somebody else was told how
-  return WIFSIGNALED(status)
-             ? absl::StrCat("was killed by ", SignalName(WTERMSIG(status)), " before it was ready")
-             : absl::StrCat("ended with code ", WEXITSTATUS(status), " before it was ready");
+  if (ended < 0) return absl::UnavailableError("ended before it was ready");  // others know how
+  if (WIFSIGNALED(status)) {
+    return absl::UnavailableError(
+        absl::StrCat("was killed by ", SignalName(WTERMSIG(status)), " before it was ready"));
+  }
+  const int code = WEXITSTATUS(status);
+  const std::string how = absl::StrCat("ended with code ", code, " before it was ready");
+  return code == kExitUsage || code == kCannotRun || code == kNoProgram
+             ? absl::FailedPreconditionError(how)
+             : absl::UnavailableError(how);
 }
 
 }  // namespace
 
-absl::Status Keepers::StartNode(size_t n) {
+absl::Status Keepers::Launch(size_t n) {
   const KeeperOptions& options = options_[0];
   Node& node = nodes_[n];
   std::vector<std::string> command = {options.program,
@@ -102,22 +84,59 @@ absl::Status Keepers::StartNode(size_t n) {
   if (node.output >= 0) close(node.output);
   node.pid = *pid;
   node.output = ends[0];
-  const absl::StatusOr<int> port = ReadReady(ends[0], asked_);
-  if (port.ok() && *port == node.port) return absl::OkStatus();
-  if (absl::IsCancelled(port.status())) return port.status();
-  std::string why(port.status().message());
-  if (port.ok()) {
-    why = absl::StrCat("listens on port ", *port, ", not on ", node.port, " as its peers expect");
-  } else if (absl::IsUnavailable(port.status())) {
-    const std::string how = HowEnded(node.pid);
-    if (kill(node.pid, 0) != 0) {
-      node.pid = -1;
-      why = how;
-    }
+  node.said.clear();
+  node.starting = true;
+  node.deadline = Clock::now() + kReady;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> Keepers::Look(Node& node, int milliseconds) {
+  if (Clock::now() >= node.deadline) {
+    return absl::DeadlineExceededError(
+        absl::StrCat("did not become ready within ", kReady.count(), " s"));
+  }
+  struct pollfd watched = {.fd = node.output, .events = POLLIN, .revents = 0};
+  if (poll(&watched, 1, milliseconds) <= 0) return false;
+  char part[256];
+  const ssize_t n = read(node.output, part, sizeof(part));
+  if (n <= 0) return absl::UnavailableError("ended before it was ready");
+  node.said.append(part, static_cast<size_t>(n));
+  const size_t end = node.said.find('\n');
+  if (end == std::string::npos) return false;
+  int port = 0;
+  if (node.said.rfind("ready ", 0) != 0 || !absl::SimpleAtoi(node.said.substr(6, end - 6), &port)) {
+    return absl::InternalError("writes something else than \"ready PORT\"");
+  }
+  if (port != node.port) {
+    return absl::InternalError(
+        absl::StrCat("listens on port ", port, ", not on ", node.port, " as its peers expect"));
+  }
+  node.starting = false;
+  return true;
+}
+
+std::string Keepers::Trouble(size_t n, const absl::Status& status) const {
+  return absl::StrCat("keeper ", n, " (", options_[0].program, ") ", std::string(status.message()),
+                      "; see its messages, or use --keepers 0");
+}
+
+absl::Status Keepers::StartNode(size_t n) {
+  STRETTO_RETURN_IF_ERROR(Launch(n));
+  Node& node = nodes_[n];
+  absl::StatusOr<bool> ready = false;
+  while (ready.ok() && !*ready) {
+    if (asked_()) return absl::CancelledError("was not waited for");
+    ready = Look(node, kLook);
+  }
+  if (ready.ok()) return absl::OkStatus();
+  absl::Status why = ready.status();
+  if (absl::IsUnavailable(why)) {
+    why = HowEnded(node.pid);
+    if (kill(node.pid, 0) != 0) node.pid = -1;
   }
   End({&node});  // else it would count as one that runs
-  return absl::UnavailableError(absl::StrCat("keeper ", n, " (", options.program, ") ", why,
-                                             "; see its messages, or use --keepers 0"));
+  return absl::Status(absl::IsFailedPrecondition(why) ? why.code() : absl::StatusCode::kUnavailable,
+                      Trouble(n, why));
 }
 
 absl::StatusOr<Keepers> Keepers::Start(const KeeperOptions& options, std::function<bool()> asked) {
@@ -157,6 +176,7 @@ void Keepers::End(const std::vector<Node*>& nodes) {
       std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
     node->pid = -1;
+    node->starting = false;
     if (node->output >= 0) close(node->output);
     node->output = -1;
   }
@@ -172,6 +192,7 @@ int Keepers::Ended(pid_t pid) {
   for (size_t n = 0; n < nodes_.size(); ++n) {
     if (nodes_[n].pid != pid) continue;
     nodes_[n].pid = -1;
+    nodes_[n].starting = false;
     return static_cast<int>(n);
   }
   return -1;
@@ -179,9 +200,27 @@ int Keepers::Ended(pid_t pid) {
 
 absl::Status Keepers::Restart() {
   for (size_t n = 0; n < nodes_.size(); ++n) {
-    if (nodes_[n].pid < 0) STRETTO_RETURN_IF_ERROR(StartNode(n));
+    if (nodes_[n].pid < 0) STRETTO_RETURN_IF_ERROR(Launch(n));
   }
   return absl::OkStatus();
+}
+
+absl::Status Keepers::Check() {
+  absl::Status trouble;
+  for (size_t n = 0; n < nodes_.size(); ++n) {
+    Node& node = nodes_[n];
+    if (!node.starting) continue;
+    const absl::Status looked = Look(node, 0).status();
+    if (looked.ok() || absl::IsUnavailable(looked)) continue;  // of its end Ended will hear
+    kill(node.pid, SIGKILL);
+    node.starting = false;
+    trouble.Update(absl::UnavailableError(Trouble(n, looked)));
+  }
+  return trouble;
+}
+
+bool Keepers::ready() const {
+  return std::none_of(nodes_.begin(), nodes_.end(), [](const Node& node) { return node.starting; });
 }
 
 std::vector<std::string> Keepers::addresses() const {

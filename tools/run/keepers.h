@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <functional>
 #include <set>
 #include <string>
@@ -24,9 +25,9 @@ struct KeeperOptions {
 class Keepers {
  public:
   Keepers() = default;
-  // Starts them and waits until all are ready. DEADLINE_EXCEEDED or UNAVAILABLE names the one that
-  // is not. STRETTO_JOB_TOKEN must be set. CANCELLED as soon as `asked` says that nobody waits for
-  // them any more, now or in Restart.
+  // Starts them and waits until all are ready. UNAVAILABLE names the one that is not,
+  // FAILED_PRECONDITION one that was called wrongly. STRETTO_JOB_TOKEN must be set. CANCELLED as
+  // soon as `asked` says that nobody waits for them any more.
   static absl::StatusOr<Keepers> Start(
       const KeeperOptions& options, std::function<bool()> asked = [] { return false; });
   ~Keepers();  // SIGTERM, and SIGKILL where that does not help
@@ -40,8 +41,11 @@ class Keepers {
 
   // To be told of each child of this process that has ended; the number of a keeper, or -1.
   int Ended(pid_t pid);
-  // Starts those again that have ended: they ask the others for what is lost.
+  // Starts those again that have ended: they ask the others for what is lost. Does not wait.
   absl::Status Restart();
+  // Hears those that Restart has started. Ends the one that is not ready in time, and names it.
+  absl::Status Check();
+  bool ready() const;  // all that run are
 
   std::vector<std::string> addresses() const;
   std::set<pid_t> pids() const;
@@ -51,8 +55,16 @@ class Keepers {
     pid_t pid = -1;  // -1: ended
     int port = 0;
     int output = -1;
+    bool starting = false;
+    std::string said;  // since it was started
+    std::chrono::steady_clock::time_point deadline;
   };
   absl::Status StartNode(size_t n);
+  absl::Status Launch(size_t n);
+  // Whether it has said that it is ready, waiting for so long at most. DEADLINE_EXCEEDED when it
+  // is late, UNAVAILABLE when its output has ended, INTERNAL when it says something else.
+  static absl::StatusOr<bool> Look(Node& node, int milliseconds);
+  std::string Trouble(size_t n, const absl::Status& status) const;
   // Ends and collects those that still run.
   static void End(const std::vector<Node*>& nodes);
   std::vector<KeeperOptions> options_;  // one

@@ -90,7 +90,7 @@ absl::StatusOr<pid_t> Spawn(const std::vector<std::string>& command, const Spawn
   const int error = errno;
   std::fprintf(stderr, "stretto-run: cannot start %s: %s\n", argv[0], std::strerror(error));
   std::fflush(stderr);
-  _exit(error == EACCES ? 126 : 127);
+  _exit(error == EACCES ? kCannotRun : kNoProgram);
 }
 
 std::set<pid_t> Descendants(pid_t ancestor) {

@@ -21,9 +21,10 @@ struct SpawnOptions {
   int error = -1;           // the same for standard error
   int parent_death = 0;     // signal that the process gets when this one ends; 0: none
 };
+inline constexpr int kCannotRun = 126, kNoProgram = 127;  // exit codes, as of a shell
 // Starts a program in a process group of its own, with no standard input and all signals as a shell
-// would leave them. A program that cannot be started ends with code 127 (126: not executable), as
-// in a shell, after a sentence on its standard error.
+// would leave them. A program that cannot be started ends with kNoProgram (kCannotRun: not
+// executable) after a sentence on its standard error.
 absl::StatusOr<pid_t> Spawn(const std::vector<std::string>& command, const SpawnOptions& options);
 
 // All that descend from `ancestor` and have not ended. With BecomeReaper in the ancestor these are

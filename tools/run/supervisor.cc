@@ -24,6 +24,7 @@
 #include "absl/strings/str_format.h"
 #include "src/comm/socket.h"
 #include "src/observe/file.h"
+#include "stretto/core/exit_code.h"
 #include "tools/files.h"
 #include "tools/run/flight.h"
 #include "tools/run/incident.h"
@@ -156,12 +157,16 @@ void Supervisor::Collect() {
       Say(absl::StrCat("keeper ", keeper, " has ended",
                        again ? "; it starts again" : ", too often to be started again"));
       absl::Status started = again ? keepers_->Restart() : absl::OkStatus();
-      while (!started.ok() && !absl::IsCancelled(started)) {
+      while (!started.ok()) {
         Say(std::string(started.message()));
         if (++keeper_ends_ > kKeeperEnds) break;
         started = keepers_->Restart();
       }
     }
+  }
+  if (!keepers_) return;
+  if (const absl::Status ready = keepers_->Check(); !ready.ok()) {
+    Say(std::string(ready.message()));
   }
 }
 
@@ -477,13 +482,19 @@ int Supervisor::Run() {
   if (!ready.ok()) {
     KillDescendants(earlier_);
     Say(std::string(ready.message()));
-    return kGaveUp;
+    return ExitCodeOf(ready);
   }
   while (true) {
     noticed_ = 0;
+    // Ranks that find none would fail.
+    const auto ready_or_asked = [this] {
+      return !keepers_ || keepers_->ready() || stop_signal_ != 0;
+    };
+    while (!ready_or_asked() && !interrupted_) WaitFor(1, ready_or_asked);
+    if (interrupted_ || stop_signal_ != 0) return EndBeforeRanks();
     const absl::Status started = StartJob();
     if (absl::IsCancelled(started)) return EndBeforeRanks();
-    if (!started.ok()) return Finish(kGaveUp, std::string(started.message()));
+    if (!started.ok()) return Finish(ExitCodeOf(started), std::string(started.message()));
     if (following_) incidents_.back().back_off = job_->started() - gone_;
     const Ending ending = Watch();
     if (following_ && ending != Ending::kFailed) Write(incidents_.back());

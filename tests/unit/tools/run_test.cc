@@ -26,6 +26,7 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 using State = RankFate::State;
 
 constexpr int kSaved = 75;
@@ -319,9 +320,14 @@ TEST_F(RunProgram, SaysHowAKeeperEndedThatIsNotReady) {
     return Run(wrap + STRETTO_RUN " --launcher env --keepers 1 --keeper ./keeper.sh -- true 2>&1");
   };
   Result r = run("exit 2");
-  EXPECT_EQ(r.code, 1);
+  EXPECT_EQ(r.code, 2);
   EXPECT_THAT(r.output, HasSubstr("(./keeper.sh) ended with code 2 before it was ready"));
+  EXPECT_EQ(run("exit 1").code, 1);
+  r = Run(STRETTO_RUN " --launcher env --keepers 1 --keeper ./missing -- true 2>&1");
+  EXPECT_EQ(r.code, 2);
+  EXPECT_THAT(r.output, HasSubstr("(./missing) ended with code 127"));
   r = run("kill -9 $$");
+  EXPECT_EQ(r.code, 1);
   EXPECT_THAT(r.output, HasSubstr("was killed by SIGKILL before it was ready"));
   r = run("echo hello; sleep 100");
   EXPECT_THAT(r.output, HasSubstr("writes something else"));
@@ -335,6 +341,22 @@ TEST_F(RunProgram, SaysHowAKeeperEndedThatIsNotReady) {
   r = run("sleep 100", "timeout --signal=TERM 1 ");
   EXPECT_EQ(r.code, 124) << r.output;  // timeout's own
   EXPECT_THAT(r.output, HasSubstr("asked to stop while no rank ran"));
+}
+
+// A keeper that starts again may take half a minute and never be ready, ten times.
+TEST_F(RunProgram, RanksAreWatchedWhileAKeeperStartsAgain) {
+  WriteText("keeper.sh",
+            "#!/bin/sh\n[ -e once ] && { echo $$ > again; exec sleep 300; }\n"
+            "touch once; echo ready ${8##*:}; until [ -e die ]; do sleep 0.01; done; exit 1\n");
+  std::filesystem::permissions(Path("keeper.sh"), std::filesystem::perms::owner_all);
+  const Result r = Run(STRETTO_RUN
+                       " --launcher env --keepers 1 --keeper ./keeper.sh --restarts 0 -- "
+                       "sh -c 'touch die; until [ -s again ]; do sleep 0.01; done; exit 3' 2>&1");
+  EXPECT_EQ(r.code, 1) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("keeper 0 has ended; it starts again"));
+  EXPECT_THAT(r.output, HasSubstr("rank 0 ended with code 3"));
+  EXPECT_THAT(r.output, Not(HasSubstr("did not become ready")));
+  EXPECT_NE(Run("kill -0 $(cat again) 2>&1").code, 0);
 }
 
 // Programs that know nothing of it.

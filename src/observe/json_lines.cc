@@ -79,7 +79,11 @@ std::string StepStatsJson(const StepStats& s, double unix_seconds) {
   } else {
     record["mfu_palm"] = nullptr;
   }
-  record["memory_bytes"] = s.memory_bytes;
+  if (s.memory_bytes > 0) {
+    record["memory_bytes"] = s.memory_bytes;
+  } else {
+    record["memory_bytes"] = nullptr;  // of a step that another process has done
+  }
   record["skipped"] = s.skipped;
   record["skipped_total"] = s.skipped_total;
   if (s.eval_loss) record["eval_loss"] = *s.eval_loss;

@@ -150,7 +150,9 @@ absl::Status TensorBoardSink::Write(const StepStats& s) {
   AppendScalar("perf/exposed_snapshot_ms", s.exposed_snapshot_ms, &summary);
   if (s.mfu_causal > 0) AppendScalar("perf/mfu_causal", s.mfu_causal, &summary);
   if (s.mfu_palm > 0) AppendScalar("perf/mfu_palm", s.mfu_palm, &summary);
-  AppendScalar("perf/memory_gib", static_cast<double>(s.memory_bytes) / (1 << 30), &summary);
+  if (s.memory_bytes > 0) {
+    AppendScalar("perf/memory_gib", static_cast<double>(s.memory_bytes) / (1 << 30), &summary);
+  }
   std::string event = EventHeader(s.step);
   AppendBytes(kEventSummary, summary, &event);
   return WriteAll(fd_, path_, Frame(event));

@@ -103,6 +103,8 @@ TEST(StepStatsJson, NothingThatIsNotANumber) {
   EXPECT_TRUE(j["grad_norm"].is_null());
   EXPECT_TRUE(j["eval_loss"].is_null());
   EXPECT_TRUE(j["mfu_causal"].is_null());  // unknown peak
+  s.memory_bytes = 0;
+  EXPECT_TRUE(Json::parse(StepStatsJson(s, 0))["memory_bytes"].is_null());
   EXPECT_FALSE(Json::parse(StepStatsJson(Stats(1), 0)).contains("eval_loss"));
 }
 

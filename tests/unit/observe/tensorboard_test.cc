@@ -121,6 +121,7 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
     s.step = step;
     s.loss = 0.5 + static_cast<double>(step);
     s.mfu_causal = step == 128 ? 0.25 : 0;
+    s.memory_bytes = step == 128 ? int64_t{3} << 30 : 0;
     if (step == 128) s.eval_loss = 3.5;
     ASSERT_TRUE((*sink)->Write(s).ok());
     s.eval_loss.reset();
@@ -142,6 +143,7 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
   EXPECT_EQ(scalars.at("train/loss"), 128.5f);
   EXPECT_EQ(scalars.at("eval/loss"), 3.5f);
   EXPECT_EQ(scalars.at("perf/mfu_causal"), 0.25f);
+  EXPECT_EQ(scalars.at("perf/memory_gib"), 3.0f);
   EXPECT_EQ(scalars.at("perf/exposed_data_ms"), 1.5f);
   EXPECT_EQ(scalars.at("perf/exposed_tensor_ms"), 0.75f);
   EXPECT_EQ(scalars.at("perf/exposed_context_ms"), 0.375f);
@@ -152,6 +154,7 @@ TEST(TensorBoardSink, WritesFramesThatParse) {
   EXPECT_EQ(other.at("train/loss"), 300000.5f);
   EXPECT_EQ(other.count("eval/loss"), 0u);
   EXPECT_EQ(other.count("perf/mfu_causal"), 0u);  // unknown is not zero
+  EXPECT_EQ(other.count("perf/memory_gib"), 0u);
   EXPECT_EQ(Load<int64_t>(ParseMessage(records[5]).find(2)->second, 0), 300000);
 
   // The checker itself: a flipped bit anywhere must be noticed.

@@ -20,9 +20,11 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "src/observe/file.h"
 #include "stretto/core/exit_code.h"
+#include "stretto/snapshot/commit.h"
 #include "stretto/snapshot/snapshotter.h"
 #include "tools/arguments.h"
 
@@ -62,6 +64,22 @@ class Observer {
   int descriptor_ = -1;
 };
 
+// KeeperEvent::what, but for the states of slots.
+constexpr const char* kEvents[] = {"seal",  "encode", "rebuild", "commit",  "pass",
+                                   "round", "spill",  "spilled", "damaged", "read"};
+
+absl::Status CheckEvent(const std::string& event) {
+  std::vector<std::string> names(std::begin(kEvents), std::end(kEvents));
+  for (const auto state :
+       {stretto::SlotState::kEmpty, stretto::SlotState::kWriting, stretto::SlotState::kSealed,
+        stretto::SlotState::kProtected, stretto::SlotState::kCommitted}) {
+    names.emplace_back(stretto::Name(state));
+  }
+  if (std::find(names.begin(), names.end(), event) != names.end()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("stretto-keeper: --slow knows no event '", event,
+                                                 "', only ", absl::StrJoin(names, ", ")));
+}
+
 // "encode=10,commit=5"
 absl::StatusOr<std::map<std::string, std::chrono::milliseconds>> ParsePauses(
     const std::string& text) {
@@ -75,6 +93,7 @@ absl::StatusOr<std::map<std::string, std::chrono::milliseconds>> ParsePauses(
       return absl::InvalidArgumentError(
           absl::StrCat("stretto-keeper: --slow must be EVENT=MILLISECONDS,..., not '", part, "'"));
     }
+    if (absl::Status known = CheckEvent(part.substr(0, equals)); !known.ok()) return known;
     pauses[part.substr(0, equals)] = std::chrono::milliseconds(milliseconds);
   }
   return pauses;
@@ -147,6 +166,11 @@ int main(int argc, char** argv) {
     std::printf("%s", arguments.Help().c_str());
     return 0;
   }
+  const bool asks = !arguments.FirstGiven({"ask"}).empty();
+  if (status.ok() && asks && ask.empty()) {
+    status = absl::InvalidArgumentError(
+        "stretto-keeper: --ask is empty; name a keeper's socket or host:port");
+  }
   constexpr int64_t kMost = 1 << 16;
   for (const int64_t value : {node, nodes, data, parity, keep, threads}) {
     if (status.ok() && (value < -1 || value > kMost)) {
@@ -185,8 +209,8 @@ int main(int argc, char** argv) {
       options.observer = observer;
     }
   }
-  if (status.ok()) status = ask.empty() ? Run(options) : Ask(ask, options.token);
+  if (status.ok()) status = asks ? Ask(ask, options.token) : Run(options);
   if (status.ok()) return 0;
   std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return absl::IsInvalidArgument(status) ? stretto::kExitUsage : stretto::kExitFailed;
+  return stretto::ExitCodeOf(status);
 }

@@ -306,6 +306,13 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   if (ranks < 1 || ranks > (1 << 20)) {
     return absl::InvalidArgumentError(absl::StrCat("--ranks must be 1 to 1048576, not ", ranks));
   }
+  const bool with_parity = !arguments.FirstGiven({"parity"}).empty();
+  if (with_parity && (keepers == 0 || parity < -1)) {
+    return absl::InvalidArgumentError(
+        keepers == 0
+            ? std::string("--parity goes with --keepers, which is missing")
+            : absl::StrCat("--parity must be at least 0, or -1 for the default, not ", parity));
+  }
   Summary s;
   s.ranks = static_cast<int>(ranks);
   STRETTO_RETURN_IF_ERROR(LoadConfig(arguments.rest()[0], sets, ConfigRef(&s.config)));

@@ -218,6 +218,8 @@ def adopt(scratch):
     refuses("--job", "a/b")
     refuses("--job", "a", "--node", "3")
     refuses("--job", "a", "--socket", f"{scratch}/s", "--slow", "encode")
+    refuses("--job", "a", "--socket", f"{scratch}/s", "--slow", "encod=1")
+    refuses("--job", "a", "--socket", f"{scratch}/s", "--ask", "")
     os.mkfifo(f"{scratch}/fifo")
     refuses("--job", "a", "--socket", f"{scratch}/s", "--trace", f"{scratch}/fifo")
     refuses("--job", "a", "--socket", f"{scratch}/s", "--peers", "127.0.0.1:1,127.0.0.1:2")
@@ -256,9 +258,10 @@ def adopt(scratch):
             fail("the losses differ")
         with open(f"{output}/metrics.jsonl") as f:
             records = [json.loads(line) for line in f]
-        times = [(r["step_ms"], r["exposed_snapshot_ms"]) for r in records]
-        if [i for i, t in enumerate(times, 1) if t == (None, None)] != [step]:
-            fail(f"the record of step {step} was written by the next run, but its times are {times}")
+        own = [(r["step_ms"], r["exposed_snapshot_ms"], r["memory_bytes"]) for r in records]
+        if [i for i, o in enumerate(own, 1) if o == (None, None, None)] != [step]:
+            fail(f"the record of step {step} was written by the next run, but its times and memory "
+                 f"are {own}")
         # A flipped byte in the newest, in one rank's part; and what is no slot.
         step, before = settled(nodes), slots_of(nodes, 0)
         path = before[-1][0]

@@ -310,6 +310,13 @@ TEST_F(PlanTool, SaysWhatIsWrong) {
   EXPECT_THAT(Plan("c.json --device-memory 80GX").output, HasSubstr("not '80GX'"));
   EXPECT_THAT(Plan("c.json --device-memory -1").output, HasSubstr("not '-1'"));
   EXPECT_THAT(Plan("c.json --ranks 0").output, HasSubstr("--ranks must be"));
+  EXPECT_THAT(Plan("c.json --parity 1").output, HasSubstr("--parity goes with --keepers"));
+  EXPECT_THAT(Plan("c.json --ranks 2 --keepers 2 --parity -5").output,
+              HasSubstr("--parity must be at least 0, or -1 for the default, not -5"));
+  EXPECT_THAT(Plan("c.json --ranks 2 --keepers 2 --parity 2").output,
+              HasSubstr("parity 2 leaves no data of 2 keepers"));
+  EXPECT_EQ(Plan("c.json --ranks 2 --keepers 2 --parity -1").output,
+            Plan("c.json --ranks 2 --keepers 2").output);
   EXPECT_THAT(Plan("c.json --ranks 65").output, HasSubstr("batch.global is 64"));
   EXPECT_THAT(Plan("c.json --set model.layer=3").output, HasSubstr("model.layers"));
   for (const char* mode : {"", " --suggest --gpus 1 --memory 80GiB"}) {

@@ -1,5 +1,6 @@
 // Finding, checking and loading checkpoints (stretto/snapshot/checkpoint.h).
 #include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <sstream>
@@ -34,6 +35,9 @@ using snapshot_internal::ReadConverted;
 using snapshot_internal::ReadManifest;
 using snapshot_internal::ShapeText;
 using snapshot_internal::StepPath;
+
+// Who else writes there (a keeper that is late) may remove what was listed for a newer one.
+constexpr int kMostLooks = 3;
 
 CheckpointInfo InfoOf(const std::string& path, const Manifest& manifest) {
   CheckpointInfo info;
@@ -218,48 +222,59 @@ absl::Status VerifyCheckpoint(const CheckpointInfo& info, Verify verify) {
 }
 
 absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(const std::string& directory, Verify verify) {
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<int64_t> steps, ListSteps(directory));
-  std::vector<int64_t> damaged;
-  for (const int64_t step : steps) {
-    const std::string path = StepPath(directory, step);
-    const absl::StatusOr<Manifest> manifest = ReadStep(directory, step);
-    absl::Status status = manifest.status();
-    if (status.ok()) {
-      CheckpointInfo info = InfoOf(path, *manifest);
-      status = VerifyCheckpoint(info, verify);
-      info.verified = verify == Verify::kDigests;
-      info.passed_over = damaged;
-      if (status.ok()) return info;
+  std::vector<int64_t> steps, damaged;
+  for (int look = 0; look < kMostLooks; ++look) {
+    STRETTO_ASSIGN_OR_RETURN(std::vector<int64_t> listed, ListSteps(directory));
+    if (look > 0 && listed == steps) break;
+    steps = std::move(listed);
+    damaged.clear();
+    for (const int64_t step : steps) {
+      const std::string path = StepPath(directory, step);
+      const absl::StatusOr<Manifest> manifest = ReadStep(directory, step);
+      absl::Status status = manifest.status();
+      if (status.ok()) {
+        CheckpointInfo info = InfoOf(path, *manifest);
+        status = VerifyCheckpoint(info, verify);
+        info.verified = verify == Verify::kDigests;
+        info.passed_over = damaged;
+        if (status.ok()) return info;
+      }
+      if (CannotRead(status)) return status;
+      damaged.push_back(step);
+      LogWarning(
+          absl::StrCat("checkpoint ", path, " is passed over: ", std::string(status.message())));
     }
-    if (CannotRead(status)) return status;
-    damaged.push_back(step);
-    LogWarning(
-        absl::StrCat("checkpoint ", path, " is passed over: ", std::string(status.message())));
   }
   return damaged.empty() ? NoneIn(directory) : NoneWholeIn(directory, damaged.size());
 }
 
-absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::string& directory) {
-  // Rank 0's list counts: what other ranks see may lag behind on a network file system.
-  std::vector<int64_t> steps;
+namespace {
+
+// Rank 0's list counts: what other ranks see may lag behind on a network file system.
+absl::StatusOr<std::vector<int64_t>> ListTogether(World& world, const std::string& directory) {
   std::string said;
   if (world.rank() == 0) {
     const absl::StatusOr<std::vector<int64_t>> listed = ListSteps(directory);
-    if (listed.ok()) {
-      steps = *listed;
-    } else if (!absl::IsNotFound(listed.status())) {
+    if (listed.ok() || absl::IsNotFound(listed.status())) {
+      said = "steps " + (listed.ok() ? absl::StrJoin(*listed, " ") : "");
+    } else {
       said = std::string(listed.status().message());
     }
   }
-  if (world.rank() == 0 && said.empty()) said = "steps " + absl::StrJoin(steps, " ");
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> lists,
                            world.AllGather("checkpoint candidates", said));
   if (!absl::StartsWith(lists[0], "steps ")) {
     return absl::UnavailableError(absl::StrCat("rank 0: ", lists[0]));
   }
   std::istringstream words(lists[0].substr(6));
+  return std::vector<int64_t>(std::istream_iterator<int64_t>(words), {});
+}
+
+// The first of these steps that is whole; NOT_FOUND: none is.
+absl::StatusOr<CheckpointInfo> FirstWhole(World& world, const std::string& directory,
+                                          const std::vector<int64_t>& steps) {
   std::vector<int64_t> damaged;
-  for (int64_t step = 0; words >> step;) {
+  for (const int64_t step : steps) {
     const std::string path = StepPath(directory, step);
     absl::StatusOr<Manifest> manifest = ReadStep(directory, step);
     absl::Status status = manifest.status();
@@ -294,7 +309,21 @@ absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::str
                               ": ", *bad));
     }
   }
-  return damaged.empty() ? NoneIn(directory) : NoneWholeIn(directory, damaged.size());
+  return NoneIn(directory);
+}
+
+}  // namespace
+
+absl::StatusOr<CheckpointInfo> FindNewestCheckpoint(World& world, const std::string& directory) {
+  std::vector<int64_t> steps;
+  for (int look = 0; look < kMostLooks; ++look) {
+    STRETTO_ASSIGN_OR_RETURN(std::vector<int64_t> listed, ListTogether(world, directory));
+    if (look > 0 && listed == steps) break;
+    steps = std::move(listed);
+    absl::StatusOr<CheckpointInfo> found = FirstWhole(world, directory, steps);
+    if (found.ok() || !absl::IsNotFound(found.status())) return found;
+  }
+  return steps.empty() ? NoneIn(directory) : NoneWholeIn(directory, steps.size());
 }
 
 absl::Status LoadCheckpoint(const CheckpointInfo& info, const StateRegistry& registry,

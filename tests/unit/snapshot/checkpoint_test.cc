@@ -244,6 +244,37 @@ TEST_F(CheckpointTest, ARenamedDirectoryIsNotTakenForAnotherStep) {
   EXPECT_THAT(log.text(), HasSubstr("holds step 1"));
 }
 
+// A keeper that is late commits a newer one and removes the one that was listed.
+TEST_F(CheckpointTest, WhatComesWhileTheListIsReadIsFound) {
+  for (const bool together : {false, true}) {
+    ASSERT_TRUE(SaveFrom(1, dir_.path(), {1, 2, 3}, true, 0).ok());
+    const std::string later = dir_.path() + "/later";
+    fs::rename(Step(3), later);
+    fs::resize_file(Step(2, ShardName(0)), 5);
+    bool changed = false;
+    SetLogSink([&](LogLevel, const std::string& line) {
+      if (changed || line.find("step-00000002 is passed over") == std::string::npos) return;
+      changed = true;
+      fs::rename(later, Step(3));
+      fs::remove_all(Step(1));
+    });
+    const auto find = [&](World& world) {
+      return together ? FindNewestCheckpoint(world, dir_.path())
+                      : FindNewestCheckpoint(dir_.path());
+    };
+    const absl::Status status = World::RunThreads(1, [&](World& world) -> absl::Status {
+      STRETTO_ASSIGN_OR_RETURN(const CheckpointInfo info, find(world));
+      EXPECT_EQ(info.step, 3);
+      return absl::OkStatus();
+    });
+    SetLogSink({});
+    EXPECT_TRUE(status.ok()) << status;
+    EXPECT_TRUE(changed);
+    fs::remove_all(Step(2));
+    fs::remove_all(Step(3));
+  }
+}
+
 TEST_F(CheckpointTest, AFlippedByteIsRefusedByName) {
   ASSERT_TRUE(SaveFrom(2, dir_.path(), {1, 2}).ok());
   FlipByte(Step(2, ShardName(1)), fs::file_size(Step(2, ShardName(1))) - 1);

@@ -47,6 +47,9 @@ absl::StatusOr<std::unique_ptr<TokenDataset>> TokenDataset::Open(const std::stri
 
 int64_t TokenDataset::samples() const { return impl_->samples; }
 int64_t TokenDataset::tokens() const { return impl_->shards.tokens(); }
+absl::StatusOr<uint64_t> TokenDataset::TokenFingerprint() const {
+  return impl_->shards.Fingerprint();
+}
 const DatasetOptions& TokenDataset::options() const { return impl_->options; }
 
 absl::Status TokenDataset::Append(int64_t index, PackedBatch* batch) const {

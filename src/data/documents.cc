@@ -95,6 +95,9 @@ int64_t DocumentDataset::length(int64_t document) const {
 uint64_t DocumentDataset::Fingerprint() const {
   return XXH64(impl_->lengths.data(), impl_->lengths.size() * sizeof(impl_->lengths[0]), 0);
 }
+absl::StatusOr<uint64_t> DocumentDataset::TokenFingerprint() const {
+  return impl_->shards.Fingerprint();
+}
 bool DocumentDataset::unseparated() const { return impl_->unseparated; }
 const DatasetOptions& DocumentDataset::options() const { return impl_->options; }
 

@@ -1,5 +1,7 @@
 #include "src/data/shards.h"
 
+#include <xxhash.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -48,14 +50,33 @@ size_t Shards::FileOf(int64_t place) const {
 }
 
 absl::Status Shards::Read(int64_t place, int64_t count, int32_t* ids) const {
+  return Read(place, count, vocabulary_, ids);
+}
+
+absl::Status Shards::Read(int64_t place, int64_t count, int64_t vocabulary, int32_t* ids) const {
   for (size_t f = FileOf(place); count > 0; ++f) {
     const int64_t n = std::min(count, starts_[f + 1] - place);
-    STRETTO_RETURN_IF_ERROR(files_[f].Read(place - starts_[f], n, vocabulary_, ids));
+    STRETTO_RETURN_IF_ERROR(files_[f].Read(place - starts_[f], n, vocabulary, ids));
     place += n;
     ids += n;
     count -= n;
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<uint64_t> Shards::Fingerprint() const {
+  constexpr int64_t kStretches = 64, kTokens = 1024;
+  const int64_t total = tokens();
+  std::vector<int32_t> ids(kTokens);
+  uint64_t hash = static_cast<uint64_t>(total);
+  for (int64_t s = 0; s < kStretches; ++s) {
+    const int64_t count = std::min(kTokens, total);
+    const int64_t place = (total - count) * s / (kStretches - 1);
+    // Whoever uses them says which ids are wrong.
+    STRETTO_RETURN_IF_ERROR(Read(place, count, /*vocabulary=*/0, ids.data()));
+    hash = XXH64(ids.data(), static_cast<size_t>(count) * sizeof(ids[0]), hash);
+  }
+  return hash;
 }
 
 }  // namespace stretto::internal

@@ -26,8 +26,12 @@ class Shards {
   size_t FileOf(int64_t place) const;
   // Tokens [place, place + count), all of which exist. Thread-safe.
   absl::Status Read(int64_t place, int64_t count, int32_t* ids) const;
+  // Of how many tokens there are and of a sample: 64 stretches of 1,024, evenly spread from the
+  // first token to the last. However they are cut into files.
+  absl::StatusOr<uint64_t> Fingerprint() const;
 
  private:
+  absl::Status Read(int64_t place, int64_t count, int64_t vocabulary, int32_t* ids) const;
   int64_t vocabulary_ = 0;
   std::vector<TokenFile> files_;
   std::vector<int64_t> starts_;

@@ -452,8 +452,7 @@ absl::Status Trainer::Impl::Restore() {
   }
 
   TrainerState restored;
-  const auto load = [&]() -> absl::Status {
-    const CheckpointInfo& info = *newest;
+  const auto load = [&](const CheckpointInfo& info) -> absl::Status {
     STRETTO_ASSIGN_OR_RETURN(const TrainerState saved,
                              ParseTrainerState(info.trainer_state, info.path));
     STRETTO_RETURN_IF_ERROR(SameRunAs(saved, info.path));
@@ -462,7 +461,16 @@ absl::Status Trainer::Impl::Restore() {
     restored = saved;
     return absl::OkStatus();
   };
-  STRETTO_RETURN_IF_ERROR(world.Agree("loading the checkpoint", load()));
+  absl::Status loaded = world.Agree("loading the checkpoint", load(*newest));
+  if (absl::IsNotFound(loaded) || absl::IsDataLoss(loaded)) {
+    // Keepers that were still writing to disk may have removed it for a newer one.
+    const auto newer = choose(directory, /*required=*/true);
+    if (newer.ok() && (*newer)->step > newest->step) {
+      newest = *newer;
+      loaded = world.Agree("loading the checkpoint", load(*newest));
+    }
+  }
+  STRETTO_RETURN_IF_ERROR(loaded);
   return Continue(restored, newest->path);
 }
 
@@ -538,6 +546,7 @@ absl::Status Trainer::Impl::SetUp() {
   set_up.Enter("arenas");
   WriteFacts();
   STRETTO_RETURN_IF_ERROR(world.Agree("opening the data", SetUpData()));
+  STRETTO_RETURN_IF_ERROR(world.Agree("comparing the data", CompareData()));
   set_up.Enter("data");
   STRETTO_RETURN_IF_ERROR(world.Agree("measuring the device", MeasurePeak()));
   set_up.Enter("peak");

@@ -11,18 +11,19 @@
 namespace stretto {
 namespace {
 
-// Refuses ranks whose documents have other lengths: each would plan differently.
-absl::Status SameLengthsEverywhere(World& world, const std::string& mine) {
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all, world.AllGather("documents", mine));
+// Refuses ranks that find something else in data.train than rank 0.
+absl::Status SameEverywhere(World& world, const std::string& what, const std::string& mine) {
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all, world.AllGather(what, mine));
   for (int r = 1; r < world.size(); ++r) {
     if (all[static_cast<size_t>(r)] == all[0]) continue;
-    return absl::FailedPreconditionError(
-        absl::StrCat("rank ", r,
-                     " finds documents of other lengths than rank 0 in data.train; "
-                     "give all machines the same token files"));
+    return absl::FailedPreconditionError(absl::StrCat("rank ", r, " finds ", what,
+                                                      " than rank 0 in data.train; "
+                                                      "give all machines the same token files"));
   }
   return absl::OkStatus();
 }
+
+std::string HexOf(uint64_t hash) { return absl::StrCat(absl::Hex(hash, absl::kZeroPad16)); }
 
 }  // namespace
 
@@ -48,9 +49,12 @@ absl::Status Trainer::Impl::SetUpData() {
   if (!config.data.validation.empty()) {
     STRETTO_ASSIGN_OR_RETURN(validation_data, TokenDataset::Open(config.data.validation, options));
   }
+  STRETTO_ASSIGN_OR_RETURN(const uint64_t tokens, documents != nullptr
+                                                      ? documents->TokenFingerprint()
+                                                      : train_data->TokenFingerprint());
+  state.tokens = HexOf(tokens);
   if (config.data.documents) {
-    state.documents = absl::StrCat(absl::Hex(documents->Fingerprint(), absl::kZeroPad16));
-    STRETTO_RETURN_IF_ERROR(SameLengthsEverywhere(world, state.documents));
+    state.documents = HexOf(documents->Fingerprint());
     if (documents->unseparated() && world.rank() == 0) {
       LogWarning(absl::StrCat(
           "no end of text (token ", options.end_of_text, " of tokenizer '", config.data.tokenizer,
@@ -69,6 +73,36 @@ absl::Status Trainer::Impl::SetUpData() {
                                                         .rank = dp_group.index,
                                                         .ranks = dp_group.size(),
                                                         .prefetch = config.data.prefetch}));
+  return absl::OkStatus();
+}
+
+absl::Status Trainer::Impl::CompareData() {
+  if (documents != nullptr) {  // else each would plan differently
+    STRETTO_RETURN_IF_ERROR(SameEverywhere(world, "documents of other lengths", state.documents));
+  }
+  return SameEverywhere(world, "other tokens", state.tokens);
+}
+
+absl::Status Trainer::Impl::SameRunAs(const TrainerState& saved, const std::string& source) const {
+  STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, source));
+  const auto differ = [](const std::string& before, const std::string& now) {
+    return !before.empty() && !now.empty() && before != now;
+  };
+  const bool lengths = differ(saved.documents, state.documents);
+  if (lengths || (config.data.documents && differ(saved.tokens, state.tokens))) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        source, " was written in a run on documents of other ", lengths ? "lengths" : "tokens",
+        " than those of data.train, '", config.data.train,
+        "', so that its steps would not go on with what they had not seen; name "
+        "the same token files, or choose another output for a new run"));
+  }
+  if (differ(saved.tokens, state.tokens) && world.rank() == 0) {
+    LogWarning(absl::StrCat(source,
+                            " was written in a run on other tokens than those of "
+                            "data.train, '",
+                            config.data.train, "': step ", saved.step + 1,
+                            " takes the samples that it would take in a run on these"));
+  }
   return absl::OkStatus();
 }
 

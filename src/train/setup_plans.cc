@@ -32,7 +32,14 @@ absl::Status Trainer::Impl::ChooseCosts(std::string* source) {
   const bool restored = !state.costs.empty();
   *source = restored ? absl::StrCat("the checkpoint (from '", state.costs_file, "')")
                      : absl::StrCat("'", file, "'");
-  if (file.empty()) return absl::OkStatus();
+  if (file.empty()) {
+    if (restored) {
+      LogInfo(absl::StrCat("documents are planned with the costs that ", *source,
+                           " holds, although parallel.cost_model is empty; to plan by FLOPs, "
+                           "begin a new run"));
+    }
+    return absl::OkStatus();
+  }
   const absl::StatusOr<CostModel> read = ReadCostModel(file);
   if (restored && file == state.costs_file) {
     // The file may have changed since, or be gone: steps are planned as they were.
@@ -127,18 +134,6 @@ absl::Status Trainer::Impl::ComparePlans(uint64_t hash) {
       " planned the documents in another way than the others (plan ", *common,
       "); check that all run the same program on the same token files"));
   return world.Agree("comparing plans", differ);
-}
-
-absl::Status Trainer::Impl::SameRunAs(const TrainerState& saved, const std::string& source) const {
-  STRETTO_RETURN_IF_ERROR(SameRun(saved.config, state.config, source));
-  if (saved.documents.empty() || state.documents.empty() || saved.documents == state.documents) {
-    return absl::OkStatus();
-  }
-  return absl::FailedPreconditionError(absl::StrCat(
-      source, " was written in a run on documents of other lengths than those of data.train, '",
-      config.data.train,
-      "', so that its steps would not go on with what they had not seen; name "
-      "the same token files, or choose another output for a new run"));
 }
 
 }  // namespace stretto

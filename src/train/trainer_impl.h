@@ -46,6 +46,7 @@ struct TrainerState {
   std::string config;   // resolved
   std::string output;   // absolute
   std::string choices;  // what the backend chose by measuring (KernelTable::export_choices)
+  std::string tokens;   // fingerprint of a sample of data.train (TokenFingerprint)
   // With data.documents: of their lengths, and what they cost (ToJson of a CostModel) by which
   // file; empty without a cost model.
   std::string documents, costs, costs_file;
@@ -193,13 +194,14 @@ struct Trainer::Impl {
   void WriteFacts() const;
   absl::Status SetUpModel();
   absl::Status SetUpData();
+  absl::Status CompareData();  // with that of the other ranks
   absl::Status SetUpPlans();
   // Rank 0: state.costs and state.costs_file become those of parallel.cost_model where that names
   // others than the checkpoint has. `source` names them.
   absl::Status ChooseCosts(std::string* source);
   // Refuses ranks whose next step is planned in another way, naming them. All ranks come here.
   absl::Status ComparePlans(uint64_t hash);
-  // SameRun, and the documents that a step takes.
+  // SameRun, and the documents that a step takes. Warns of other tokens where there are none.
   absl::Status SameRunAs(const TrainerState& saved, const std::string& source) const;
   absl::Status Restore();
   // Random parameters, where nothing was loaded.

@@ -19,6 +19,7 @@ std::string ToJson(const TrainerState& state) {
   if (!config.is_discarded()) j["config"] = std::move(config);
   if (!state.output.empty()) j["output"] = state.output;
   if (!state.choices.empty()) j["choices"] = state.choices;
+  if (!state.tokens.empty()) j["tokens"] = state.tokens;
   if (!state.documents.empty()) j["documents"] = state.documents;
   if (!state.costs.empty()) {
     // As it is written to files: members in the same order.
@@ -102,6 +103,7 @@ absl::StatusOr<TrainerState> ParseTrainerState(const std::string& json, const st
     const auto found = object.find(key);
     return found != object.end() && found->is_string() ? found->get<std::string>() : "";
   };
+  state.tokens = text(j, "tokens");
   state.documents = text(j, "documents");
   if (const auto costs = j.find("costs"); costs != j.end() && costs->is_object()) {
     state.costs = text(*costs, "model");

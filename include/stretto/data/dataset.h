@@ -45,6 +45,8 @@ class TokenDataset {
   ~TokenDataset();
   int64_t samples() const;
   int64_t tokens() const;
+  // Of the number of all tokens and a sample of them; see internal::Shards. Reads 64 stretches.
+  absl::StatusOr<uint64_t> TokenFingerprint() const;
   const DatasetOptions& options() const;
   // Appends sample `index` to `batch`, which is unchanged on error. INVALID_ARGUMENT names file and
   // position of an id outside the vocabulary. Safe from several threads on different batches;

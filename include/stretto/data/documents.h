@@ -35,6 +35,8 @@ class DocumentDataset {
   int64_t length(int64_t document) const;  // tokens
   // Of the lengths of all documents.
   uint64_t Fingerprint() const;
+  // Of the number of all tokens and a sample of them; see internal::Shards. Reads 64 stretches.
+  absl::StatusOr<uint64_t> TokenFingerprint() const;
   // Whether documents are told apart by a separator and there is none among the tokens.
   bool unseparated() const;
   const DatasetOptions& options() const;

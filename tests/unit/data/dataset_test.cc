@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 
+#include "stretto/data/documents.h"
 #include "unit/data/scratch.h"
 
 namespace stretto {
@@ -222,6 +223,30 @@ TEST_F(DatasetTest, RefusesInOneSentence) {
     ExpectOneSentence(status);
   }
   EXPECT_TRUE(TokenDataset::Open(Path("a.bin"), Options(2, -1)).ok());
+}
+
+// However they are cut into files; a change within the sample is noticed, and one more token.
+TEST_F(DatasetTest, TokensHaveAFingerprint) {
+  std::vector<uint16_t> ids(5000);
+  for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<uint16_t>(i * 31 % 97);
+  const auto fingerprint = [&](const std::string& pattern) {
+    const auto samples = TokenDataset::Open(pattern, Options(11, kEnd));
+    const auto documents = DocumentDataset::Open(pattern, Options(11, kEnd));
+    EXPECT_TRUE(samples.ok() && documents.ok());
+    EXPECT_EQ(*(*samples)->TokenFingerprint(), *(*documents)->TokenFingerprint());
+    return *(*samples)->TokenFingerprint();
+  };
+  const uint64_t first = fingerprint(WriteTokens16("a.bin", ids));
+  WriteTokens16("s_0.bin", {ids.begin(), ids.begin() + 1234});
+  WriteTokens16("s_1.bin", {ids.begin() + 1234, ids.end()});
+  EXPECT_EQ(fingerprint(Path("s_*.bin")), first);
+  for (const size_t at : {size_t{0}, size_t{2500}, ids.size() - 1}) {
+    std::vector<uint16_t> other = ids;
+    ++other[at];
+    EXPECT_NE(fingerprint(WriteTokens16("b.bin", other)), first) << at;
+  }
+  ids.push_back(1);
+  EXPECT_NE(fingerprint(WriteTokens16("b.bin", ids)), first);
 }
 
 }  // namespace

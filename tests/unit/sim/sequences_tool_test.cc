@@ -86,7 +86,8 @@ TEST_F(SequencesTool, SaysInOneSentenceWhatIsWrong) {
   ASSERT_EQ(mkfifo((folder_ + "/pipe").c_str(), 0600), 0);
   EXPECT_THAT(error("--file " + folder_ + "/pipe"), HasSubstr("no regular file but a pipe"));
   EXPECT_THAT(error("--fit " + folder_ + "/pipe"), HasSubstr("no regular file but a pipe"));
-  EXPECT_THAT(error("--method balanced --svg " + folder_ + "/pipe"), HasSubstr("is a pipe, which nobody"));
+  EXPECT_THAT(error("--method balanced --svg " + folder_ + "/pipe"),
+              HasSubstr("is a pipe, which nobody"));
   EXPECT_THAT(error("--file /dev/zero"), HasSubstr("no regular file but a device"));
   EXPECT_THAT(error("--pipelines 0"), HasSubstr("--pipelines must be 1 to 32768, not 0"));
   EXPECT_THAT(error("--pipelines 4"), HasSubstr("4 ranks"));

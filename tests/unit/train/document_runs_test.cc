@@ -1,18 +1,22 @@
 // Runs on documents that go on, or that must not: what decides their steps is kept and compared.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sched.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "nlohmann/json.hpp"
 #include "stretto/core/device_name.h"
 #include "stretto/core/exit_code.h"
+#include "stretto/core/log.h"
 #include "stretto/data/token_file.h"
 #include "stretto/plan/cost.h"
 #include "stretto/snapshot/checkpoint.h"
@@ -82,6 +86,47 @@ TEST(DocumentRuns, OtherTokenFilesDoNotGoOn) {
   EXPECT_THAT(std::string(refused.message()), HasSubstr("documents of other lengths"));
   EXPECT_THAT(std::string(refused.message()), HasSubstr("other.bin"));
   EXPECT_EQ(TrainerExitCode(refused), kExitUsage);
+  // Of the same lengths.
+  std::vector<int32_t> ids = GeneratedTokens(4000, 1);
+  for (int32_t& id : ids) id = id == 'e' ? 'o' : id;
+  ASSERT_TRUE(WriteTokenFile(config.data.train, ids, 257).ok());
+  const absl::Status others = RunTo(config, 4);
+  EXPECT_THAT(std::string(others.message()), HasSubstr("documents of other tokens"));
+  EXPECT_EQ(TrainerExitCode(others), kExitUsage);
+}
+
+// Each rank has a directory of its own, as machines have disks.
+TEST(DocumentRuns, RanksWithOtherTokensAreRefused) {
+  const ScratchDirectory directory;
+  std::vector<int32_t> ids = GeneratedTokens(4000, 1);
+  for (const char* disk : {"disk0", "disk1"}) {
+    std::filesystem::create_directory(directory / disk);
+    ASSERT_TRUE(WriteTokenFile(directory / disk + "/local.bin", ids, 257).ok());
+    for (int32_t& id : ids) id = id == 'e' ? 'o' : id;  // documents of the same lengths
+  }
+  const auto run = [&](TrainConfig config) {
+    config.data.train = "local.bin";
+    return World::RunThreads(2, [&](World& world) -> absl::Status {
+      absl::Status status;
+      std::thread([&] {
+        const std::string disk = directory / absl::StrCat("disk", world.rank());
+        EXPECT_EQ(unshare(CLONE_FS), 0);  // the thread's own, and that of those it starts
+        EXPECT_EQ(chdir(disk.c_str()), 0);
+        status = Trainer::Create(world, config).status();
+      }).join();
+      return status;
+    });
+  };
+  for (const bool documents : {false, true}) {
+    const absl::Status refused = run(documents ? Documents(directory) : TinyRun(directory));
+    EXPECT_THAT(std::string(refused.message()),
+                HasSubstr("rank 1 finds other tokens than rank 0 in data.train"));
+    EXPECT_EQ(TrainerExitCode(refused), kExitUsage);
+  }
+  // Whose file is not there does not wait for the others, nor they for it.
+  std::filesystem::remove(directory / "disk1/local.bin");
+  EXPECT_THAT(std::string(run(Documents(directory)).message()),
+              HasSubstr("rank 1 failed in opening the data"));
 }
 
 TEST(DocumentRuns, KeepTheirCosts) {
@@ -98,7 +143,12 @@ TEST(DocumentRuns, KeepTheirCosts) {
   EXPECT_EQ(SavedState(config)["costs"]["model"], first);
   // Without the file, and with another content under its name.
   config.parallel.cost_model = "";
+  std::string said;
+  SetLogSink([&](LogLevel, const std::string& line) { said += line + "\n"; });
   ASSERT_TRUE(RunTo(config, 2).ok());
+  SetLogSink({});
+  EXPECT_THAT(said, HasSubstr("costs that the checkpoint (from '" + (directory / "costs.json") +
+                              "') holds, although parallel.cost_model is empty"));
   EXPECT_EQ(SavedState(config)["costs"]["model"], first);
   costs.forward[0].per_pair *= 2;
   config.parallel.cost_model = directory / "costs.json";

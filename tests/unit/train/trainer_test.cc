@@ -6,9 +6,13 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <filesystem>
 #include <fstream>
+#include <utility>
+#include <vector>
 
 #include "stretto/core/exit_code.h"
+#include "stretto/core/log.h"
 #include "tests/support/training.h"
 
 namespace stretto {
@@ -233,6 +237,44 @@ TEST(Trainer, RefusesCheckpointWithAnotherDataOrder) {
   config.batch.global = 8;
   EXPECT_THAT(std::string(TrainOnThreads(2, config).status.message()),
               HasSubstr("batch.global = 11, not 8"));
+}
+
+// Going on with other tokens may be meant. Said once, also where the checkpoint is gone by then for
+// a newer one.
+TEST(Trainer, SaysThatItGoesOnWithOtherTokens) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.checkpoint.resume = "auto";
+  for (config.steps = 2; config.steps <= 4; config.steps += 2) {
+    ASSERT_TRUE(TrainOnThreads(1, config, {}, [](Trainer& t) { return t.Save(); }).status.ok());
+  }
+  const std::string step = directory / "run/checkpoints/step-0000000", later = directory / "later";
+  std::filesystem::rename(step + "4", later);
+  std::vector<std::string> said;
+  bool move = false;
+  SetLogSink([&](LogLevel, const std::string& line) {
+    if (line.find("other tokens") == std::string::npos) return;
+    said.push_back(line);
+    if (!std::exchange(move, false)) return;
+    std::filesystem::rename(later, step + "4");
+    std::filesystem::remove_all(step + "2");
+  });
+  config.steps = 3;
+  EXPECT_TRUE(TrainOnThreads(2, config).status.ok());
+  EXPECT_THAT(said, ::testing::IsEmpty());
+  config.data.train = directory / "other.bin";
+  ASSERT_TRUE(WriteTokenFile(config.data.train, testing::GeneratedTokens(4000, 9), 257).ok());
+  EXPECT_TRUE(TrainOnThreads(2, config).status.ok());
+  ASSERT_EQ(said.size(), 1u);
+  EXPECT_THAT(said[0], HasSubstr("step-00000002 was written in a run on other tokens"));
+  EXPECT_THAT(said[0], HasSubstr("other.bin"));
+  move = true;
+  config.steps = 6;
+  const RunRecord record = TrainOnThreads(1, config);
+  SetLogSink({});
+  ASSERT_TRUE(record.status.ok()) << record.status;
+  EXPECT_EQ(record.steps.front().step, 5);
+  EXPECT_FALSE(move);
 }
 
 // Settings that no tensor's shape shows.

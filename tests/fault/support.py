@@ -99,6 +99,13 @@ class Nodes:
         """The newest committed step that the node has."""
         return max((int(s) for s in re.findall(r"COMMITTED step (\d+)", self.ask(node))), default=0)
 
+    def settled(self):
+        """The committed steps, one where all nodes have the same; None while something is under way."""
+        texts = [self.ask(n) for n in range(self.count)]
+        if any(re.search(r"WRITING|SEALED|PROTECTED|ready 0", t) for t in texts):
+            return None
+        return {self.committed(n) for n in range(self.count)}
+
     def segments(self, node):
         return glob.glob(f"/dev/shm/stretto-{self.job}-{node}-*")
 

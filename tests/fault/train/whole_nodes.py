@@ -91,12 +91,7 @@ def newest(nodes, node):
 
 def settled(nodes):
     """The newest step that all nodes have committed, with nothing under way."""
-    def quiet():
-        texts = [nodes.ask(n) for n in range(nodes.count)]
-        if any(re.search(r"WRITING|SEALED|PROTECTED|ready 0", t) for t in texts):
-            return None
-        return {nodes.committed(n) for n in range(nodes.count)}
-    steps = wait_for(quiet, "the keepers to settle")
+    steps = wait_for(nodes.settled, "the keepers to settle")
     if len(steps) != 1 or steps == {0}:
         fail(f"the keepers have committed the steps {steps}")
     return steps.pop()

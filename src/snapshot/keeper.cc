@@ -64,6 +64,8 @@ Keeper::Impl::~Impl() {
   if (spiller.joinable()) spiller.join();
   for (Server& server : servers) server.thread.join();
   if (unix_socket.valid()) unlink(options.socket.c_str());
+  slots.reset();  // its names are the next one's as soon as that has the lock
+  if (lock.valid()) unlink(snapshot_internal::LockPath(options.socket).c_str());
 }
 
 void Keeper::Impl::Post(std::function<void()> task) {

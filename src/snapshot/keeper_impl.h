@@ -26,6 +26,11 @@
 
 namespace stretto {
 
+namespace snapshot_internal {
+// What the keeper of this socket locks.
+std::string LockPath(const std::string& socket);
+}  // namespace snapshot_internal
+
 // A status on its way to another thread, without the counted references inside.
 struct Told {
   explicit Told(const absl::Status& status) : code(status.code()), message(status.message()) {}

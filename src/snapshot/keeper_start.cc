@@ -24,6 +24,7 @@ using snapshot_internal::HostPort;
 using snapshot_internal::IoError;
 using snapshot_internal::KeeperSlots;
 using snapshot_internal::KeeperWork;
+using snapshot_internal::LockPath;
 using snapshot_internal::ParseHostPort;
 
 namespace {
@@ -112,7 +113,34 @@ absl::StatusOr<net::Fd> ListenLocally(const std::string& path) {
   return fd;
 }
 
+// One keeper of a node: who holds the lock on this file. It removes the file at its end, still
+// holding the lock, so another one may have opened the removed file and lock that, while a third
+// locks a new one: only the lock on the file that has the name counts. Who has that knows that the
+// name is its own until it removes it.
+absl::StatusOr<net::Fd> TakePlace(const KeeperOptions& o) {
+  const std::string path = LockPath(o.socket);
+  while (true) {
+    net::Fd lock(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+    if (!lock.valid()) {
+      return absl::InvalidArgumentError(absl::StrCat("the keeper's socket needs ", path, ": ",
+                                                     std::strerror(errno),
+                                                     "; choose another place for it"));
+    }
+    if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
+      return absl::AlreadyExistsError(absl::StrCat("a keeper of job ", o.job, ", node ", o.node,
+                                                   " runs already (", path, " is locked)"));
+    }
+    struct stat locked = {}, named = {};
+    if (fstat(lock.get(), &locked) == 0 && stat(path.c_str(), &named) == 0 &&
+        locked.st_ino == named.st_ino && locked.st_dev == named.st_dev) {
+      return lock;
+    }
+  }
+}
+
 }  // namespace
+
+std::string snapshot_internal::LockPath(const std::string& socket) { return socket + ".lock"; }
 
 std::string KeeperSocketPath(const std::string& job, int node) {
   return absl::StrCat("/tmp/stretto-", getuid(), "/", job, "-", node, ".sock");
@@ -133,19 +161,7 @@ absl::Status Keeper::Impl::Start(const ErasureCode& code) {
                        "--socket"));
     }
   }
-  // One keeper of a node. The file stays: removing it would let two others lock two of them.
-  const std::string lock_path = options.socket + ".lock";
-  lock = net::Fd(open(lock_path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
-  if (!lock.valid()) {
-    return absl::InvalidArgumentError(absl::StrCat("the keeper's socket needs ", lock_path, ": ",
-                                                   std::strerror(errno),
-                                                   "; choose another place for it"));
-  }
-  if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
-    return absl::AlreadyExistsError(absl::StrCat("a keeper of job ", options.job, ", node ",
-                                                 options.node, " runs already (", lock_path,
-                                                 " is locked)"));
-  }
+  STRETTO_ASSIGN_OR_RETURN(lock, TakePlace(options));
   HostPort mine{"127.0.0.1", 0};
   if (!options.peers.empty()) {
     STRETTO_ASSIGN_OR_RETURN(mine, ParseHostPort(options.peers[options.node]));

@@ -699,6 +699,35 @@ TEST_F(Keepers, LeaveNothingBehind) {
   for (const auto& file : std::filesystem::directory_iterator("/dev/shm")) {
     EXPECT_THAT(file.path().string(), Not(HasSubstr(job_)));
   }
+  EXPECT_TRUE(std::filesystem::is_empty(scratch_.path()));
+}
+
+// Those that end remove the file that others lock.
+TEST_F(Keepers, AreOneAtATimeInTheirPlace) {
+  KeeperOptions o;
+  o.job = absl::StrCat("test-", getpid());
+  o.token = "secret";
+  o.socket = scratch_.File("node0");
+  std::atomic<int> there = 0, started = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 8; ++t) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 1000; ++i) {
+        const auto keeper = Keeper::Start(o);
+        if (!keeper.ok()) {
+          EXPECT_TRUE(absl::IsAlreadyExists(keeper.status())) << keeper.status();
+          continue;
+        }
+        ++started;
+        EXPECT_EQ(++there, 1);
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        --there;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_GT(started, 0);
+  EXPECT_TRUE(std::filesystem::is_empty(scratch_.path()));
 }
 
 }  // namespace

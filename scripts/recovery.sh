@@ -2,10 +2,14 @@
 # Seconds from SIGKILL of a rank to the first new step, by phase, on whatever device: with snapshots in
 # the memory of a keeper, and without, from a checkpoint on a disk whose cache is cold.
 #   scripts/recovery.sh [--config FILE] [--set section.name=value]... [--ranks N] [--after STEP]
-#                       [--launcher env|mpi] [--output DIR]
+#                       [--launcher env|mpi] [--keepers N] [--lose rank|node]
+#                       [--from snapshots|checkpoint|both] [--output DIR]
 #   --config FILE  what to train (default configs/quickstart.json); data and outputs are set here
 #   --ranks N      (default 1)
 #   --after STEP   kill after this step at the earliest (default 20)
+#   --keepers N    as many nodes are played, parity of one among them (default 1)
+#   --lose node    the last node's keeper and its memory, too, with its last rank (default rank)
+#   --from WHAT    what to go on from (default both, one after the other)
 #   --output DIR   where everything goes (default runs/recovery); removed first. The checkpoint's disk
 #                  (programs come from build/release, or from the directory in STRETTO_BUILD)
 # On a GPU, 1.5 billion parameters and 32 Ki tokens a step:
@@ -18,11 +22,14 @@ output=$root/runs/recovery
 launcher='env'
 ranks=1
 after=20
+keepers=1
+lose='rank'
+from='both'
 config=$root/configs/quickstart.json
 sets=()
 while [ $# -gt 0 ]; do
   case $1 in
-    --config | --ranks | --after | --launcher | --output)
+    --config | --ranks | --after | --launcher | --keepers | --lose | --from | --output)
       [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       declare "${1#--}=$2"
       shift 2
@@ -32,13 +39,19 @@ while [ $# -gt 0 ]; do
       sets+=(--set "$2")
       shift 2
       ;;
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) refuse "unknown option '$1'; see --help" ;;
   esac
 done
-for number in "$ranks" "$after"; do
-  [[ $number =~ ^[1-9][0-9]*$ ]] || refuse "--ranks and --after must be positive numbers, not '$number'"
+for number in "$ranks" "$after" "$keepers"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] ||
+    refuse "--ranks, --after and --keepers must be positive numbers, not '$number'"
 done
+[ "$keepers" -le "$ranks" ] || refuse "--keepers $keepers are more than --ranks $ranks"
+[[ $lose =~ ^(rank|node)$ ]] || refuse "--lose must be rank or node, not '$lose'"
+[ "$lose" = rank ] || [ "$keepers" -gt 1 ] || refuse "--lose node needs --keepers 2 or more"
+[[ $from =~ ^(snapshots|checkpoint|both)$ ]] ||
+  refuse "--from must be snapshots, checkpoint or both, not '$from'"
 [[ $launcher =~ ^(env|mpi)$ ]] || refuse "--launcher must be env or mpi, not '$launcher'"
 [ -r "$config" ] || refuse "cannot read the configuration '$config'"
 [ -n "$output" ] || refuse "--output is empty; name a directory"
@@ -73,14 +86,14 @@ committed() {
 saved() { compgen -G "$output/$1/checkpoints/step-*/stretto.json" > /dev/null; }
 reported() { grep -q '"first_step": *[0-9]' "$output/$1-incidents/incident-0001/report.json" 2> /dev/null; }
 
-# recover NAME KEEPERS SETTING...: kills a rank and leaves when the job has made its first new step.
+# recover NAME KEEPERS SETTING...: kills a rank, or what is its node, and leaves when the job has made its first new step.
 recover() {
-  local name=$1 keepers=$2
+  local name=$1 keepers=$2 job_name=recovery-$$
   shift 2
   log=$output/$name.log
   echo "recovery.sh: $name" >&2
   "$build/tools/stretto-run" --ranks "$ranks" --launcher "$launcher" --keepers "$keepers" \
-    --job "recovery-$$" --delay 0.5 --directory "$output/$name-incidents" \
+    --job "$job_name" --delay 0.5 --directory "$output/$name-incidents" \
     --mpirun "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1" -- \
     "$build/examples/gpt/stretto-gpt" "$config" --set data.train="$output/text.train.bin" \
     --set data.validation= --set evaluate.every=0 --set sample.tokens=0 \
@@ -100,16 +113,28 @@ recover() {
   victim=$(sed -n 's/.*"started".*"pid":\([0-9]*\).*/\1/p' \
     "$output/$name-incidents"/live-*/rank-$((ranks - 1)).events)
   kill -9 "$victim"
+  if [ "$lose" = node ] && [ "$keepers" -gt 0 ]; then
+    local node=$((keepers - 1))
+    pkill -9 -f -- "--job $job_name --node $node " || fail "the keeper of node $node is not there"
+    rm -f /dev/shm/stretto-"$job_name"-"$node"-*
+  fi
   wait_for 900 "report" reported "$name"
   kill -INT $job 2> /dev/null || true
   wait $job 2> /dev/null || true
   job=
 }
-recover snapshots 1 --set snapshot.every=1 --set checkpoint.every=0
-recover checkpoint 0 --set snapshot.every=0 --set checkpoint.every="$after" --set checkpoint.keep=1
+names=()
+if [ "$from" != checkpoint ]; then
+  names+=(snapshots)
+  recover snapshots "$keepers" --set snapshot.every=1 --set checkpoint.every=0
+fi
+if [ "$from" != snapshots ]; then
+  names+=(checkpoint)
+  recover checkpoint 0 --set snapshot.every=0 --set checkpoint.every="$after" --set checkpoint.keep=1
+fi
 
 echo "seconds from SIGKILL of a rank to the first new step:"
-for name in snapshots checkpoint; do
+for name in "${names[@]}"; do
   report=$output/$name-incidents/incident-0001/report.txt
   printf '%-10s %s\n' "$name" "$(sed -n 's/^ *seconds *//p' "$report")"
   printf '%-10s %s\n' "" "$(sed -n 's/^ *went on from *//p' "$report")"

@@ -50,6 +50,11 @@ class CpuLinear final : public LinearKernels {
     Activation()->GeluForward(s, y, pre);
   }
 
+  void ForwardSwiglu(Stream& s, Tensor act, Tensor gate_up, Tensor x, Tensor w) const override {
+    Forward(s, gate_up, x, w, {});
+    Activation()->SwigluForward(s, act, gate_up);
+  }
+
   void BackwardInputGelu(Stream& s, Tensor dpre, Tensor dy, Tensor w, Tensor pre) const override {
     BackwardInput(s, dpre, dy, w, false);
     Activation()->GeluBackward(s, dpre, dpre, pre, false);

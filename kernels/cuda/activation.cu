@@ -1,6 +1,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/families.h"
+#include "kernels/cuda/sigmoid.cuh"
 #include "kernels/cuda/support.cuh"
 
 namespace stretto::cuda {
@@ -10,17 +11,6 @@ namespace {
 // sigmoid form loses no digits where tanh(u) is near -1.
 constexpr float kTwoU = 1.5957691216057308f;  // 2 sqrt(2 / pi)
 constexpr float kTwoUCubic = static_cast<float>(1.5957691216057308 * 0.044715);
-
-// 1 / (1 + exp(-z)). For bf16 results the hardware's approximations do: they are good to 1e-5. When
-// the exponential overflows the quotient is 0, as it should be. NaN stays NaN.
-template <class T>
-__device__ float Sigmoid(float z) {
-  if constexpr (std::is_same_v<T, float>) {
-    return 1.0f / (1.0f + expf(-z));
-  } else {
-    return __fdividef(1.0f, 1.0f + __expf(-z));
-  }
-}
 
 template <class T>
 __device__ float Gelu(float x) {

@@ -14,6 +14,7 @@
 
 #include "kernels/cuda/attention_hopper.cuh"
 #include "kernels/cuda/attention_hopper.h"
+#include "kernels/cuda/hopper_maps.h"
 
 namespace stretto::cuda {
 namespace {
@@ -80,30 +81,9 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-EncodeTiled FindEncodeTiled() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                       cudaEnableDefault, &found) != cudaSuccess ||
-      found != cudaDriverEntryPointSuccess) {
-    cudaGetLastError();
-    return nullptr;
-  }
-  return reinterpret_cast<EncodeTiled>(function);
-}
-
 // Boxes of `rows` rows. False: the driver refuses.
-bool MakeMap(EncodeTiled encode, CUtensorMap* map, const Tensor& t, int rows) {
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(t.dims[1] * t.dims[2]),
-                              static_cast<cuuint64_t>(t.dims[0])};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(t.row_stride * SizeOf(t.dtype))};
-  const cuuint32_t box[] = {hopper::kTileWidth, static_cast<cuuint32_t>(rows)}, step[] = {1, 1};
-  return encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, t.data, sizes, strides, box, step,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+bool MakeMap(CUtensorMap* map, const Tensor& t, int rows) {
+  return hopper::MakeMap(map, {t.data, t.dims[0], t.dims[1] * t.dims[2], t.row_stride}, rows);
 }
 
 // Whether these kernels come before the library's.
@@ -111,15 +91,6 @@ bool First(bool narrow) {
   const char* const choice = std::getenv("STRETTO_ATTENTION_BACKWARD");
   if (choice == nullptr) return narrow;
   return std::strcmp(choice, "own") == 0;
-}
-
-// Whether the current device runs code for 9.0a.
-bool IsHopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
 }
 
 }  // namespace
@@ -137,11 +108,10 @@ bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor 
   }
   if (d_o.row_stride != o.row_stride) return false;
   if (std::max(q.rows(), k.rows()) > INT32_MAX / 2) return false;
-  static const EncodeTiled encode = FindEncodeTiled();
   const int dim = static_cast<int>(q.dims[2]);
   const bool narrow = dim == 64 && a.causal;
   if (!library_refused && !First(narrow)) return false;
-  if (encode == nullptr || !IsHopper()) return false;
+  if (hopper::EncodeTiled() == nullptr || !hopper::IsHopper()) return false;
 
   Shape shape = {};
   const auto rows = [](const Tensor& cu, const Tensor& len, const Tensor& operand) {
@@ -182,8 +152,8 @@ bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor 
       shape,     static_cast<int>(q_items), static_cast<int>(k_items), {}, output(dq), output(dk),
       output(dv)};
   const int box = narrow ? hopper::kNarrowBoxRows : hopper::kWideBoxRows;
-  if (!MakeMap(encode, &call.maps.q, q, box) || !MakeMap(encode, &call.maps.k, k, box) ||
-      !MakeMap(encode, &call.maps.v, v, box) || !MakeMap(encode, &call.maps.d_o, d_o, box)) {
+  if (!MakeMap(&call.maps.q, q, box) || !MakeMap(&call.maps.k, k, box) ||
+      !MakeMap(&call.maps.v, v, box) || !MakeMap(&call.maps.d_o, d_o, box)) {
     return false;
   }
   const dim3 grid(static_cast<unsigned>(shape.padded / kStatRows),

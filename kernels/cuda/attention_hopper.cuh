@@ -16,7 +16,6 @@ inline constexpr int kConsumers = 2;                            // warpgroups th
 inline constexpr int kTile = kConsumers * kBlock;               // rows of a tile
 inline constexpr int kThreads = (kConsumers + 1) * kWarpgroup;  // and one that copies
 inline constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
-inline constexpr int kAlignment = 1024;  // of tiles
 inline constexpr float kLog2E = 1.44269504088896341f;
 
 // Where the queries' or the keys' rows of each sequence lie: rows [cu[i], cu[i] + len[i]), without
@@ -121,35 +120,9 @@ struct Work {
   }
 };
 
-// Counts through a ring of `kSize` places.
-template <int kSize>
-struct Ring {
-  int place = 0;
-  uint32_t parity = 0;
-  __device__ void Next() {
-    if (++place == kSize) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
-  __device__ int Before() const { return (place + kSize - 1) % kSize; }
-};
-
 struct Maps {
   CUtensorMap q, k, v, d_o;
 };
-
-// A thread block's memory of type M.
-template <class M>
-constexpr int MemoryBytes() {
-  return sizeof(M) + kAlignment;
-}
-template <class M>
-__device__ M& SharedMemory() {
-  extern __shared__ uint8_t bytes[];
-  const uint32_t address = SharedAddress(bytes);
-  return *reinterpret_cast<M*>(bytes + (kAlignment - address % kAlignment) % kAlignment);
-}
 
 // Stores a warpgroup's gradients of 64 rows: `row` is the first of them in the operands, of which
 // `rows` exist. Four lanes have a row in pairs of numbers; they exchange them for 16 bytes each.

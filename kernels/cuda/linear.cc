@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/column_sums.h"
 #include "kernels/cuda/families.h"
+#include "kernels/cuda/gated_hopper.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/matmul.h"
 
@@ -105,6 +106,12 @@ class CudaLinear final : public LinearKernels {
     p.bias = bias.data;
     p.aux = Matrix(pre);
     matmul.RunEpilogue(p, separate);
+  }
+
+  void ForwardSwiglu(Stream& s, Tensor act, Tensor gate_up, Tensor x, Tensor w) const override {
+    if (GatedLinear(s, act, gate_up, x, w)) return;
+    Forward(s, gate_up, x, w, {});
+    Activation()->SwigluForward(s, act, gate_up);
   }
 
   void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor w, bool acc) const override {

@@ -25,6 +25,19 @@ void LinearGelu(Context c, Tensor y, Tensor pre, Tensor x, Tensor w, Tensor bias
   if (check.ok()) c.kernels->linear->ForwardGelu(*c.stream, y, pre, x, w, bias);
 }
 
+void LinearSwiglu(Context c, Tensor act, Tensor gate_up, Tensor x, Tensor w) {
+  Check check(c, "LinearSwiglu", {{"act", act}, {"gate_up", gate_up}, {"x", x}, {"w", w}});
+  check.Supported(x.dtype)
+      .That(IsMatrix(x) && IsMatrix(w), "x must be [tokens, in] and w [2 f, in]")
+      .That(Is(w, x.dtype, {w.dims[0], x.dims[1]}) && w.dims[0] % 2 == 0,
+            "w must be [2 f, in] of x's type")
+      .That(Is(gate_up, x.dtype, {x.dims[0], w.dims[0]}),
+            "gate_up must be [tokens, 2 f] of x's type")
+      .That(Is(act, x.dtype, {x.dims[0], w.dims[0] / 2}), "act must be [tokens, f] of x's type")
+      .That(!act.present() || act.data != gate_up.data, "act and gate_up must be two tensors");
+  if (check.ok()) c.kernels->linear->ForwardSwiglu(*c.stream, act, gate_up, x, w);
+}
+
 void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc) {
   Check check(c, "LinearBackwardInput", {{"dx", dx}, {"dy", dy}, {"w", w}});
   check.Supported(dy.dtype)

@@ -33,6 +33,13 @@ class LinearKernels {
   // pre = x w^T + bias, y = gelu(pre) (tanh form), as one operation.
   virtual void ForwardGelu(Stream& s, Tensor y, Tensor pre,  // [tokens, out] each
                            Tensor x, Tensor w, Tensor bias) const = 0;
+  // gate_up = x w^T, act = silu(gate) * up with gate_up = [gate | up] side by side, as one
+  // operation; act is made from gate_up as it is stored.
+  virtual void ForwardSwiglu(Stream& s, Tensor act,  // [tokens, f]
+                             Tensor gate_up,         // [tokens, 2 f]
+                             Tensor x,               // [tokens, in]
+                             Tensor w                // [2 f, in]
+  ) const = 0;
   // dx (acc)= dy w
   virtual void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor w, bool acc) const = 0;
   // dpre = gelu'(pre) * (dy w): the input of this layer is gelu(pre), pre [tokens, in].

@@ -22,6 +22,8 @@ struct Context {
 void Linear(Context c, Tensor y, Tensor x, Tensor w, Tensor bias);
 // y and pre must be two tensors.
 void LinearGelu(Context c, Tensor y, Tensor pre, Tensor x, Tensor w, Tensor bias);
+// act and gate_up must be two tensors.
+void LinearSwiglu(Context c, Tensor act, Tensor gate_up, Tensor x, Tensor w);
 void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc);
 // dpre must not be pre.
 void LinearBackwardInputGelu(Context c, Tensor dpre, Tensor dy, Tensor w, Tensor pre);

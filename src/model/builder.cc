@@ -11,6 +11,10 @@ Strategies LocalStrategies() {
   s.linear = [](SlotId x, Role, int64_t in, int64_t out, const LinearOptions& options, SlotId* y) {
     return std::make_unique<internal::LinearLayer>(x, in, out, options, y);
   };
+  s.gated_linear = [](SlotId x, int64_t in, int64_t features, const LinearOptions& options,
+                      SlotId* act) {
+    return std::make_unique<internal::GatedLinearLayer>(x, in, features, options, act);
+  };
   s.attention = [](SlotId qkv, const AttentionOptions& options, SlotId* o) {
     return std::make_unique<internal::LocalAttentionLayer>(qkv, options, o);
   };
@@ -40,6 +44,17 @@ SlotId Builder::Linear(const std::string& name, Role role, SlotId x, int64_t in,
                        const LinearOptions& options) {
   SlotId y;
   Add(name, strategies_.linear(x, role, in, out, options, &y)).IgnoreError();
+  return y;
+}
+
+SlotId Builder::GatedLinear(const std::string& name, const std::string& act, SlotId x, int64_t in,
+                            int64_t features, double init_std) {
+  const LinearOptions options = {.init_std = init_std, .features = {.parts = {features, features}}};
+  if (!strategies_.gated_linear) {
+    return Swiglu(act, Linear(name, Role::kColumn, x, in, 2 * features, options));
+  }
+  SlotId y;
+  Add(name, strategies_.gated_linear(x, in, features, options, &y)).IgnoreError();
   return y;
 }
 

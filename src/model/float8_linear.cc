@@ -9,6 +9,7 @@ using internal::Float8LinearLayer;
 
 Strategies Float8Strategies(DType gradients) {
   Strategies s = LocalStrategies();
+  s.gated_linear = nullptr;
   s.linear = [plain = s.linear, gradients](SlotId x, Role role, int64_t in, int64_t out,
                                            const LinearOptions& options,
                                            SlotId* y) -> std::unique_ptr<Layer> {

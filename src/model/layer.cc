@@ -198,6 +198,7 @@ SlotId Builder::Saved(const std::string& name, int64_t width, DType dtype, unsig
   s.fixed_bytes = options.fixed_bytes;
   s.cheap = options.cheap;
   s.recomputed_if_dropped = options.recomputed_if_dropped;
+  s.recompute_source = options.recompute_source;
   s.shard = options.shard && graph_.tokens.ranks > 1;
   graph_.slots.push_back(std::move(s));
   return {static_cast<int>(graph_.slots.size()) - 1};

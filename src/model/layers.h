@@ -47,6 +47,28 @@ class LinearLayer : public Layer {
   ParamId weight_, bias_;
 };
 
+// gate_up = x w^T and act = silu(gate) * up with gate_up = [gate | up], as one operation. The
+// parameter is the one that a linear layer of this name would have; no bias.
+class GatedLinearLayer : public Layer {
+ public:
+  GatedLinearLayer(SlotId x, int64_t in, int64_t features, const LinearOptions& options,
+                   SlotId* act)
+      : x_(x), in_(in), features_(features), options_(options), act_out_(act) {}
+  const char* kind() const override { return "gated_linear"; }
+  absl::Status Declare(Builder& b) override;
+  void Forward(Run& run, Frame& frame) const override;
+  void Recompute(Run& run, Frame& frame) const override;
+  void BackwardInput(Run& run, Frame& frame) const override;
+  void BackwardWeight(Run& run, Frame& frame) const override;
+
+ private:
+  SlotId x_, gate_up_, act_, d_gate_up_;
+  int64_t in_, features_;
+  LinearOptions options_;
+  SlotId* act_out_;
+  ParamId weight_, bias_;
+};
+
 // n = norm(x).
 class NormLayer : public Layer {
  public:

@@ -83,10 +83,8 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
     std::tie(x, n) = b.AddNorm(block + "mlp_norm", x, branch, norm);
     SlotId inner, pre;
     if (c.gated_mlp()) {
-      inner = b.Swiglu(
-          block + "mlp.act",
-          b.Linear(block + "mlp.gate_up", Role::kColumn, n, c.hidden, 2 * c.ffn,
-                   {.bias = false, .init_std = c.init_std, .features = {.parts = {c.ffn, c.ffn}}}));
+      inner =
+          b.GatedLinear(block + "mlp.gate_up", block + "mlp.act", n, c.hidden, c.ffn, c.init_std);
     } else {
       pre = b.Linear(block + "mlp.up", Role::kColumn, n, c.hidden, c.ffn,
                      {.bias = true, .init_std = c.init_std, .gelu_output = &inner});

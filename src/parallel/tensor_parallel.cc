@@ -73,6 +73,7 @@ Strategies TensorStrategies(int ranks, int index, int pieces, Strategies within)
   if (ranks == 1) return s;
   const TokenCut axis = {ranks, index, std::clamp(pieces, 1, TokenCut::kMostPieces)};
   s.tokens = axis;
+  s.gated_linear = nullptr;
   s.linear = [local = s.linear](SlotId x, Role role, int64_t in, int64_t out,
                                 const LinearOptions& options, SlotId* y) -> std::unique_ptr<Layer> {
     switch (role) {

@@ -74,6 +74,9 @@ absl::Status FileReader::Read(int64_t offset, int64_t bytes, void* out) const {
   return absl::OkStatus();
 }
 
+// What is written at once: its checksum is computed while it is in the cache.
+constexpr int64_t kPiece = int64_t{8} << 20;
+
 struct FileWriter::Hash {
   Hash() : state(XXH3_createState()) {
     if (state != nullptr) XXH3_64bits_reset(state);
@@ -119,12 +122,15 @@ absl::Status FileWriter::Failed(int error, const std::string& what) const {
 absl::Status FileWriter::Append(const void* data, int64_t bytes) {
   const char* cursor = static_cast<const char*>(data);
   while (bytes > 0) {
-    const ssize_t put = write(descriptor_, cursor, std::min(bytes, kMaxTransfer));
+    const ssize_t put = write(descriptor_, cursor, std::min(bytes, kPiece));
     if (put < 0) {
       if (errno == EINTR) continue;
       return Failed(errno, "write");
     }
     XXH3_64bits_update(hash_->state, cursor, put);
+    // The disk begins at once, not when memory has filled or Commit waits for it. Its errors are
+    // those of fsync.
+    sync_file_range(descriptor_, written_, put, SYNC_FILE_RANGE_WRITE);
     cursor += put;
     written_ += put;
     bytes -= put;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "stretto/core/cut.h"
 #include "stretto/model/layer.h"
@@ -384,20 +385,36 @@ class Clocks final : public ActionTimes {
 // Layers that copy what comes from a neighbouring stage: part of what it takes to bring it.
 bool IsStageEnd(const std::string& kind) { return kind == "stage_input" || kind == "stage_output"; }
 
+// Costs of each layer of the graph, in the parts that were measured. A gated linear layer and its
+// activation are two layers where a tensor axis or FP8 cuts them apart and one elsewhere
+// (Builder::GatedLinear), here and where the costs come from.
+absl::StatusOr<std::vector<std::vector<const LayerCost*>>> CostsOfLayers(const Graph& graph,
+                                                                         const DeviceCost& cost) {
+  const std::string gated = "mlp.gate_up", activation = "mlp.act";
+  const LayerCost* const apart = cost.Find(activation);
+  const bool apart_here = absl::c_any_of(
+      graph.layer_names, [&](const std::string& name) { return LayerKind(name) == activation; });
+  std::vector<std::vector<const LayerCost*>> costs;
+  for (const std::string& name : graph.layer_names) {
+    const std::string kind = LayerKind(name);
+    std::vector<const LayerCost*>& parts = costs.emplace_back();
+    if (const LayerCost* const layer = cost.Find(kind)) {
+      parts.push_back(layer);
+    } else if (!IsStageEnd(kind) && !(kind == activation && cost.Find(gated) != nullptr)) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "the cost model has no layer '", kind, "'; fit it to this model (stretto-bench fit)"));
+    }
+    if (kind == gated && !apart_here && apart != nullptr) parts.push_back(apart);
+  }
+  return costs;
+}
+
 absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const LinkCost& tensor,
                           int64_t tokens, int64_t length, StageSeconds::Sizes* sizes) {
   const Graph& graph = stage.model.graph;
   const double share = graph.tokens.ranks;
   const double pairs = 0.5 * static_cast<double>(tokens) * static_cast<double>(length + 1);
-  std::vector<const LayerCost*> of_layer;
-  for (const std::string& name : graph.layer_names) {
-    const std::string kind = LayerKind(name);
-    of_layer.push_back(cost.Find(kind));
-    if (of_layer.back() == nullptr && !IsStageEnd(kind)) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "the cost model has no layer '", kind, "'; fit it to this model (stretto-bench fit)"));
-    }
-  }
+  STRETTO_ASSIGN_OR_RETURN(const auto of_layer, CostsOfLayers(graph, cost));
   sizes->exchange.assign(stage.train_actions.actions.size(), 0);
   for (const PlannedExchange& e : ExchangesOf(graph, stage.train_actions, tokens)) {
     const OperationCost& operation = e.info->sum ? tensor.reduce_scatter : tensor.all_gather;
@@ -407,11 +424,13 @@ absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const 
   // A product that is kept does not run again, only the activation behind it: next to nothing of
   // what the layer's forward takes.
   std::vector<uint8_t> keeps_product(graph.layers.size(), 0);
-  for (const SlotInfo& slot : graph.slots) {
-    if (slot.gelu_of < 0 || stage.train_actions.dropped[Index(slot.gelu_of)]) continue;
-    if (graph.slots[Index(slot.gelu_of)].producer == slot.producer) {
-      keeps_product[Index(slot.producer)] = 1;
-    }
+  for (size_t i = 0; i < graph.slots.size(); ++i) {
+    const SlotInfo& slot = graph.slots[i];
+    if (!slot.recompute_source || stage.train_actions.dropped[i]) continue;
+    keeps_product[Index(slot.producer)] =
+        absl::c_any_of(graph.parameters, [&](const ParameterInfo& p) {
+          return p.spec.shape.size() > 1 && absl::c_linear_search(p.layers, slot.producer);
+        });
   }
   for (const Action& action : stage.train_actions.actions) {
     const auto l = Index(action.layer);
@@ -420,11 +439,12 @@ absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const 
                           action.kind == ActionKind::kStartWeight;
     const bool again = action.kind == ActionKind::kRecompute && keeps_product[l] != 0;
     double seconds = 0;
-    if (const LayerCost* layer = exchange || again ? nullptr : of_layer[l]) {
+    for (const LayerCost* layer : of_layer[l]) {
+      if (exchange || again) break;
       const StageCost& half = action.kind == ActionKind::kBackwardInput    ? layer->backward_input
                               : action.kind == ActionKind::kBackwardWeight ? layer->backward_weight
                                                                            : layer->forward;
-      seconds = half.Seconds(static_cast<double>(tokens) / share, pairs / share);
+      seconds += half.Seconds(static_cast<double>(tokens) / share, pairs / share);
     }
     sizes->layer.push_back(seconds);
   }

@@ -106,6 +106,10 @@ struct Strategies {
   std::function<std::unique_ptr<Layer>(SlotId x, Role role, int64_t in, int64_t out,
                                        const LinearOptions& options, SlotId* y)>
       linear;
+  // As Builder::GatedLinear; empty: a column layer of `linear` and a layer for the activation.
+  std::function<std::unique_ptr<Layer>(SlotId x, int64_t in, int64_t features,
+                                       const LinearOptions& options, SlotId* act)>
+      gated_linear;
   std::function<std::unique_ptr<Layer>(SlotId qkv, const AttentionOptions& options, SlotId* o)>
       attention;
   std::function<std::unique_ptr<Layer>(int64_t vocabulary, int64_t width, int64_t positions,
@@ -139,6 +143,10 @@ class Builder {
                    double init_std, ParamId* table = nullptr);  // positions 0: none learned
   SlotId Linear(const std::string& name, Role role, SlotId x, int64_t in, int64_t out,
                 const LinearOptions& options = {});
+  // silu(gate) * up, where [gate | up], of `features` each, is a column layer without a bias of x;
+  // `act`: the name of the activation's layer where it is one of its own.
+  SlotId GatedLinear(const std::string& name, const std::string& act, SlotId x, int64_t in,
+                     int64_t features, double init_std = 0.02);
   SlotId Norm(const std::string& name, SlotId x, const NormOptions& options = {});
   // sum = x + branch and norm(sum), as one layer. Returns {sum, norm}.
   std::pair<SlotId, SlotId> AddNorm(const std::string& name, SlotId x, SlotId branch,
@@ -196,6 +204,7 @@ class Builder {
     int64_t fixed_bytes = 0;  // on top of the tokens', behind them (Frame::Fixed)
     bool cheap = false;       // see SlotInfo, as the next
     bool recomputed_if_dropped = false;
+    bool recompute_source = false;
     bool shard = false;  // see SlotInfo
   };
   SlotId Saved(const std::string& name, int64_t width, DType dtype, unsigned uses) {

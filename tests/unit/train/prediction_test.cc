@@ -43,7 +43,7 @@ TrainConfig Resolved(TrainConfig config, int ranks) {
 }
 
 // A block takes 1 s forward and as much for each half of backward, in equal parts of its linear
-// layers and the activation.
+// layers and the activation, which is in the gated one.
 CostModel Planted(TrainConfig config) {
   CostModel cost;
   DeviceCost& parts = cost.parts.emplace();
@@ -58,7 +58,8 @@ CostModel Planted(TrainConfig config) {
   for (const std::string& kind : kinds) parts.layers.push_back({.name = kind});
   for (LayerCost& layer : parts.layers) {
     if (layer.name.find('.') == std::string::npos) continue;
-    layer.forward = layer.backward_input = layer.backward_weight = {.fixed = 0.2};
+    const double seconds = layer.name == "mlp.gate_up" ? 0.4 : 0.2;
+    layer.forward = layer.backward_input = layer.backward_weight = {.fixed = seconds};
   }
   return cost;
 }
@@ -296,6 +297,26 @@ TEST(PredictStep, LongStepsAddWhatOneMoreMicroBatchTakes) {
       EXPECT_NEAR(c.compute, 1e6 * 8 * 3, 1e-4 * c.compute);
     }
   }
+}
+
+// The activation of a gated layer is measured with it or apart, and runs with it or apart.
+TEST(PredictStep, ActivationsCountOnceHoweverTheyWereMeasured) {
+  TrainConfig config = Small();
+  const CostModel together = Planted(config);
+  CostModel apart = together;
+  LayerCost activation = {.name = "mlp.act"};
+  for (LayerCost& layer : apart.parts->layers) {
+    if (layer.name != "mlp.gate_up") continue;
+    layer.forward = layer.backward_input = layer.backward_weight = {.fixed = 0.3};
+    activation.forward = activation.backward_input = activation.backward_weight = {.fixed = 0.1};
+  }
+  apart.parts->layers.push_back(activation);
+  const double whole = Predict(config, 1, together).compute;
+  EXPECT_GT(whole, 0);
+  EXPECT_NEAR(Predict(config, 1, apart).compute, whole, 1e-9 * whole);
+  config.parallel.tp = 2;  // there the activation is a layer
+  EXPECT_NEAR(Predict(config, 2, together).compute, whole, 1e-9 * whole);
+  EXPECT_NEAR(Predict(config, 2, apart).compute, whole, 1e-9 * whole);
 }
 
 TEST(PredictStep, RefusesAStepWithoutTime) {

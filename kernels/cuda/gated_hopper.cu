@@ -40,7 +40,7 @@ bool GatedLinear(Stream& s, Tensor act, Tensor gate_up, Tensor x, Tensor w) {
   if (!Serves(act, gate_up, x, w)) return false;
   const hopper::GatedCall call = {act.dims[0], act.dims[1],     x.dims[1],  Mapped(x),
                                   Mapped(w),   Mapped(gate_up), Mapped(act)};
-  if (!hopper::LaunchGated<kCluster, kStages, kBuffers, true>(Native(s), call, Multiprocessors())) {
+  if (!hopper::LaunchGated<kCluster, kStages, kBuffers, true, true>(Native(s), call, Multiprocessors())) {
     return false;
   }
   Launched(s, "LinearSwiglu");

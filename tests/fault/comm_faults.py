@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Kills, stops and asks ranks while they all-reduce, and looks at what the others say.
+"""Kills, stops and asks ranks while they all-reduce, and looks at what the others say. The cases run
+side by side, because they mostly wait.
 
 usage: comm_faults.py PROGRAM LAUNCHER...
 LAUNCHER... is followed by PROGRAM and its arguments, e.g. `scripts/mpirun.sh 3`.
 """
+import concurrent.futures
 import json
 import os
 import re
@@ -18,6 +20,10 @@ from support import running
 
 PROGRAM, LAUNCHER = sys.argv[1], sys.argv[2:]
 RANKS = int(LAUNCHER[1])
+
+
+class Failure(Exception):
+    pass
 
 
 class Job:
@@ -61,11 +67,8 @@ class Job:
 
 
 def fail(why, job):
-    print("FAILED:", why)
-    for when, line in job.lines:
-        print(f"  {when:.2f} {line}")
     job.end()
-    sys.exit(1)
+    raise Failure("\n".join([why, *(f"  {when:.2f} {line}" for when, line in job.lines)]))
 
 
 def verdict(job, victim, pattern, begin, seconds):
@@ -84,29 +87,30 @@ def verdict(job, victim, pattern, begin, seconds):
     said = [(when, line) for when, line in job.lines if re.search(pattern, line)]
     if not said:
         fail(f"nobody said '{pattern}'", job)
-    print(f"  {said[0][0] - begin:.2f} s: {said[0][1]}")
+    return f"{said[0][0] - begin:.2f} s: {said[0][1]}"
 
 
 def killed(victim):
-    print(f"kill -9 of rank {victim}")
+    """kill -9 of a rank"""
     with tempfile.TemporaryDirectory() as directory:
         job = Job(60000, directory)
         begin = time.time()
         os.kill(job.pids[victim], signal.SIGKILL)
-        verdict(job, victim, rf"FAULT.*rank {victim} died", begin, 20)
+        return verdict(job, victim, rf"FAULT.*rank {victim} died", begin, 20)
 
 
 def killed_in_setup(victim):
-    print(f"kill -9 of rank {victim} while the others agree on a step of set-up")
+    """kill -9 of a rank while the others agree on a step of set-up"""
     with tempfile.TemporaryDirectory() as directory:
         job = Job(60000, directory, victim)
         begin = time.time()
         os.kill(job.pids[victim], signal.SIGKILL)
-        verdict(job, victim, rf"FAULT.*rank {victim} (has left or )?died.*'loading the data'", begin, 20)
+        return verdict(job, victim,
+                       rf"FAULT.*rank {victim} (has left or )?died.*'loading the data'", begin, 20)
 
 
 def stopped(victim):
-    print(f"SIGSTOP of rank {victim}")
+    """SIGSTOP of a rank"""
     with tempfile.TemporaryDirectory() as directory:
         job = Job(2000, directory)
         begin = time.time()
@@ -120,11 +124,11 @@ def stopped(victim):
         time.sleep(0.5)
         if running(job.pids[victim]):
             os.kill(job.pids[victim], signal.SIGCONT)
-        verdict(job, victim, pattern, begin, 30)
+        return verdict(job, victim, pattern, begin, 30)
 
 
-def asked():
-    print("SIGUSR2 to every rank")
+def asked(victim):
+    """SIGUSR2 to every rank"""
     with tempfile.TemporaryDirectory() as directory:
         job = Job(60000, directory)
         for pid in job.pids.values():
@@ -145,13 +149,22 @@ def asked():
         if len(job.alive()) != RANKS:
             fail("a rank ended because of the signal", job)
         job.end()
+        return "a dump of each"
 
 
-asked()
-killed(RANKS - 1)
-killed(0)
-killed_in_setup(RANKS - 1)
-killed_in_setup(0)
-stopped(1)
-stopped(0)
-print("ok")
+def main():
+    cases = [(asked, 0), (killed, RANKS - 1), (killed, 0), (killed_in_setup, RANKS - 1),
+             (killed_in_setup, 0), (stopped, 1), (stopped, 0)]
+    good = True
+    with concurrent.futures.ThreadPoolExecutor(len(cases)) as pool:
+        jobs = [(case.__doc__, victim, pool.submit(case, victim)) for case, victim in cases]
+        for name, victim, job in jobs:
+            try:
+                print(f"{name} ({victim}): {job.result()}", flush=True)
+            except Failure as failure:
+                print(f"FAILED: {name} ({victim}): {failure}", flush=True)
+                good = False
+    sys.exit(0 if good else 1)
+
+
+main()

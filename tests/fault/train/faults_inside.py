@@ -27,7 +27,7 @@ ONLY = sys.argv[5:]
 TIMEOUT = 4.0  # of the ranks when one stops; what they may take to find out why is added
 NOTICING = 4.0  # that a rank has died: a second, and more on a busy machine
 ASKING = 9.0  # the control plane may have to be given up
-AT_A_TIME = 10
+AT_A_TIME = 12  # they mostly wait
 
 # What a sentence of a survivor has to name besides the rank.
 OPERATION = r"\w+\((dp|tp|pp|all)\) seq \d+|(at|coming to|come to) '[^']+'|the checkpoint of step"

@@ -44,11 +44,11 @@ absl::Status RunAll(World& world) {
   testing::ScratchDirectory scratch;
   for (const char* family : {"gpt2", "qwen3"}) {
     STRETTO_ASSIGN_OR_RETURN(TrainConfig config, testing::SharedTinyRun(world, scratch, family));
-    config.steps = 20;
+    config.steps = 8;
     STRETTO_RETURN_IF_ERROR(Compare(world, config));
     // With gradients and parameters sharded, too.
     TrainConfig sharded = config;
-    sharded.steps = 6;
+    sharded.steps = 4;
     for (const int64_t zero : {2, 3}) {
       for (const char* dtype : {"f32", "f64"}) {
         sharded.parallel.zero = zero;
@@ -65,7 +65,7 @@ absl::Status RunAll(World& world) {
       STRETTO_RETURN_IF_ERROR(Compare(world, config));
     }
     sharded = config;
-    sharded.steps = 6;
+    sharded.steps = 4;
     sharded.parallel.zero = 3;
     STRETTO_RETURN_IF_ERROR(Compare(world, sharded));
     // With tensor axes of two ranks, alone and within pipelines.
@@ -79,7 +79,7 @@ absl::Status RunAll(World& world) {
       STRETTO_RETURN_IF_ERROR(Compare(world, config));
       // With parameters sharded over the data axis, where there is one.
       TrainConfig all = config;
-      all.steps = 6;
+      all.steps = 4;
       all.parallel.zero = 3;
       STRETTO_RETURN_IF_ERROR(Compare(world, all));
     }

@@ -75,7 +75,7 @@ case $kind in
   subdirectory)
     rm -rf subdirectory
     cmake -S "$here/subdirectory" -B subdirectory -G Ninja -DSTRETTO_SOURCE="$from" \
-      -DCMAKE_BUILD_TYPE=Release
+      -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O0
     cmake --build subdirectory --target use_core
     subdirectory/use_core
     ;;

@@ -2,7 +2,7 @@
 #   DEPENDS  other layers, seen by users       PRIVATE  libraries that no public header mentions
 set(STRETTO_TARGETS "")
 
-# Precompiled headers halve the time of a build from nothing. ccache does better without them, and
+# Precompiled headers save time in a build from nothing. ccache does better without them, and
 # without them a forgotten #include is noticed.
 set(precompile OFF)
 if(PROJECT_IS_TOP_LEVEL AND (NOT STRETTO_CCACHE OR DEFINED ENV{CCACHE_DISABLE}))

@@ -156,19 +156,13 @@ __device__ inline void LoadBytes(void* to, const void* from, int bytes, Barrier*
 __device__ inline void FenceCopies() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// Into the box of the map whose first element is (column, row); what lies outside is left out.
-__device__ inline void StoreBox(const CUtensorMap& map, int column, int row, const void* from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-                   reinterpret_cast<uint64_t>(&map)),
-               "r"(SharedAddress(from)), "r"(column), "r"(row)
-               : "memory");
-}
 // What tells the L2 cache that lines will not be wanted soon.
 __device__ inline uint64_t PassingPolicy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+// Into the box of the map whose first element is (column, row); what lies outside is left out.
 __device__ inline void StoreBox(const CUtensorMap& map, int column, int row, const void* from,
                                 uint64_t policy) {
   asm volatile(

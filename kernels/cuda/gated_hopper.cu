@@ -9,6 +9,7 @@
 //
 // The warpgroups that multiply go through the ring at a distance, so that one keeps the tensor
 // cores busy while the other stores: the second starts when the ring is full.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>

@@ -128,9 +128,12 @@ absl::Status FileWriter::Append(const void* data, int64_t bytes) {
       return Failed(errno, "write");
     }
     XXH3_64bits_update(hash_->state, cursor, put);
-    // The disk begins at once, not when memory has filled or Commit waits for it. Its errors are
-    // those of fsync.
-    sync_file_range(descriptor_, written_, put, SYNC_FILE_RANGE_WRITE);
+    // The disk begins at once, not when memory has filled or Commit waits for it. Not all file
+    // systems can.
+    if (sync_file_range(descriptor_, written_, put, SYNC_FILE_RANGE_WRITE) != 0 &&
+        (errno == EIO || IsSpaceError(errno))) {
+      return Failed(errno, "write");
+    }
     cursor += put;
     written_ += put;
     bytes -= put;

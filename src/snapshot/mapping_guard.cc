@@ -26,13 +26,17 @@ std::array<Guarded, MappingGuard::kMost> guarded;
 std::mutex mutex;  // of who changes it
 struct sigaction before = {};
 
-void OnBusError(int signal_number, siginfo_t* info, void*) {
+void OnBusError(int signal_number, siginfo_t* info, void* context) {
   const int error = errno;
   const auto at = reinterpret_cast<uintptr_t>(info->si_addr);
   const bool of_access = info->si_code > 0;  // not sent by somebody
   for (Guarded& g : guarded) {
-    const uintptr_t end = g.end;
-    if (!of_access || at < g.begin || at >= end) continue;
+    uintptr_t begin = 0, end = 0;
+    do {  // until both are of one mapping
+      end = g.end;
+      begin = g.begin;
+    } while (g.end != end);
+    if (!of_access || at < begin || at >= end) continue;
     const uintptr_t page = at / kPage * kPage;
     g.lost = true;
     // A system call and no more, so that a handler may make it.
@@ -43,8 +47,14 @@ void OnBusError(int signal_number, siginfo_t* info, void*) {
     errno = error;
     return;
   }
-  sigaction(signal_number, &before, nullptr);
-  if (!of_access) raise(signal_number);  // else the access is made again, and ends as without this
+  if ((before.sa_flags & SA_SIGINFO) != 0) {
+    before.sa_sigaction(signal_number, info, context);
+  } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+    before.sa_handler(signal_number);
+  } else if (of_access || before.sa_handler == SIG_DFL) {
+    sigaction(signal_number, &before, nullptr);
+    if (!of_access) raise(signal_number);  // else the access is made again, and ends the process
+  }
   errno = error;
 }
 

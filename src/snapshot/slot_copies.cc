@@ -237,7 +237,7 @@ absl::Status SlotCopies::Restore(const SlotMemory& slot, const SlotContents& con
   constexpr int64_t kLeast = 4096;
   const int64_t ring = options_.chunks * options_.chunk_bytes;
   const auto most = host ? INT_MAX : static_cast<int>(ring / (2 * kLeast));
-  const int threads = std::clamp(options_.restart_threads, 1, most);
+  const int threads = std::clamp(options_.restart_threads, 1, std::max(1, most));
   const int64_t piece = host ? options_.chunk_bytes : ring / (2 * threads) / kLeast * kLeast;
   std::vector<Stretch> all;
   for (size_t i = 0; i < registry_.entries().size(); ++i) {

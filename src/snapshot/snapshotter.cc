@@ -37,8 +37,6 @@ using snapshot_internal::SlotCopies;
 
 // A keeper answers at once, save when it is asked what can be restored.
 constexpr std::chrono::milliseconds kPatience = std::chrono::seconds(30);
-// Ranks of this job that were killed may not be gone yet.
-constexpr std::chrono::milliseconds kLeaving = std::chrono::seconds(2);
 // Both slots of a node may be damaged, one after the other.
 constexpr int kMostRepairs = 4;
 // Somebody waits at a terminal.
@@ -248,13 +246,17 @@ absl::Status Snapshotter::Impl::Meet() {
 }
 
 absl::Status Snapshotter::Impl::Claim(uint64_t run) {
-  const net::Deadline deadline = net::After(kLeaving);
-  while (true) {
+  const net::Deadline deadline = net::After(options.leaving);
+  for (bool said = false;; said = true) {
     wire::Writer out;
     out.Int(KeeperKind::kClaim).Int(run);
     STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kPatience)));
     const absl::Status claimed = ReceiveAnswer(keeper.fd, net::After(kPatience)).status();
     if (claimed.ok() || net::Clock::now() >= deadline) return claimed;
+    if (!said && world.rank() == 0) {
+      LogInfo(
+          absl::StrCat("waiting for ranks of before to be gone: ", std::string(claimed.message())));
+    }
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
   }
 }
@@ -383,6 +385,11 @@ const std::optional<RestorableSnapshot>& Snapshotter::restorable() const {
 }
 bool Snapshotter::lost() const { return impl_->told.lost; }
 
+void Snapshotter::Forget() {
+  impl_->restorable.reset();
+  impl_->own.reset();
+}
+
 absl::Status Snapshotter::Restore() {
   Impl& s = *impl_;
   if (!s.restorable) return absl::NotFoundError("the keepers hold no snapshot");
@@ -396,7 +403,11 @@ absl::Status Snapshotter::Restore() {
     }
     if (now.layout != s.layout || now.world_size != s.world.size()) own.reset();
   }
-  if (own) STRETTO_RETURN_IF_ERROR(s.copies->Restore(*own->memory, own->contents));
+  if (own) {
+    STRETTO_RETURN_IF_ERROR(s.copies->Restore(*own->memory, own->contents));
+    // What was cut short since it was verified reads as zeroes.
+    STRETTO_RETURN_IF_ERROR(own->memory->Whole());
+  }
   std::optional<BoxSource> others;
   size_t index = 0;
   for (const StateEntry& entry : s.registry.entries()) {
@@ -513,7 +524,8 @@ absl::StatusOr<bool> Snapshotter::Impl::CaptureNow() {
   absl::Status filled = copies->Capture(slot, &planned);
   copies->End();
   if (filled.ok()) filled = FinishSlot(planned, *slot, &header);
-  STRETTO_ASSIGN_OR_RETURN(const bool counts, Seal(epoch, filled.ok(), header));
+  const bool whole = filled.ok() && slot->Whole().ok();
+  STRETTO_ASSIGN_OR_RETURN(const bool counts, Seal(epoch, whole, header));
   STRETTO_RETURN_IF_ERROR(filled);
   if (counts) {
     const std::lock_guard<std::mutex> lock(mutex);
@@ -539,7 +551,7 @@ void Snapshotter::Capture(int64_t epoch, std::function<std::string()> trainer_st
     impl_->too_early = !impl_->registering;
     return;
   }
-  impl_->own.reset();  // not restored: an older step than the one that the run began with
+  impl_->own.reset();  // neither restored nor forgotten
   impl_->epoch = epoch;
   impl_->trainer_state = std::move(trainer_state);
   impl_->copies->Begin(after);

@@ -467,6 +467,7 @@ absl::Status Trainer::Impl::Restore() {
     const auto newer = choose(directory, /*required=*/true);
     if (newer.ok() && (*newer)->step > newest->step) {
       newest = *newer;
+      checkpoints->Distrust(newest->passed_over);
       loaded = world.Agree("loading the checkpoint", load(*newest));
     }
   }

@@ -50,14 +50,21 @@ absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
     return false;
   }
   STRETTO_ASSIGN_OR_RETURN(snapshots, std::move(created));
-  if (snapshots == nullptr || config.checkpoint.resume == "never") return false;
+  if (snapshots == nullptr) return false;
+  if (config.checkpoint.resume == "never") {
+    snapshots->Forget();
+    return false;
+  }
   if (snapshots->lost() && world.rank() == 0) {
     LogWarning(absl::StrCat(
         "the keepers held a snapshot, and too many nodes are gone to put it together; ",
         newest >= 0 ? "going on from the newest checkpoint" : "there is no checkpoint, either"));
   }
   const std::optional<RestorableSnapshot>& snapshot = snapshots->restorable();
-  if (!snapshot || snapshot->epoch < newest) return false;
+  if (!snapshot || snapshot->epoch < newest) {
+    snapshots->Forget();
+    return false;
+  }
   const std::string source = absl::StrCat("the keepers' snapshot of step ", snapshot->epoch);
   TrainerState saved;
   const auto load = [&]() -> absl::Status {

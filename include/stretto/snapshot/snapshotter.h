@@ -25,6 +25,8 @@ struct SnapshotterOptions {
   std::string token;  // of the job (STRETTO_JOB_TOKEN)
   // How long the keepers may take to agree, rebuilding included.
   std::chrono::milliseconds timeout = std::chrono::seconds(600);
+  // For ranks that were killed to be gone, whose keepers this run needs.
+  std::chrono::milliseconds leaving = std::chrono::seconds(10);
   Device device;            // whose streams write the registry's tensors
   int threads = 1;          // for checksums, and for copies within host memory
   int restart_threads = 1;  // for the same before the first step, when nothing else runs
@@ -66,6 +68,8 @@ class Snapshotter {
   // the same layout, else from the parts of the ranks that have it, through their keepers. What
   // this rank has is checked before anything is changed; DATA_LOSS names what is damaged.
   absl::Status Restore();
+  // Restore will not be called; what it would have read is let go.
+  void Forget();
 
   // Begins to copy the owned boxes as they are at `after` (by default now), beside whatever streams
   // do; the registry must live. Each tensor must not change until WaitForPart has returned for the

@@ -75,6 +75,9 @@ def wait_for(condition, seconds=60):
     return False
 
 
+hung = []  # trials whose mpirun had to be killed
+
+
 def kill(scratch, trial, duration, expected):
     """One trial; returns the seconds after which ranks were killed."""
     rng = random.Random(f"{SEED} {trial}")
@@ -95,7 +98,9 @@ def kill(scratch, trial, duration, expected):
             left = ranks_of(GPT, process)
             process.kill()
             output, _ = process.communicate()
-            if left:
+            print(f"trial {trial}: mpirun hung when its ranks were gone", flush=True)
+            hung.append(trial)
+            if left or len(hung) > 1:
                 fail(f"the job hangs:\n{output}")
         if process.returncode == 0:
             break

@@ -143,6 +143,22 @@ TEST_P(GpuLinearSwigluTest, OwnKernelEqualsTwoOperations) {
   }
 }
 
+// Tiles that end inside a block of the summed dimension and inside what is stored at once, rows
+// that are further apart than they are long, and rows that copies cannot take.
+TEST_P(GpuLinearSwigluTest, OwnKernelTakesWhatEndsInsideTilesOrLeavesIt) {
+  const Choose own("own");
+  for (const Sizes& s : {Sizes{127, 24, 72}, {130, 200, 136}, {257, 72, 8}, {64, 5, 72}}) {
+    for (int64_t padding : {0, 3, 8}) {
+      Problem p(run, s, padding);
+      p.Together(c);
+      p.Apart(c);
+      run.ExpectOk();
+      EXPECT_TRUE(Near(p.gate_up.Read(), p.two_gate_up.Read(), run.tolerance())) << s.tokens;
+      EXPECT_TRUE(Near(p.act.Read(), p.two_act.Read(), run.tolerance())) << s.tokens;
+    }
+  }
+}
+
 TEST_P(GpuLinearSwigluTest, ManyTilesAreTheSameAgain) {
   const Choose own("own");
   Problem p(run, {5000, 512, 1088}, 0);

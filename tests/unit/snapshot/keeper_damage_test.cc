@@ -134,6 +134,24 @@ TEST_F(DamagedKeepers, MemoryThatIsCutShortUnderTrainersIsMadeAnew) {
   EXPECT_TRUE(status.ok()) << status;
 }
 
+TEST_F(DamagedKeepers, MemoryThatIsCutShortBeforeItIsRestoredIsDataLoss) {
+  Start(1);
+  ASSERT_TRUE(TrainTo(1, 4).ok());
+  ASSERT_GT(Committed(), 0);
+  const absl::Status status =
+      Train(1, [&](World&, RankState&, Snapshotter& snapshots) -> absl::Status {
+        EXPECT_TRUE(snapshots.restorable().has_value());
+        // Behind the header, which stays as it is.
+        for (SlotMemory* slot : SlotsOf(0)) {
+          EXPECT_EQ(truncate(("/dev/shm" + slot->name()).c_str(), 4096), 0);
+        }
+        const absl::Status restored = snapshots.Restore();
+        EXPECT_TRUE(absl::IsDataLoss(restored)) << restored;
+        return absl::OkStatus();
+      });
+  EXPECT_TRUE(status.ok()) << status;
+}
+
 // Starting again helps there, so it must not look like something that was asked for and is not
 // there (ExitCodeOf).
 TEST_F(DamagedKeepers, WhatIsGoneBetweenTellingAndRestoringIsUnavailable) {

@@ -145,7 +145,8 @@ class Keepers : public ::testing::Test {
                                Snapshotter::Create(world, state.registry,
                                                    {.keeper = options_[node].socket,
                                                     .token = "secret",
-                                                    .timeout = std::chrono::seconds(20)}));
+                                                    .timeout = std::chrono::seconds(20),
+                                                    .leaving = std::chrono::seconds(2)}));
       return body(world, state, *snapshots);
     });
   }

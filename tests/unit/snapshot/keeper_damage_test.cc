@@ -75,13 +75,18 @@ TEST_F(DamagedKeepers, DamagedBytesOfAnotherNodeAreToldToItsKeeper) {
   for (SlotMemory* slot : SlotsOf(1)) slot->payload()[100] ^= std::byte{1};
   in_blocks_ = true;  // rank 1 is on node 0 now, and its part still on node 1
   const LogCapture log;
+  std::atomic<int> found = 0;
   const absl::Status damaged =
-      Train(4, [](World& world, RankState&, Snapshotter& snapshots) -> absl::Status {
+      Train(4, [&](World& world, RankState&, Snapshotter& snapshots) -> absl::Status {
         const absl::Status restored = snapshots.Restore();
-        EXPECT_TRUE(restored.ok() || absl::IsDataLoss(restored)) << restored;
+        // Who comes when its keeper has been told finds nothing more to read.
+        EXPECT_TRUE(restored.ok() || absl::IsDataLoss(restored) || absl::IsUnavailable(restored))
+            << restored;
+        if (absl::IsDataLoss(restored)) ++found;
         return world.Agree("restoring", restored);
       });
-  EXPECT_TRUE(absl::IsDataLoss(damaged)) << damaged;
+  EXPECT_FALSE(damaged.ok());
+  EXPECT_GT(found, 0);
   EXPECT_THAT(log.text(), HasSubstr("is damaged on node 1 and given up there"));
   const absl::Status restored = ExpectRestored(4, step);
   EXPECT_TRUE(restored.ok()) << restored;

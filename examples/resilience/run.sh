@@ -35,9 +35,13 @@ if [ -z "$text" ]; then
 fi
 "$build/tools/stretto-tokenize" --output "$output/text" --split-documents none "$text" > /dev/null
 
-# train NAME: 2 ranks under stretto-run; what it says goes to the terminal, what they say to a file.
+job=
+trap '[ -z "$job" ] || { kill -INT $job 2> /dev/null; wait $job 2> /dev/null; }; exit 143' TERM HUP
+
+# train NAME: 2 ranks under stretto-run, in the place of a shell of their own; what it says goes to the
+# terminal, what they say to a file.
 train() {
-  "$build/tools/stretto-run" --ranks 2 --launcher "$launcher" --delay 0.5 \
+  exec "$build/tools/stretto-run" --ranks 2 --launcher "$launcher" --delay 0.5 \
     --mpirun "mpirun --oversubscribe --bind-to none --mca mpi_yield_when_idle 1" \
     --directory "$output/$1-incidents" -- \
     "$build/examples/gpt/stretto-gpt" "$root/configs/quickstart.json" \
@@ -48,7 +52,9 @@ train() {
 }
 
 echo "== undisturbed"
-train undisturbed
+train undisturbed &
+job=$!
+wait $job
 echo "== with a rank killed after step $kill_after"
 train killed &
 job=$!

@@ -126,7 +126,7 @@ struct Keeper::Impl {
   CommitProtocol protocol;
   std::unique_ptr<snapshot_internal::KeeperSlots> slots;
   std::unique_ptr<snapshot_internal::KeeperWork> work;
-  net::Fd lock, tcp, unix_socket, wake;
+  net::Fd lock, socket_lock, tcp, unix_socket, wake;
   int port = 0;
   std::atomic<bool> stop = false;
   std::list<Connection> connections;

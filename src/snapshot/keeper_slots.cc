@@ -223,7 +223,9 @@ bool KeeperSlots::Prepare(int slot, const Capacities& ranks) {
   absl::StatusOr<std::thread> maker = StartThread("a keeper's memory", [this, slot, ranks] {
     absl::Status status = Make(slot, ranks);
     const std::lock_guard<std::mutex> done(mutex_);
-    error_ = std::string(status.message());
+    const std::string error(status.message());
+    if (!status.ok() && error != error_) LogWarning(absl::StrCat("no snapshots: ", error));
+    error_ = error;
     places_[slot].making = false;
   });
   if (maker.ok()) {

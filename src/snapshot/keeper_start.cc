@@ -117,8 +117,7 @@ absl::StatusOr<net::Fd> ListenLocally(const std::string& path) {
 // holding the lock, so another one may have opened the removed file and lock that, while a third
 // locks a new one: only the lock on the file that has the name counts. Who has that knows that the
 // name is its own until it removes it.
-absl::StatusOr<net::Fd> TakePlace(const KeeperOptions& o) {
-  const std::string path = LockPath(o.socket);
+absl::StatusOr<net::Fd> TakePlace(const KeeperOptions& o, const std::string& path) {
   while (true) {
     net::Fd lock(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
     if (!lock.valid()) {
@@ -148,20 +147,21 @@ std::string KeeperSocketPath(const std::string& job, int node) {
 
 absl::Status Keeper::Impl::Start(const ErasureCode& code) {
   STRETTO_RETURN_IF_ERROR(CheckDirectory(options.directory));
-  if (options.socket.empty()) {
-    options.socket = KeeperSocketPath(options.job, options.node);
-    const std::string directory = std::filesystem::path(options.socket).parent_path().string();
-    struct stat info = {};
-    mkdir(directory.c_str(), 0700);
-    if (lstat(directory.c_str(), &info) != 0 || !S_ISDIR(info.st_mode) || info.st_uid != getuid() ||
-        (info.st_mode & 0077) != 0) {
-      return absl::PermissionDeniedError(
-          absl::StrCat(directory,
-                       " must be a directory that only this user can enter; remove it or give a "
-                       "--socket"));
-    }
+  // Of the node's memory, wherever the socket is.
+  const std::string usual = KeeperSocketPath(options.job, options.node);
+  const std::string directory = std::filesystem::path(usual).parent_path().string();
+  struct stat info = {};
+  mkdir(directory.c_str(), 0700);
+  if (lstat(directory.c_str(), &info) != 0 || !S_ISDIR(info.st_mode) || info.st_uid != getuid() ||
+      (info.st_mode & 0077) != 0) {
+    return absl::PermissionDeniedError(
+        absl::StrCat(directory, " must be a directory that only this user can enter; remove it"));
   }
-  STRETTO_ASSIGN_OR_RETURN(lock, TakePlace(options));
+  STRETTO_ASSIGN_OR_RETURN(lock, TakePlace(options, LockPath(usual)));
+  if (options.socket.empty()) options.socket = usual;
+  if (options.socket != usual) {
+    STRETTO_ASSIGN_OR_RETURN(socket_lock, TakePlace(options, LockPath(options.socket)));
+  }
   HostPort mine{"127.0.0.1", 0};
   if (!options.peers.empty()) {
     STRETTO_ASSIGN_OR_RETURN(mine, ParseHostPort(options.peers[options.node]));

@@ -73,6 +73,9 @@ absl::Status Check(const SupervisorOptions& o, int64_t ranks, int64_t min_ranks)
   if (o.keepers.count < 0 || o.keepers.count > (min_ranks > 0 ? min_ranks : ranks)) {
     return wrong("--keepers must be between 0 and --ranks, or --min-ranks where that is given");
   }
+  if (o.keepers.data < 0 || o.keepers.parity < 0) {
+    return wrong("--data and --parity must be at least 0; 0 is the default");
+  }
   if (o.launch.mpirun.find_first_not_of(' ') == std::string::npos) {
     return wrong("--mpirun must name a program");
   }

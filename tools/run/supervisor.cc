@@ -40,6 +40,7 @@ constexpr int kKeeperEnds = 10;      // that are made good
 constexpr double kAfterRanks = 0.5;  // seconds in which a launcher follows its ranks
 constexpr double kFarewell = 3;      // seconds in which ranks leave by themselves, and dump records
 
+constexpr double kAskAgain = 1;  // seconds
 constexpr int kStopSignals[] = {SIGTERM, SIGUSR1, SIGHUP, SIGINT};
 
 double Monotonic() {
@@ -100,7 +101,8 @@ class Supervisor {
 
   int stop_signal_ = 0;       // asked to stop and save
   bool asked_ = false;        // the ranks were told
-  double save_deadline_ = 0;  // Monotonic
+  double save_deadline_ = 0;  // Monotonic, as the next
+  double ask_again_ = 0;
   bool interrupted_ = false;
   double noticed_ = 0;  // Unix seconds
 
@@ -217,6 +219,7 @@ void Supervisor::AskToSave() {
   if (!asked_) {
     job_->Signal(SIGUSR1);
     save_deadline_ = Monotonic() + options_.save;
+    ask_again_ = Monotonic() + kAskAgain;
   }
   asked_ = true;
 }
@@ -236,6 +239,16 @@ Supervisor::Ending Supervisor::Watch() {
     if (!job_->running()) return Judge(false);
     // A stopped rank may go on: a debugger, a person. That nothing moves is what counts.
     const std::vector<RankFate> fates = job_->Fates();
+    // An mpirun that has not started its ranks yet passes nothing on. No rank leaves before all are
+    // asked, so that none is asked when it no longer listens.
+    const bool unasked = std::any_of(fates.begin(), fates.end(), [](const RankFate& f) {
+      return f.asked == 0 &&
+             (f.state == RankFate::State::kUnknown || f.state == RankFate::State::kRunning);
+    });
+    if (asked_ && unasked && Monotonic() > ask_again_) {
+      job_->Signal(SIGUSR1);
+      ask_again_ = Monotonic() + kAskAgain;
+    }
     const Cause::Kind trouble = FindCause(fates, kSaved).kind;
     if (trouble != Cause::Kind::kUnknown && trouble != Cause::Kind::kStopped) {
       noticed_ = UnixSeconds();

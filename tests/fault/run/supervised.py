@@ -187,6 +187,23 @@ def asked(scratch):
     check(job.records() == expected, "the losses differ from those of an undisturbed run")
 
 
+def asked_early(scratch):
+    """While the launcher still starts ranks it passes nothing on to them."""
+    for i, seconds in enumerate((0.02, 0.1, 0.3, 0.6)):
+        job = Job(scratch, f"early{i}", settings=["steps=100000"])
+        time.sleep(seconds)
+        job.process.send_signal(signal.SIGTERM)
+        begin = time.time()
+        try:
+            code = job.process.wait(timeout=60)  # of --save's 120
+        except subprocess.TimeoutExpired:
+            job.process.kill()
+            check(False, f"asked after {seconds} s it does not end:\n{job.text()}")
+        print(f"asked after {seconds} s: {time.time() - begin:.1f} s, code {code}")
+        check(code in (75, 76), f"asked after {seconds} s: code {code}\n{job.text()}")
+        check(not job.reports(), "being asked to stop is no incident")
+
+
 def orphaned(scratch):
     """SIGKILL to stretto-run itself."""
     def kill(job):
@@ -290,8 +307,8 @@ def main():
             "evaluate": {"every": 10, "samples": 8},
             "checkpoint": {"every": 3, "keep": 2},
         }, words=lambda: random.choice(["beer", "milk", "ink"]))
-        {f.__name__: f for f in (killed, stopped, asked, orphaned, misconfigured, repeated, fewer,
-                                 keepers, snapshots)}[CASE](scratch)
+        {f.__name__: f for f in (killed, stopped, asked, asked_early, orphaned, misconfigured,
+                                 repeated, fewer, keepers, snapshots)}[CASE](scratch)
     finally:
         for pid in marked():
             os.kill(pid, signal.SIGKILL)

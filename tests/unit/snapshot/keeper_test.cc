@@ -342,6 +342,21 @@ TEST_F(Keepers, LeaveNothingBehind) {
 }
 
 // Those that end remove the file that others lock.
+// The memory is one, wherever the sockets are.
+TEST_F(Keepers, ASecondOneWithAnotherSocketLeavesTheMemoryAlone) {
+  Start(1);
+  ASSERT_TRUE(TrainTo(1, 4).ok());
+  const int64_t step = Committed();
+  KeeperOptions second = options_[0];
+  second.socket = scratch_.File("another");
+  second.peers.clear();
+  const auto keeper = Keeper::Start(second);
+  EXPECT_TRUE(absl::IsAlreadyExists(keeper.status())) << keeper.status();
+  EXPECT_THAT(Message(keeper.status()), HasSubstr("node 0 runs already"));
+  const absl::Status restored = ExpectRestored(1, step);
+  EXPECT_TRUE(restored.ok()) << restored;
+}
+
 TEST_F(Keepers, AreOneAtATimeInTheirPlace) {
   KeeperOptions o;
   o.job = absl::StrCat("test-", getpid());

@@ -121,9 +121,9 @@ absl::StatusOr<net::Fd> TakePlace(const KeeperOptions& o, const std::string& pat
   while (true) {
     net::Fd lock(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
     if (!lock.valid()) {
-      return absl::InvalidArgumentError(absl::StrCat("the keeper's socket needs ", path, ": ",
-                                                     std::strerror(errno),
-                                                     "; choose another place for it"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("a keeper needs ", path, ": ", std::strerror(errno),
+                       "; make that folder writable, or give another --socket"));
     }
     if (flock(lock.get(), LOCK_EX | LOCK_NB) != 0) {
       return absl::AlreadyExistsError(absl::StrCat("a keeper of job ", o.job, ", node ", o.node,

@@ -129,7 +129,6 @@ struct Snapshotter::Impl {
   // The part of it that lies on this node, mapped until it is restored or a step is captured.
   struct OwnPart {
     std::shared_ptr<SlotMemory> memory;
-    SlotHeader header;
     SlotContents contents;
   };
   std::optional<OwnPart> own;
@@ -319,11 +318,11 @@ absl::StatusOr<Snapshotter::Impl::OwnPart> Snapshotter::Impl::OpenOwnPart() cons
                                                "; its keeper has ended meanwhile: start again"));
   }
   STRETTO_RETURN_IF_ERROR(memory.status());
-  OwnPart part = {*std::move(memory), {}, {}};
-  STRETTO_ASSIGN_OR_RETURN(part.header, part.memory->ReadHeader());
-  if (part.header.id != told.id) {
-    return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " holds step ",
-                                            part.header.id.epoch, ", not ", told.id.epoch));
+  OwnPart part = {*std::move(memory), {}};
+  STRETTO_ASSIGN_OR_RETURN(const SlotHeader header, part.memory->ReadHeader());
+  if (header.id != told.id) {
+    return absl::DataLossError(absl::StrCat("/dev/shm", told.name, " holds step ", header.id.epoch,
+                                            ", not ", told.id.epoch));
   }
   STRETTO_ASSIGN_OR_RETURN(part.contents, part.memory->ReadContents({keeper.job, 0, world.rank()}));
   return part;

@@ -1,7 +1,6 @@
 // Whole models on the GPU against the CPU: loss and every gradient.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
@@ -15,6 +14,7 @@
 #include "stretto/parallel/data_parallel.h"
 #include "tests/cuda/gpu_test.h"
 #include "tests/support/harness.h"
+#include "tests/support/with_variable.h"
 
 namespace stretto {
 namespace {
@@ -276,14 +276,13 @@ TEST_F(CudaModel, LayersInFp8EqualTheCpu) {
 }
 
 TEST_F(CudaModel, LibraryAttentionEqualsTheCpu) {
-  setenv("STRETTO_ATTENTION_BACKWARD", "cudnn", 1);
+  const test::WithVariable library("STRETTO_ATTENTION_BACKWARD", "cudnn");
   for (const char* family : {"llama", "qwen3"}) {
     SCOPED_TRACE(family);
     const Variant variant = {.family = family, .dtype = DType::kBF16};
     Compare(variant, /*neat=*/true, Uniform(331));
     Compare(variant, /*neat=*/true, LongRagged(331));
   }
-  unsetenv("STRETTO_ATTENTION_BACKWARD");
 }
 
 // Pieces of a step that are launched as graphs read the tokens and parameters that are there then.

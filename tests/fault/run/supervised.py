@@ -189,8 +189,10 @@ def asked(scratch):
 
 def asked_early(scratch):
     """While the launcher still starts ranks it passes nothing on to them."""
-    for i, seconds in enumerate((0.02, 0.1, 0.3, 0.6)):
+    for i, seconds in enumerate((0, 0.1, 0.3, 0.6)):
         job = Job(scratch, f"early{i}", settings=["steps=100000"])
+        # Before that it is a process like any other, and has started nothing.
+        wait_for(lambda: glob.glob(f"{job.incidents}/live-*"), "the live directory")
         time.sleep(seconds)
         job.process.send_signal(signal.SIGTERM)
         begin = time.time()

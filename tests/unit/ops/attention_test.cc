@@ -1,9 +1,9 @@
 #include <array>
-#include <cstdlib>
 #include <vector>
 
 #include "support/ops_fixture.h"
 #include "support/reference_ops.h"
+#include "support/with_variable.h"
 
 namespace stretto::test {
 namespace {
@@ -143,9 +143,8 @@ INSTANTIATE_TEST_SUITE_P(, GpuAttentionTest, ::testing::ValuesIn(SettingsThat([]
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(GpuAttentionTest);  // in a build without CUDA
 
 // What comes first in backward passes while it lives.
-struct Choose {
-  explicit Choose(const char* kernels) { setenv("STRETTO_ATTENTION_BACKWARD", kernels, 1); }
-  ~Choose() { unsetenv("STRETTO_ATTENTION_BACKWARD"); }
+struct Choose : WithVariable {
+  explicit Choose(const char* kernels) : WithVariable("STRETTO_ATTENTION_BACKWARD", kernels) {}
 };
 
 TEST_P(GpuAttentionTest, LibraryBackwardMatchesF64) {

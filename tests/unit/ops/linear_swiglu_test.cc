@@ -1,8 +1,8 @@
 // A linear layer and the gate behind it, as one operation.
-#include <cstdlib>
 
 #include "support/ops_fixture.h"
 #include "support/reference_ops.h"
+#include "support/with_variable.h"
 
 namespace stretto::test {
 namespace {
@@ -119,9 +119,8 @@ INSTANTIATE_TEST_SUITE_P(, GpuLinearSwigluTest,
 GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(GpuLinearSwigluTest);  // in a build without CUDA
 
 // Which kernels do it while it lives.
-struct Choose {
-  explicit Choose(const char* kernels) { setenv("STRETTO_GATED", kernels, 1); }
-  ~Choose() { unsetenv("STRETTO_GATED"); }
+struct Choose : WithVariable {
+  explicit Choose(const char* kernels) : WithVariable("STRETTO_GATED", kernels) {}
 };
 
 TEST_P(GpuLinearSwigluTest, OwnKernelEqualsTwoOperations) {

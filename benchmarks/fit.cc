@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -91,6 +92,25 @@ class Progress final : public ActionHooks {
   Communicator& comm_;
 };
 
+// Hands over `calls` operations in even distances between so many actions.
+class Spread final : public ActionHooks {
+ public:
+  Spread(Communicator& comm, int calls, int actions, std::function<void()> submit)
+      : progress_(comm), calls_(calls), actions_(actions), submit_(std::move(submit)) {}
+  void Before(size_t index, const Action& /*action*/) override {
+    const auto due =
+        static_cast<int>((index + 1) * static_cast<size_t>(calls_) / static_cast<size_t>(actions_));
+    for (; done_ < due; ++done_) submit_();
+  }
+  void BetweenActions() override { progress_.BetweenActions(); }
+
+ private:
+  Progress progress_;
+  const int calls_, actions_;
+  int done_ = 0;
+  std::function<void()> submit_;
+};
+
 // Documents of a micro-batch and tokens of each on which layers are timed.
 std::set<std::pair<int64_t, int64_t>> LayerSizes(const TrainConfig& config) {
   const int64_t most = config.batch.micro, length = config.data.sequence_length;
@@ -136,6 +156,7 @@ class Fitter {
     LayerTimes times(batch_.graph(), stream_);
     // [kind * kHalves + half]
     std::vector<std::vector<StageSample>> samples(kHalves * times.kinds().size());
+    STRETTO_RETURN_IF_ERROR(Heat());
     for (const auto& [documents, tokens] : LayerSizes(config_)) {
       STRETTO_RETURN_IF_ERROR(batch_.Fill(documents, tokens));
       // Of one round all layers: the best of each would be better than any round is.
@@ -157,7 +178,7 @@ class Fitter {
       }
       std::sort(rounds.begin(), rounds.end(),
                 [](const auto& x, const auto& y) { return x.back() < y.back(); });
-      const std::vector<double>& chosen = rounds[(rounds.size() - 1) / 10];
+      const std::vector<double>& chosen = rounds[Chosen(rounds.size())];
       const auto n = static_cast<double>(documents), t = static_cast<double>(tokens);
       for (size_t i = 0; i < samples.size(); ++i) {
         STRETTO_ASSIGN_OR_RETURN(const double mean, MeanOfAll(chosen[i]));
@@ -231,12 +252,11 @@ class Fitter {
   // it: (T_compute + T_communication - T_both) / min(T_compute, T_communication).
   absl::Status Hidden(const LinkCost& link, double* hidden) {
     const int n = comm_.all().size();
-    const auto step = [&]() -> absl::Status {
-      Progress progress(comm_);
-      batch_.Step(&progress);
+    const auto step = [&](ActionHooks&& hooks) -> absl::Status {
+      batch_.Step(&hooks);
       return absl::OkStatus();
     };
-    STRETTO_ASSIGN_OR_RETURN(const double compute, Together(step));
+    STRETTO_ASSIGN_OR_RETURN(const double compute, Together([&] { return step(Progress(comm_)); }));
     const auto scatter =
         std::find_if(operations_.begin(), operations_.end(),
                      [](const Operation& o) { return o.name == "reduce_scatter"; });
@@ -244,15 +264,20 @@ class Fitter {
     const double one =
         link.reduce_scatter.Seconds(n, static_cast<int64_t>(4 * elements * scatter->bus_factor));
     const int calls = std::max(1, static_cast<int>(0.5 * compute / std::max(one, 1e-9)));
-    // Enqueued at once beside the layers, as many as make up the time.
-    const auto communicate = [&](bool beside) -> absl::Status {
-      Ticket ticket = 0;
-      for (int i = 0; i < calls; ++i) ticket = scatter->submit(elements);
-      if (beside) STRETTO_RETURN_IF_ERROR(step());
-      return comm_.Wait(stream_, ticket);
-    };
-    STRETTO_ASSIGN_OR_RETURN(const double alone, Together([&] { return communicate(false); }));
-    STRETTO_ASSIGN_OR_RETURN(const double both, Together([&] { return communicate(true); }));
+    STRETTO_ASSIGN_OR_RETURN(const double alone, Together([&] {
+                               Ticket ticket = 0;
+                               for (int i = 0; i < calls; ++i) ticket = scatter->submit(elements);
+                               return comm_.Wait(stream_, ticket);
+                             }));
+    // Spread over the layers, as a run's buckets are: what waits to be handed over is bounded.
+    const int actions = static_cast<int>(batch_.actions().actions.size());
+    STRETTO_ASSIGN_OR_RETURN(const double both, Together([&]() -> absl::Status {
+                               Ticket ticket = 0;
+                               STRETTO_RETURN_IF_ERROR(step(Spread(comm_, calls, actions, [&] {
+                                 ticket = scatter->submit(elements);
+                               })));
+                               return comm_.Wait(stream_, ticket);
+                             }));
     *hidden = std::clamp((compute + alone - both) / std::min(compute, alone), 0.0, 1.0);
     return absl::OkStatus();
   }
@@ -263,7 +288,22 @@ class Fitter {
         comm_.all(), Tensor::Of(&value, DType::kF64, {1}), ReduceOp::kSum, "mean")));
     return value / comm_.all().size();
   }
-  // Lower decile of the seconds of `work` on the slowest rank, when all begin together.
+  // A GPU that was idle runs at a clock that its power limit does not let it keep: measures what it
+  // does in the middle of a run.
+  absl::Status Heat() {
+    constexpr double kSeconds = 2;
+    if (!gpu_) return absl::OkStatus();
+    const double start = Now();
+    while (Now() - start < kSeconds) {
+      batch_.Step();
+      STRETTO_RETURN_IF_ERROR(stream_.Synchronize());
+    }
+    return absl::OkStatus();
+  }
+  // Of sorted times that of a run: on a GPU the median; on processors that others disturb the lower
+  // decile.
+  size_t Chosen(size_t count) const { return gpu_ ? (count - 1) / 2 : (count - 1) / 10; }
+  // Seconds of `work` on the slowest rank, when all begin together.
   template <class Work>
   absl::StatusOr<double> Together(const Work& work) {
     std::vector<double> seconds;
@@ -275,7 +315,8 @@ class Fitter {
       STRETTO_ASSIGN_OR_RETURN(const double slowest, LargestOfAll(comm_, Now() - start));
       if (round > 0) seconds.push_back(slowest);
     }
-    return LowerDecile(std::move(seconds));
+    std::sort(seconds.begin(), seconds.end());
+    return seconds[Chosen(seconds.size())];
   }
 
   const TrainConfig& config_;

@@ -86,11 +86,10 @@ bool MakeMap(CUtensorMap* map, const Tensor& t, int rows) {
   return hopper::MakeMap(map, {t.data, t.dims[0], t.dims[1] * t.dims[2], t.row_stride}, rows);
 }
 
-// Whether these kernels come before the library's.
-bool First(bool narrow) {
+// Whether the library's kernels come before these.
+bool LibraryFirst() {
   const char* const choice = std::getenv("STRETTO_ATTENTION_BACKWARD");
-  if (choice == nullptr) return narrow;
-  return std::strcmp(choice, "own") == 0;
+  return choice != nullptr && std::strcmp(choice, "cudnn") == 0;
 }
 
 }  // namespace
@@ -109,8 +108,7 @@ bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor 
   if (d_o.row_stride != o.row_stride) return false;
   if (std::max(q.rows(), k.rows()) > INT32_MAX / 2) return false;
   const int dim = static_cast<int>(q.dims[2]);
-  const bool narrow = dim == 64 && a.causal;
-  if (!library_refused && !First(narrow)) return false;
+  if (!library_refused && LibraryFirst()) return false;
   if (hopper::EncodeTiled() == nullptr || !hopper::IsHopper()) return false;
 
   Shape shape = {};
@@ -151,6 +149,7 @@ bool HopperAttentionBackward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor 
   hopper::Backward call = {
       shape,     static_cast<int>(q_items), static_cast<int>(k_items), {}, output(dq), output(dk),
       output(dv)};
+  const bool narrow = dim == 64 && a.causal;
   const int box = narrow ? hopper::kNarrowBoxRows : hopper::kWideBoxRows;
   if (!MakeMap(&call.maps.q, q, box) || !MakeMap(&call.maps.k, k, box) ||
       !MakeMap(&call.maps.v, v, box) || !MakeMap(&call.maps.d_o, d_o, box)) {

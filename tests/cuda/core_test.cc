@@ -96,6 +96,37 @@ TEST_F(CudaCore, KernelsReadAndWriteHostArenasWhereTheyLie) {
   for (int64_t i = 0; i < kCount; ++i) ASSERT_EQ(values[kCount + i], 2 * static_cast<float>(i));
 }
 
+// Also while the engine that copies to the device has other work: the host goes on when the bytes
+// have left its memory, but no stream waits for that engine by itself.
+TEST_F(CudaCore, WhatWasCopiedFromTheHostHasArrived) {
+  constexpr int64_t kLarge = int64_t{1} << 28, kMost = 1 << 20;
+  const Arena host = Arena::CreateHost(gpu_, "host", kLarge).value();
+  const Arena device = Arena::Create(gpu_, "device", kLarge).value();
+  const Arena arena = Arena::Create(gpu_, "values", 2 * kMost * 4).value();
+  const auto busy = Stream::Create(gpu_).value(), stream = Stream::Create(gpu_).value();
+  const ops::Context context{stream.get(), KernelsFor(gpu_).value()};
+  std::vector<float> values(kMost), sums(kMost);
+  float before = 0, round = 0;
+  for (int64_t count : {256, 1 << 10, 1 << 14, 1 << 17, 1 << 20}) {
+    const Tensor x = Tensor::Of(arena.data(), DType::kF32, {count}, gpu_);
+    const Tensor sum = Tensor::Of(arena.data() + kMost * 4, DType::kF32, {count}, gpu_);
+    ops::Zero(context, sum);
+    ASSERT_TRUE(stream->Synchronize().ok());
+    before = 0;
+    for (int i = 0; i < 8; ++i) {
+      CopyBytes(*busy, device.data(), host.data(), kLarge);
+      values.assign(values.size(), ++round);
+      before += round;
+      ASSERT_TRUE(CopyFromHost(x, values.data()).ok());
+      ops::Add(context, sum, x);
+      ASSERT_TRUE(stream->Synchronize().ok());
+    }
+    ASSERT_TRUE(CopyToHost(sums.data(), sum).ok());
+    for (int64_t i = 0; i < count; ++i) ASSERT_EQ(sums[i], before) << i << " of " << count;
+  }
+  ASSERT_TRUE(busy->Synchronize().ok());
+}
+
 TEST_F(CudaCore, TooMuchMemoryIsRefusedInOneSentence) {
   const absl::Status status = Arena::Create(gpu_, "huge", int64_t{1} << 42).status();
   EXPECT_TRUE(absl::IsResourceExhausted(status));

@@ -440,15 +440,15 @@ class Runtime final : public DeviceRuntime {
   absl::Status CopyRows(int index, void* to, int64_t to_pitch, const void* from, int64_t from_pitch,
                         int64_t row_bytes, int64_t rows) const override {
     STRETTO_RETURN_IF_ERROR(Called("cudaSetDevice", cudaSetDevice(index), index));
-    if (rows == 1) {
-      return Called("cudaMemcpy",
-                    cudaMemcpy(to, from, static_cast<size_t>(row_bytes), cudaMemcpyDefault), index);
-    }
-    return Called(
-        "cudaMemcpy2D",
-        cudaMemcpy2D(to, static_cast<size_t>(to_pitch), from, static_cast<size_t>(from_pitch),
-                     static_cast<size_t>(row_bytes), static_cast<size_t>(rows), cudaMemcpyDefault),
-        index);
+    const cudaError_t error =
+        rows == 1 ? cudaMemcpy(to, from, static_cast<size_t>(row_bytes), cudaMemcpyDefault)
+                  : cudaMemcpy2D(to, static_cast<size_t>(to_pitch), from,
+                                 static_cast<size_t>(from_pitch), static_cast<size_t>(row_bytes),
+                                 static_cast<size_t>(rows), cudaMemcpyDefault);
+    STRETTO_RETURN_IF_ERROR(Called(rows == 1 ? "cudaMemcpy" : "cudaMemcpy2D", error, index));
+    // From pageable memory these return once the bytes are staged, maybe before they have arrived,
+    // and inside a device at once; streams here do not wait for the default stream.
+    return Called("cudaStreamSynchronize", cudaStreamSynchronize(cudaStreamLegacy), index);
   }
 };
 

@@ -14,7 +14,7 @@ wrong() {
 for script in chaos.sh recovery.sh varlen.sh varlen_bench.sh quickstart.sh test.sh; do
   wrong $script --unknown 1
 done
-for option in "--trials 0" "--trials x" "--nodes 0" "--nodes 3 --ranks 2" "--parity -1" \
+for option in "--trials 0" "--trials x" "--nodes 0" "--nodes 3 --ranks 2" "--parity 0" \
   "--nodes 3 --parity 3" "--node-share 1.5" "--node-share nan" "--batch 0" "--json /absent/file" \
   "--json /"; do
   # shellcheck disable=SC2086  # an option and its value

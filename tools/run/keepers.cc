@@ -68,8 +68,9 @@ absl::Status Keepers::Launch(size_t n) {
     absl::StrAppend(&peers, peers.empty() ? "" : ",", address);
   }
   command.insert(command.end(), {peers, "--dir", options.directory});
-  if (options.data > 0) command.insert(command.end(), {"--data", absl::StrCat(options.data)});
-  if (options.parity > 0) command.insert(command.end(), {"--parity", absl::StrCat(options.parity)});
+  if (options.data >= 0) command.insert(command.end(), {"--data", absl::StrCat(options.data)});
+  if (options.parity >= 0)
+    command.insert(command.end(), {"--parity", absl::StrCat(options.parity)});
   int ends[2];
   if (pipe2(ends, O_CLOEXEC) != 0) {
     return absl::ResourceExhaustedError(absl::StrCat("no pipe: ", std::strerror(errno)));

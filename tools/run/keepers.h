@@ -19,7 +19,7 @@ struct KeeperOptions {
   std::string program;             // empty: the stretto-keeper beside this program, or in PATH
   std::string job;                 // what tells this job's keepers from others'
   std::string directory = "none";  // where they may spill
-  int64_t data = 0, parity = 0;    // of the erasure code; 0: the keeper's default
+  int64_t data = -1, parity = -1;  // of the erasure code; -1: the keeper's default
 };
 
 class Keepers {

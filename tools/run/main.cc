@@ -73,8 +73,8 @@ absl::Status Check(const SupervisorOptions& o, int64_t ranks, int64_t min_ranks)
   if (o.keepers.count < 0 || o.keepers.count > (min_ranks > 0 ? min_ranks : ranks)) {
     return wrong("--keepers must be between 0 and --ranks, or --min-ranks where that is given");
   }
-  if (o.keepers.data < 0 || o.keepers.parity < 0) {
-    return wrong("--data and --parity must be at least 0; 0 is the default");
+  if (o.keepers.data == 0 || o.keepers.data < -1 || o.keepers.parity < -1) {
+    return wrong("--data must be at least 1, --parity at least 0 (none), or -1 for the default");
   }
   if (o.launch.mpirun.find_first_not_of(' ') == std::string::npos) {
     return wrong("--mpirun must name a program");
@@ -132,9 +132,12 @@ int Main(int argc, char** argv) {
                 "their program; empty: stretto-keeper beside this program, or in PATH",
                 &options.keepers.program);
   arguments.Add("keeper-dir", "DIR", "where they may spill, or none", &options.keepers.directory);
-  arguments.Add("data", "N", "parts of their erasure code; 0: their default",
+  arguments.Add("data", "N", "parts of their erasure code; -1: all but those of parity",
                 &options.keepers.data);
-  arguments.Add("parity", "N", "spare parts of it; 0: their default", &options.keepers.parity);
+  arguments.Add("parity", "N",
+                "spare parts of it; 0: none, so that what one loses nobody has; -1: 1 where there "
+                "are several",
+                &options.keepers.parity);
   arguments.Add("job", "ID", "what tells this job's keepers from others'", &options.keepers.job);
   const absl::Status parsed = arguments.Parse(argc, argv);
   if (arguments.help()) {

@@ -92,7 +92,7 @@ class Run:
         if keepers:
             command += ["--keepers", str(options.nodes), "--keeper", program, "--keeper-dir",
                         f"{self.output}/checkpoints"]
-            if options.parity:
+            if options.parity is not None:
                 command += ["--data", str(options.nodes - options.parity), "--parity",
                             str(options.parity)]
         command += ["--", options.gpt, f"{scratch}/config.json", "--set", f"output={self.output}",
@@ -431,13 +431,13 @@ class Parser(argparse.ArgumentParser):
 
 def check_options(parser, options):
     """Ends with one sentence about the first that makes no sense."""
-    for name, least in (("trials", 1), ("nodes", 1), ("ranks", 0), ("parity", 0), ("batch", 1)):
+    for name, least in (("trials", 1), ("nodes", 1), ("ranks", 0), ("parity", 1), ("batch", 1)):
         value = getattr(options, name)
-        if value < least:
+        if value is not None and value < least:
             parser.error(f"--{name} must be at least {least}, not {value}")
     if options.ranks and options.ranks < options.nodes:
         parser.error(f"--ranks must be at least --nodes, {options.nodes}, not {options.ranks}")
-    if options.parity >= options.nodes:
+    if options.parity is not None and options.parity >= options.nodes:
         parser.error(f"--parity must be less than --nodes, {options.nodes}, not {options.parity}")
     if not 0 <= options.node_share <= 1:
         parser.error(f"--node-share must be 0 to 1, not {options.node_share}")
@@ -452,7 +452,7 @@ def main():
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--nodes", type=int, default=3, help="keepers")
     parser.add_argument("--ranks", type=int, default=0, help="0: as many as nodes")
-    parser.add_argument("--parity", type=int, default=0, help="0: the keepers' default")
+    parser.add_argument("--parity", type=int, help="if not the keepers' default")
     parser.add_argument("--node-share", type=float, default=0.2,
                         help="of the kills that take a whole node")
     parser.add_argument("--batch", type=int, default=25, help="most kills of one run")

@@ -303,9 +303,10 @@ TEST_F(RunProgram, WrongUsageIsOneSentence) {
   for (const char* options :
        {"--ranks 2", "--ranks 0 -- true", "--ranks x -- true", "--ranks 2 --min-ranks 3 -- true",
         "--launcher srun -- true", "--fatal-codes 2,x -- true", "--keepers 2 -- true",
-        "--ranks 4 --min-ranks 2 --keepers 3 -- true", "--delay 9 --delay-cap 1 -- true",
-        "--stall -1 -- true", "--unknown -- true", "--mpirun ' ' -- true", "--restarts -1 -- true",
-        "--ranks 1000000 -- true", "--ranks 1000000 --launcher env -- true"}) {
+        "--ranks 4 --min-ranks 2 --keepers 3 -- true", "--parity -2 -- true", "--data 0 -- true",
+        "--delay 9 --delay-cap 1 -- true", "--stall -1 -- true", "--unknown -- true",
+        "--mpirun ' ' -- true", "--restarts -1 -- true", "--ranks 1000000 -- true",
+        "--ranks 1000000 --launcher env -- true"}) {
     const Result r = Run(std::string(STRETTO_RUN) + " " + options + " 2>&1");
     EXPECT_EQ(r.code, 2) << options;
     EXPECT_TRUE(IsOneSentence(r.output)) << options << ": " << r.output;
@@ -341,6 +342,18 @@ TEST_F(RunProgram, SaysHowAKeeperEndedThatIsNotReady) {
   r = run("sleep 100", "timeout --signal=TERM 1 ");
   EXPECT_EQ(r.code, 124) << r.output;  // timeout's own
   EXPECT_THAT(r.output, HasSubstr("asked to stop while no rank ran"));
+}
+
+TEST_F(RunProgram, ParityIsTheKeepersDefaultOnlyWhereNoneIsAskedFor) {
+  WriteText("ask.sh", "[ $RANK -gt 0 ] || " STRETTO_KEEPER " --ask $STRETTO_KEEPER | grep code");
+  const auto code = [this](const std::string& options) {
+    return Run(absl::StrCat(STRETTO_RUN " --launcher env --ranks 4 --keepers 4 ", options,
+                            " -- sh ask.sh 2>&1"));
+  };
+  EXPECT_THAT(code("").output, HasSubstr("code 3 + 1\n"));
+  EXPECT_THAT(code("--parity -1").output, HasSubstr("code 3 + 1\n"));
+  EXPECT_THAT(code("--parity 0").output, HasSubstr("code 1 + 0\n"));
+  EXPECT_THAT(code("--data 2 --parity 2").output, HasSubstr("code 2 + 2\n"));
 }
 
 // A keeper that starts again may take half a minute and never be ready, ten times.

@@ -1,4 +1,6 @@
 // The keeper's side of trainers (snapshotter.h has theirs), and what the commit protocol wants.
+#include <unistd.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -345,6 +347,17 @@ std::string Keeper::Impl::Describe() const {
     const SlotRecord& slot = protocol.slots()[static_cast<size_t>(s)];
     absl::StrAppend(&text, "slot ", s, " ", Name(slot.state), " step ", slot.id.epoch, " round ",
                     slot.id.round, "\n");
+    if (slot.state < SlotState::kSealed) continue;
+    for (const RankPart& part : slots->ManifestOf(s).ranks) {
+      const auto memory = slots->MemoryOf(s, part.rank);
+      if (memory == nullptr) continue;
+      const std::string path = absl::StrCat("/dev/shm", memory->name());
+      const bool there = access(path.c_str(), F_OK) == 0;
+      if (there && memory->Whole().ok()) continue;
+      absl::StrAppend(&text, "trouble slot ", s, " lacks what rank ", part.rank, " wrote: ", path,
+                      there ? " was cut short" : " was removed",
+                      "; it is given up when ranks start, and rebuilt if others have parity\n");
+    }
   }
   if (!slots->error().empty()) absl::StrAppend(&text, "trouble ", slots->error(), "\n");
   if (!trouble.empty()) absl::StrAppend(&text, "trouble ", trouble, "\n");

@@ -15,6 +15,7 @@ namespace stretto {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 class DamagedKeepers : public Keepers {};
 
@@ -101,6 +102,7 @@ TEST_F(DamagedKeepers, MemoryThatSomebodyCutsShortIsDamaged) {
   for (const int64_t bytes : {int64_t{0}, int64_t{8192}}) {
     for (const SlotMemory* slot : SlotsOf(1)) {
       ASSERT_EQ(truncate(("/dev/shm" + slot->name()).c_str(), bytes), 0);
+      EXPECT_THAT(Status(1), HasSubstr(absl::StrCat(slot->name(), " was cut short")));
     }
     const LogCapture log;
     const absl::Status restored = ExpectRestored(3, step);
@@ -192,7 +194,13 @@ TEST_F(DamagedKeepers, ARemovedSlotIsLostAndMadeAnew) {
   Start(3);
   ASSERT_TRUE(TrainTo(3, 12).ok());
   const int64_t step = Committed();
-  for (SlotMemory* slot : SlotsOf(1)) slot->Unlink();
+  EXPECT_THAT(Status(1), Not(HasSubstr("trouble")));
+  for (SlotMemory* slot : SlotsOf(1)) {
+    slot->Unlink();
+    EXPECT_THAT(Status(1), HasSubstr(absl::StrCat("lacks what rank 1 wrote: /dev/shm", slot->name(),
+                                                  " was removed")));
+  }
+  EXPECT_THAT(Status(0), Not(HasSubstr("trouble")));
   const LogCapture log;
   const absl::Status restored = ExpectRestored(3, step);
   EXPECT_TRUE(restored.ok()) << restored;

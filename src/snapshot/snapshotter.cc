@@ -1,10 +1,6 @@
 #include "stretto/snapshot/snapshotter.h"
 
-#include <sys/socket.h>
-#include <sys/un.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -17,6 +13,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "src/core/start_thread.h"
+#include "src/snapshot/keeper_connection.h"
 #include "src/snapshot/keeper_wire.h"
 #include "src/snapshot/restore_boxes.h"
 #include "src/snapshot/slot_copies.h"
@@ -27,95 +24,26 @@ namespace stretto {
 namespace {
 
 using snapshot_internal::BoxSource;
+using snapshot_internal::ConnectToKeeper;
+using snapshot_internal::KeeperConnection;
 using snapshot_internal::KeeperKind;
-using snapshot_internal::KeeperRole;
+using snapshot_internal::kKeeperPatience;
 using snapshot_internal::ReaderOn;
 using snapshot_internal::ReceiveAnswer;
 using snapshot_internal::Restorable;
 using snapshot_internal::SendFrame;
 using snapshot_internal::SlotCopies;
 
-// A keeper answers at once, save when it is asked what can be restored.
-constexpr std::chrono::milliseconds kPatience = std::chrono::seconds(30);
 // Both slots of a node may be damaged, one after the other.
 constexpr int kMostRepairs = 4;
-// Somebody waits at a terminal.
-constexpr std::chrono::milliseconds kAskPatience = std::chrono::seconds(3);
 
 // Captures without a miss before a smaller stride is tried; twice as many after each miss.
 constexpr int64_t kPatientCaptures = 16, kMostPatientCaptures = 1024;
 constexpr int64_t kMostStride = 1024;
 
-struct KeeperConnection {
-  net::Fd fd;
-  std::string job;
-  int32_t node = 0, nodes = 1;
-};
-
-// A path, or host:port on this machine.
-absl::StatusOr<net::Fd> OpenKeeper(const std::string& where) {
-  if (where.find('/') == std::string::npos) {
-    STRETTO_ASSIGN_OR_RETURN(const snapshot_internal::HostPort to,
-                             snapshot_internal::ParseHostPort(where));
-    return net::Connect(to.host, to.port, net::After(std::chrono::seconds(5)));
-  }
-  sockaddr_un address = {};
-  address.sun_family = AF_UNIX;
-  if (where.size() >= sizeof(address.sun_path)) {
-    return absl::InvalidArgumentError("its path is too long for a socket");
-  }
-  std::memcpy(address.sun_path, where.c_str(), where.size());
-  net::Fd fd(socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-  if (!fd.valid() ||
-      connect(fd.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
-    return absl::UnavailableError(std::strerror(errno));
-  }
-  return fd;
-}
-
-absl::StatusOr<KeeperConnection> ConnectToKeeper(const std::string& where, const std::string& token,
-                                                 std::chrono::milliseconds patience = kPatience) {
-  KeeperConnection keeper;
-  absl::StatusOr<net::Fd> fd = OpenKeeper(where);
-  if (!fd.ok()) {
-    return absl::Status(
-        fd.status().code(),
-        absl::StrCat("no keeper at ", where, ": ", std::string(fd.status().message()),
-                     "; start stretto-keeper, or see snapshot.keeper"));
-  }
-  keeper.fd = *std::move(fd);
-  wire::Writer hello = snapshot_internal::Hello(KeeperRole::kTrainer, token, "");
-  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, hello, net::After(patience)));
-  const absl::StatusOr<std::string> answer = ReceiveAnswer(keeper.fd, net::After(patience));
-  if (absl::IsDeadlineExceeded(answer.status())) {
-    return absl::DeadlineExceededError(
-        absl::StrCat("what listens at ", where, " has not answered within ",
-                     patience.count() / 1000, " s; is it a keeper of snapshots, and does it run?"));
-  }
-  STRETTO_RETURN_IF_ERROR(answer.status());
-  wire::Reader in = ReaderOn(*answer);
-  keeper.job = in.Text();
-  keeper.node = in.Int<int32_t>();
-  keeper.nodes = in.Int<int32_t>();
-  if (!in.ok()) return absl::DataLossError("the keeper sent a malformed answer");
-  return keeper;
-}
-
 std::string Encoded(wire::Writer& out) { return out.Frame().substr(sizeof(uint32_t)); }
 
 }  // namespace
-
-absl::StatusOr<std::string> AskKeeper(const std::string& keeper_at, const std::string& token) {
-  STRETTO_ASSIGN_OR_RETURN(const KeeperConnection keeper,
-                           ConnectToKeeper(keeper_at, token, kAskPatience));
-  wire::Writer out;
-  out.Int(KeeperKind::kStatus);
-  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kAskPatience)));
-  STRETTO_ASSIGN_OR_RETURN(const std::string answer,
-                           ReceiveAnswer(keeper.fd, net::After(kAskPatience)));
-  wire::Reader in = ReaderOn(answer);
-  return in.Text();
-}
 
 struct Snapshotter::Impl {
   World& world;
@@ -249,8 +177,8 @@ absl::Status Snapshotter::Impl::Claim(uint64_t run) {
   for (bool said = false;; said = true) {
     wire::Writer out;
     out.Int(KeeperKind::kClaim).Int(run);
-    STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kPatience)));
-    const absl::Status claimed = ReceiveAnswer(keeper.fd, net::After(kPatience)).status();
+    STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kKeeperPatience)));
+    const absl::Status claimed = ReceiveAnswer(keeper.fd, net::After(kKeeperPatience)).status();
     if (claimed.ok() || net::Clock::now() >= deadline) return claimed;
     if (!said && world.rank() == 0) {
       LogInfo(
@@ -286,8 +214,8 @@ void Snapshotter::Impl::TellDamage(const absl::Status& damage) {
   out.Int(KeeperKind::kDamaged);
   snapshot_internal::Put(out, told.id);
   out.Text(std::string(damage.message()));
-  absl::Status status = SendFrame(keeper.fd, out, net::After(kPatience));
-  if (status.ok()) status = ReceiveAnswer(keeper.fd, net::After(kPatience)).status();
+  absl::Status status = SendFrame(keeper.fd, out, net::After(kKeeperPatience));
+  if (status.ok()) status = ReceiveAnswer(keeper.fd, net::After(kKeeperPatience)).status();
   if (!status.ok()) LogWarning(std::string(status.message()));
 }
 
@@ -296,7 +224,7 @@ absl::Status Snapshotter::Impl::Attach(int local_ranks, uint64_t attempt) {
   out.Int(KeeperKind::kAttach).Int(static_cast<int32_t>(world.rank()));
   out.Int(static_cast<int32_t>(world.size())).Int(static_cast<int32_t>(local_ranks));
   out.Int(layout).Int(PayloadCapacity(planned)).Int(attempt);
-  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kPatience)));
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, out, net::After(kKeeperPatience)));
   const absl::StatusOr<std::string> answer = ReceiveAnswer(keeper.fd, net::After(options.timeout));
   if (absl::IsDeadlineExceeded(answer.status())) {
     const absl::StatusOr<std::string> state = AskKeeper(options.keeper, options.token);
@@ -453,9 +381,9 @@ void Snapshotter::Impl::Loop() {
 absl::StatusOr<std::shared_ptr<SlotMemory>> Snapshotter::Impl::AskForSlot(int64_t of_epoch) {
   wire::Writer begin;
   begin.Int(KeeperKind::kBegin).Int(of_epoch);
-  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, begin, net::After(kPatience)));
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, begin, net::After(kKeeperPatience)));
   STRETTO_ASSIGN_OR_RETURN(const std::string answer,
-                           ReceiveAnswer(keeper.fd, net::After(kPatience)));
+                           ReceiveAnswer(keeper.fd, net::After(kKeeperPatience)));
   wire::Reader in = ReaderOn(answer);
   const auto slot = in.Int<int32_t>();
   const std::string name = in.Text(), why = in.Text();
@@ -483,9 +411,9 @@ absl::StatusOr<bool> Snapshotter::Impl::Seal(int64_t of_epoch, bool whole,
   wire::Writer seal;
   seal.Int(KeeperKind::kSeal).Int(of_epoch).Int(static_cast<uint8_t>(whole));
   seal.Int(header.payload_bytes).Int(header.contents_bytes).Int(header.contents_checksum);
-  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, seal, net::After(kPatience)));
+  STRETTO_RETURN_IF_ERROR(SendFrame(keeper.fd, seal, net::After(kKeeperPatience)));
   STRETTO_ASSIGN_OR_RETURN(const std::string sealed,
-                           ReceiveAnswer(keeper.fd, net::After(kPatience)));
+                           ReceiveAnswer(keeper.fd, net::After(kKeeperPatience)));
   wire::Reader counts = ReaderOn(sealed);
   return counts.Int<uint8_t>() != 0 && counts.ok();
 }

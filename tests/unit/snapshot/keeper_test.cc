@@ -240,6 +240,33 @@ TEST_F(Keepers, ASilentPortIsNotWaitedForLong) {
   EXPECT_THAT(Message(status), HasSubstr("has not answered within 3 s"));
 }
 
+// STRETTO_KEEPER may name anything that listens.
+TEST_F(Keepers, AStrangerIsNamedWithItsAddress) {
+  for (const std::string greeting : {"HTTP/1.1 400 Bad Request\r\n\r\n", ""}) {
+    int port = 0;
+    const net::Fd stranger = *net::Listen("127.0.0.1", 0, &port);
+    std::thread answers([&] {
+      const net::Deadline deadline = net::After(std::chrono::seconds(10));
+      net::Fd client;
+      while (!(client = net::Accept(stranger)).valid() && net::Clock::now() < deadline) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      }
+      // Hanging up with something unread would take back what was sent.
+      uint32_t length = 0;
+      EXPECT_TRUE(net::ReceiveAll(client, &length, sizeof(length), deadline).ok());
+      std::string hello(length, 0);
+      EXPECT_TRUE(net::ReceiveAll(client, hello.data(), hello.size(), deadline).ok());
+      EXPECT_TRUE(net::SendAll(client, greeting.data(), greeting.size(), deadline).ok());
+    });
+    const std::string address = absl::StrCat("127.0.0.1:", port);
+    const absl::Status status = AskKeeper(address, "secret").status();
+    answers.join();
+    EXPECT_THAT(Message(status), HasSubstr("what listens at " + address));
+    EXPECT_THAT(Message(status), HasSubstr("STRETTO_KEEPER"));
+    EXPECT_EQ(absl::IsFailedPrecondition(status), !greeting.empty()) << status;
+  }
+}
+
 TEST_F(Keepers, LeaveOtherFilesAlone) {
   KeeperOptions o;
   o.job = "a";

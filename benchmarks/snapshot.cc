@@ -183,6 +183,15 @@ bool HoldsCheckpoint(const std::string& folder) {
   return false;
 }
 
+bool IsNewOrEmpty(const std::string& folder) {
+  std::error_code error;
+  if (std::filesystem::status(folder, error).type() == std::filesystem::file_type::not_found) {
+    return true;
+  }
+  return std::filesystem::is_directory(folder, error) && std::filesystem::is_empty(folder, error) &&
+         !error;
+}
+
 Json JsonOf(const Phase& p, const Phase& off) {
   return {{"name", p.name},
           {"seconds", p.step_seconds},
@@ -344,7 +353,7 @@ int Snapshot(int argc, const char* const* argv) {
   arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
   arguments.Add("steps", "N", "of each measurement", &options.steps);
   arguments.Add("keepers", "N", "to start, ranks dealt to them in blocks", &options.keepers);
-  arguments.Add("spill", "DIR", "new folder where they write the first snapshot, timed",
+  arguments.Add("spill", "DIR", "new or empty folder where they write the first snapshot, timed",
                 &options.spill);
   arguments.Add("json", "FILE", "also write the results there", &json);
   absl::Status parsed = arguments.Parse(argc, argv);
@@ -355,9 +364,10 @@ int Snapshot(int argc, const char* const* argv) {
   if (parsed.ok() && (options.steps < 2 || options.keepers < 1 || options.keepers > 1024)) {
     parsed = absl::InvalidArgumentError("--steps must be at least 2, --keepers 1 to 1024");
   }
-  if (parsed.ok() && !options.spill.empty() && HoldsCheckpoint(options.spill)) {
-    parsed = absl::InvalidArgumentError(
-        absl::StrCat("--spill ", options.spill, " holds checkpoints already; name a new folder"));
+  if (parsed.ok() && !options.spill.empty() && !IsNewOrEmpty(options.spill)) {
+    parsed = absl::InvalidArgumentError(absl::StrCat(
+        "--spill ", options.spill,
+        " is no empty folder, and keepers remove old snapshots where they write; name a new one"));
   }
   absl::StatusOr<TrainConfig> config;
   if (parsed.ok()) {

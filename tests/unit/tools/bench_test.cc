@@ -175,6 +175,19 @@ TEST_F(BenchProgram, SnapshotsCountWhatWasTaken) {
   EXPECT_TRUE(IsOneSentence(again.output)) << again.output;
 }
 
+// A keeper there removes what it takes for older snapshots.
+TEST_F(BenchProgram, SnapshotsAreWrittenToAFolderOfTheirOwn) {
+  WriteText("m.json", kModel);
+  ASSERT_EQ(Run("mkdir -p full/step-00000001 && echo mine > full/step-00000001/file").code, 0);
+  for (const std::string spill : {"full", "m.json"}) {
+    const Result r = Bench("snapshot m.json --steps 2 --spill " + spill);
+    EXPECT_EQ(r.code, 2);
+    EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
+    EXPECT_THAT(r.output, HasSubstr("--spill " + spill + " is no empty folder"));
+  }
+  EXPECT_EQ(ReadText("full/step-00000001/file"), "mine\n");
+}
+
 TEST_F(BenchProgram, StepsThatCannotBeMeasuredAreOneSentence) {
   WriteText("m.json", kModel);
   const auto refused = [&](const std::string& arguments, const std::string& sentence) {

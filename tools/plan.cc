@@ -307,11 +307,15 @@ absl::StatusOr<int> Main(int argc, char** argv) {
     return absl::InvalidArgumentError(absl::StrCat("--ranks must be 1 to 1048576, not ", ranks));
   }
   const bool with_parity = !arguments.FirstGiven({"parity"}).empty();
-  if (with_parity && (keepers == 0 || parity < -1)) {
+  if (keepers < 0 || keepers > ranks) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--keepers must be 0 (none) to as many as --ranks, ", ranks, ", not ", keepers));
+  }
+  if (with_parity && (keepers == 0 || parity < -1 || parity > keepers)) {
     return absl::InvalidArgumentError(
-        keepers == 0
-            ? std::string("--parity goes with --keepers, which is missing")
-            : absl::StrCat("--parity must be at least 0, or -1 for the default, not ", parity));
+        keepers == 0 ? std::string("--parity goes with --keepers, which is missing")
+                     : absl::StrCat("--parity must be at least 0 and less than --keepers, ",
+                                    keepers, ", or -1 for the default, not ", parity));
   }
   Summary s;
   s.ranks = static_cast<int>(ranks);
@@ -324,10 +328,8 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   STRETTO_RETURN_IF_ERROR(s.config.Resolve(s.ranks));
   STRETTO_ASSIGN_OR_RETURN(s.plan, LargestPlan(s.config, s.ranks));
   if (keepers != 0) {
-    STRETTO_ASSIGN_OR_RETURN(
-        s.snapshots,
-        SnapshotMemory(s.plan, s.ranks, static_cast<int>(std::clamp<int64_t>(keepers, -1, 1 << 20)),
-                       static_cast<int>(std::clamp<int64_t>(parity, -1, 1 << 20))));
+    STRETTO_ASSIGN_OR_RETURN(s.snapshots, SnapshotMemory(s.plan, s.ranks, static_cast<int>(keepers),
+                                                         static_cast<int>(parity)));
   }
   const int64_t tokens = StepTokens(s.config);
   s.flops = TrainingFlops(s.config.model, {tokens, Product(tokens, s.config.data.sequence_length)});

@@ -312,9 +312,17 @@ TEST_F(PlanTool, SaysWhatIsWrong) {
   EXPECT_THAT(Plan("c.json --ranks 0").output, HasSubstr("--ranks must be"));
   EXPECT_THAT(Plan("c.json --parity 1").output, HasSubstr("--parity goes with --keepers"));
   EXPECT_THAT(Plan("c.json --ranks 2 --keepers 2 --parity -5").output,
-              HasSubstr("--parity must be at least 0, or -1 for the default, not -5"));
+              HasSubstr("or -1 for the default, not -5"));
   EXPECT_THAT(Plan("c.json --ranks 2 --keepers 2 --parity 2").output,
               HasSubstr("parity 2 leaves no data of 2 keepers"));
+  for (const char* keepers : {"99999999999", "3", "-1", "4294967297"}) {
+    const Result r = Plan(absl::StrCat("c.json --ranks 2 --keepers ", keepers));
+    EXPECT_EQ(r.code, 2);
+    EXPECT_TRUE(testing::IsOneSentence(r.output)) << r.output;
+    EXPECT_THAT(r.output, HasSubstr(absl::StrCat("--ranks, 2, not ", keepers)));
+  }
+  EXPECT_THAT(Plan("c.json --ranks 2 --keepers 2 --parity 4294967297").output,
+              HasSubstr("not 4294967297"));
   EXPECT_EQ(Plan("c.json --ranks 2 --keepers 2 --parity -1").output,
             Plan("c.json --ranks 2 --keepers 2").output);
   EXPECT_THAT(Plan("c.json --ranks 65").output, HasSubstr("batch.global is 64"));

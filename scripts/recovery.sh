@@ -68,12 +68,20 @@ export STRETTO_JOB_TOKEN
 job=
 trap '[ -z "$job" ] || kill -INT $job 2> /dev/null || true' EXIT
 
+# What the ranks' program said last that it could not do; else the last line.
+complaint() {
+  awk '/^stretto-run: / { on = 0; last = $0; next }
+       /^stretto-[a-z]+: / { text = ""; on = 1 }
+       on { text = text (text == "" ? "" : "\n") $0 }
+       { last = $0 }
+       END { print text == "" ? last : text }' "$log"
+}
 # wait_for SECONDS WHAT COMMAND...: until the command succeeds.
 wait_for() {
   local deadline=$((SECONDS + $1)) what=$2
   shift 2
   until "$@"; do
-    kill -0 $job 2> /dev/null || fail "the job ended before $what; see $log"
+    kill -0 $job 2> /dev/null || fail "the job ended before $what; see $log: $(complaint)"
     [ $SECONDS -lt $deadline ] || fail "no $what in time; see $log"
     sleep 0.05
   done

@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
 # Trains a small model twice, once undisturbed and once with a rank that is killed in the middle, and
 # puts the losses side by side:
-#   examples/resilience/run.sh [--text FILE] [--output DIR] [--launcher mpi|env] [--build DIR]
+#   examples/resilience/run.sh [--text FILE] [--output DIR] [--launcher mpi|env]
 #   --text FILE   what to learn (default: this project's documentation)
 #   --output DIR  where everything goes (default runs/resilience); removed first
 #   --launcher    who starts the 2 ranks: mpirun, or stretto-run itself (default env)
-#   --build DIR   where the programs are (default build/release)
+#                 (programs come from build/release, or from the directory in STRETTO_BUILD)
 set -euo pipefail
-root=$(cd "$(dirname "$0")/../.." && pwd)
-output=$root/runs/resilience build=$root/build/release launcher=env text=
+# shellcheck source=scripts/common.sh
+source "$(dirname "$0")/../../scripts/common.sh"
+output=$root/runs/resilience launcher=env text=
 while [ $# -gt 0 ]; do
   case $1 in
-    --text | --output | --launcher | --build)
-      [ $# -ge 2 ] || { echo "run.sh: $1 needs a value; see --help" >&2; exit 2; }
+    --text | --output | --launcher)
+      [ $# -ge 2 ] || refuse "$1 needs a value; see --help"
       declare "${1#--}=$2"
       shift 2
       ;;
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    *) echo "run.sh: unknown option '$1'; see --help" >&2; exit 2 ;;
+    *) refuse "unknown option '$1'; see --help" ;;
   esac
 done
 # SIGKILL at this step; a checkpoint every 20, so that a few steps are lost.
 steps=120 kill_after=50 every=20
+build=${STRETTO_BUILD:-$root/build/release}
 for program in tools/stretto-run tools/stretto-tokenize examples/gpt/stretto-gpt; do
-  [ -x "$build/$program" ] && continue
-  echo "run.sh: $build/$program is missing; build it: cmake --build $build --target ${program##*/}" >&2
-  exit 2
+  [ -x "$build/$program" ] || fail "'$build/$program' is not there; build first (README.md)"
 done
 rm -rf "$output"
 mkdir -p "$output"
@@ -60,7 +60,7 @@ train killed &
 job=$!
 # A rank's guard writes down its process, rank 0 a line for each step.
 until [ "$(cat "$output/killed/metrics.jsonl" 2> /dev/null | wc -l)" -ge $kill_after ]; do
-  kill -0 $job 2> /dev/null || { echo "run.sh: the job ended early; see $output/killed.log" >&2; exit 1; }
+  kill -0 $job 2> /dev/null || fail "the job ended early; see $output/killed.log"
   sleep 0.02
 done
 victim=$(sed -n 's/.*"started".*"pid":\([0-9]*\).*/\1/p' "$output"/killed-incidents/live-*/rank-1.events)

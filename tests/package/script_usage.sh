@@ -23,6 +23,22 @@ done
 wrong recovery.sh --ranks 0
 wrong recovery.sh --set
 wrong recovery.sh --launcher srun
+# What the program refuses is told in its words.
+output=$(mktemp -d)
+trap 'rm -rf "$output"' EXIT
+if said=$("$scripts/recovery.sh" --set foo=1 --output "$output/run" 2>&1) ||
+  [[ $said != *"--set foo: is not a known name"* ]]; then
+  echo "recovery.sh --set foo=1: $said"
+  exit 1
+fi
+# All take their programs from one place.
+for script in chaos.sh recovery.sh varlen.sh varlen_bench.sh ../examples/resilience/run.sh; do
+  if said=$(STRETTO_BUILD=/absent timeout 20 "$scripts/$script" 2>&1) ||
+    [[ $said != "${script##*/}: '/absent/"*"' is not there; build first (README.md)" ]]; then
+    echo "STRETTO_BUILD=/absent $script: $said"
+    exit 1
+  fi
+done
 wrong varlen_bench.sh --ranks 0
 wrong varlen_bench.sh --ranks
 wrong varlen_bench.sh --repetitions x

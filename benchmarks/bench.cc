@@ -112,13 +112,6 @@ absl::StatusOr<TrainConfig> LoadOne(const std::string& subcommand,
   return config;
 }
 
-int Printed() {
-  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return kDone;
-  return Fail(absl::UnavailableError(
-                  absl::StrCat("standard output could not be written: ", std::strerror(errno))),
-              kFailed);
-}
-
 absl::Status SameEverywhere(World& world, TrainConfig config, const std::string& options) {
   const std::string mine = absl::StrCat(PrintConfig(ConfigRef(&config)), options);
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
@@ -142,7 +135,7 @@ int RunInWorld(const std::function<absl::Status(World&)>& work) {
   auto world = World::Create({});
   if (!world.ok()) return Fail(world.status(), ExitCodeOf(world.status()));
   const absl::Status status = work(**world);
-  if (status.ok()) return Printed();
+  if (status.ok()) return EndProgram(status);
   // One rank speaks for all where all know, and all leave together.
   const bool agreed = IsAgreed(status);
   const int code = agreed ? ExitCodeOf(status) : kFailed;
@@ -171,10 +164,7 @@ int Main(int argc, const char* const* argv) {
     return Fail(absl::InvalidArgumentError("stretto-bench needs a command; see --help"), kUsage);
   }
   const std::string name = argv[1];
-  if (name == "--help" || name == "-h") {
-    std::fputs(Help().c_str(), stdout);
-    return kDone;
-  }
+  if (name == "--help" || name == "-h") return EndProgram(PrintText(Help()));
   SetLogLevel(LogLevel::kWarning);
   std::vector<std::string> names;
   for (const Command& command : kCommands) {

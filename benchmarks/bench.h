@@ -56,9 +56,6 @@ absl::Status CheckWritable(const std::string& path);
 // Prints the sentence and returns `code`.
 int Fail(const absl::Status& status, int code);
 
-// kDone when all that was printed has reached standard output, else kFailed with a sentence.
-int Printed();
-
 // The one configuration file that a subcommand takes, with overrides.
 absl::StatusOr<TrainConfig> LoadOne(const std::string& subcommand,
                                     const std::vector<std::string>& files,

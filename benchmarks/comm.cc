@@ -123,10 +123,7 @@ int Comm(int argc, const char* const* argv) {
   arguments.Add("only", "TEXT", "operations with this in their name", &o.only);
   arguments.Add("json", "FILE", "also write the results there", &o.json);
   absl::Status parsed = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   if (parsed.ok() && (o.min_bytes < 4 || o.max_bytes < o.min_bytes ||
                       o.max_bytes > (int64_t{1} << 40) || o.factor < 2 || o.repetitions < 1)) {
     parsed = absl::InvalidArgumentError(

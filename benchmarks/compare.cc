@@ -44,10 +44,7 @@ int Compare(int argc, const char* const* argv) {
                       "A.json B.json");
   arguments.Add("tolerance", "PERCENT", "changes up to this are noise", &tolerance);
   absl::Status parsed = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   if (parsed.ok() && arguments.rest().size() != 2) {
     parsed = absl::InvalidArgumentError("stretto-bench compare needs two files; see --help");
   }
@@ -102,8 +99,7 @@ int Compare(int argc, const char* const* argv) {
   }
   std::printf("%d slower, %d faster by more than %g %%; %d in one file only\n", slower, faster,
               tolerance, alone);
-  const int printed = Printed();
-  return slower > 0 ? kFailed : printed;
+  return EndProgram(slower > 0 ? kFailed : kDone);
 }
 
 }  // namespace stretto::bench

@@ -432,10 +432,7 @@ int Fit(int argc, const char* const* argv) {
   arguments.Add("output", "FILE", "where the cost model goes", &output);
   arguments.Add("repetitions", "N", "of each measurement", &repetitions);
   absl::Status parsed = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   if (parsed.ok() && (repetitions < 1 || repetitions > 1000)) {
     parsed = absl::InvalidArgumentError(
         absl::StrCat("--repetitions must be 1 to 1000, not ", repetitions));

@@ -666,10 +666,7 @@ int Kernels(int argc, const char* const* argv) {
   if (const absl::Status parsed = arguments.Parse(argc, argv); !parsed.ok()) {
     return Fail(parsed, kUsage);
   }
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   const auto device = ChooseDevice(o.device, 0);
   if (!device.ok()) return Fail(device.status(), kFailed);
   const bool cpu = device->kind == DeviceKind::kCpu;
@@ -682,7 +679,7 @@ int Kernels(int argc, const char* const* argv) {
   if (o.threads == 0) o.threads = std::max(1u, std::thread::hardware_concurrency());
   if (const absl::Status checked = Check(o); !checked.ok()) return Fail(checked, kUsage);
   const absl::Status status = Run(o, *device);
-  return status.ok() ? Printed() : Fail(status, kFailed);
+  return status.ok() ? EndProgram(status) : Fail(status, kFailed);
 }
 
 }  // namespace stretto::bench

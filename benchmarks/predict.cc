@@ -158,10 +158,7 @@ int Predict(int argc, const char* const* argv) {
   arguments.Add("rounds", "N", "how often each layout runs `steps` steps", &rounds);
   arguments.Add("json", "FILE", "also write the results there", &json);
   absl::Status parsed = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   if (parsed.ok() && (rounds < 1 || rounds > 100)) {
     parsed = absl::InvalidArgumentError(absl::StrCat("--rounds must be 1 to 100, not ", rounds));
   }

@@ -357,10 +357,7 @@ int Snapshot(int argc, const char* const* argv) {
                 &options.spill);
   arguments.Add("json", "FILE", "also write the results there", &json);
   absl::Status parsed = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   if (parsed.ok() && (options.steps < 2 || options.keepers < 1 || options.keepers > 1024)) {
     parsed = absl::InvalidArgumentError("--steps must be at least 2, --keepers 1 to 1024");
   }

@@ -287,10 +287,7 @@ int Train(int argc, const char* const* argv) {
                 &workspace_mib);
   arguments.Add("json", "FILE", "also write the results there", &json);
   absl::Status parsed = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   if (parsed.ok() && (workspace_mib < 0 || workspace_mib > (1 << 20))) {
     parsed = absl::InvalidArgumentError(
         absl::StrCat("--workspace-mib must be 0 to 1048576, not ", workspace_mib));
@@ -306,7 +303,7 @@ int Train(int argc, const char* const* argv) {
     absl::Status status = World::RunThreads(
         1, [&](World& world) { return Profile(world, *config, workspace_mib << 20, &results); });
     if (status.ok()) status = results.Write(json);
-    return status.ok() ? Printed() : Fail(status, kFailed);
+    return status.ok() ? EndProgram(status) : Fail(status, kFailed);
   }
   return RunInWorld([&](World& world) -> absl::Status {
     STRETTO_RETURN_IF_ERROR(CheckOutput(world, json));

@@ -269,10 +269,7 @@ int Varlen(int argc, const char* const* argv) {
   arguments.Add("rounds", "N", "how often each mesh runs `steps` steps", &options.rounds);
   arguments.Add("json", "FILE", "also write the results there", &json);
   absl::Status parsed = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   if (parsed.ok() && (options.rounds < 1 || options.rounds > 100 || options.seed < 0)) {
     parsed = absl::InvalidArgumentError(
         absl::StrCat("--rounds must be 1 to 100 and --seed at least 0, not ", options.rounds,

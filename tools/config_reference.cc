@@ -1,8 +1,8 @@
 // Prints the reference of the training configuration as Markdown: stretto-config > docs/config.md.
-#include <cstdio>
 #include <string>
 
 #include "stretto/core/config.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/train/config.h"
 
 namespace {
@@ -22,6 +22,5 @@ constexpr char kHeading[] =
 int main() {
   stretto::TrainConfig config;
   const std::string text = kHeading + stretto::DescribeConfig(stretto::ConfigRef(&config));
-  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size()) return 1;
-  return std::fflush(stdout) == 0 ? 0 : 1;
+  return stretto::EndProgram(stretto::PrintText(text));
 }

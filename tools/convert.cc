@@ -347,10 +347,7 @@ absl::Status Main(int argc, char** argv) {
   arguments.AddChoice("dtype", {"stored", "f32", "bf16"}, "to-hf: type of the weights", &dtype);
   arguments.Add("eos", "ID", "to-hf: token that ends a text; -1: as the checkpoint says", &eos);
   STRETTO_RETURN_IF_ERROR(arguments.Parse(argc, argv));
-  if (arguments.help()) {
-    std::printf("%s", arguments.Help().c_str());
-    return absl::OkStatus();
-  }
+  if (arguments.help()) return PrintText(arguments.Help());
   const std::vector<std::string>& rest = arguments.rest();
   if (rest.size() == 3 && rest[0] == "from-hf") return FromHf(rest[1], rest[2]);
   if (rest.size() == 3 && rest[0] == "to-hf") return ToHf(rest[1], rest[2], dtype, eos);
@@ -361,9 +358,4 @@ absl::Status Main(int argc, char** argv) {
 }  // namespace
 }  // namespace stretto
 
-int main(int argc, char** argv) {
-  const absl::Status status = stretto::Main(argc, argv);
-  if (status.ok()) return 0;
-  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return stretto::ExitCodeOf(status);
-}
+int main(int argc, char** argv) { return stretto::EndProgram(stretto::Main(argc, argv)); }

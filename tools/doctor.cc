@@ -1,18 +1,18 @@
 // Looks at the machine as a run would, and says in sentences what is wrong and what to do.
 #include "tools/doctor.h"
 
-#include <cstdio>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/core/log.h"
 #include "tools/arguments.h"
 
 namespace stretto {
 namespace {
 
-constexpr int kWell = 0, kProblems = 1, kUsage = 2;
+constexpr int kWell = 0, kProblems = 1;
 
 const char* Word(Finding finding) {
   switch (finding) {
@@ -70,7 +70,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   arguments.AddFlag("quick", "do not measure the GPUs", &quick);
   STRETTO_RETURN_IF_ERROR(arguments.Parse(argc, argv));
   if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
+    STRETTO_RETURN_IF_ERROR(PrintText(arguments.Help()));
     return kWell;
   }
   SetLogLevel(LogLevel::kError);
@@ -83,16 +83,11 @@ absl::StatusOr<int> Main(int argc, char** argv) {
               "this program was built without CUDA: runs use the CPU; to use NVIDIA GPUs, install "
               "the CUDA 13 toolkit and configure with -DSTRETTO_CUDA=ON");
 #endif
-  std::fputs((json ? Json(report) : Text(report)).c_str(), stdout);
+  STRETTO_RETURN_IF_ERROR(PrintText(json ? Json(report) : Text(report)));
   return Count(report, Finding::kProblem) > 0 ? kProblems : kWell;
 }
 
 }  // namespace
 }  // namespace stretto
 
-int main(int argc, char** argv) {
-  const absl::StatusOr<int> code = stretto::Main(argc, argv);
-  if (code.ok()) return *code;
-  std::fprintf(stderr, "%s\n", std::string(code.status().message()).c_str());
-  return stretto::kUsage;
-}
+int main(int argc, char** argv) { return stretto::EndProgram(stretto::Main(argc, argv)); }

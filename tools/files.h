@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
 #include <fstream>
 #include <string>
@@ -48,13 +47,6 @@ inline absl::Status WriteTextFile(const std::string& path, const std::string& te
 // An empty file is an empty text.
 inline absl::StatusOr<std::string> ReadTextFile(const std::string& path) {
   return ReadRegularFile("the file", path);
-}
-
-// To the standard output, all of it.
-inline absl::Status PrintText(const std::string& text) {
-  if (std::fputs(text.c_str(), stdout) >= 0 && std::fflush(stdout) == 0) return absl::OkStatus();
-  return absl::UnavailableError(
-      absl::StrCat("the output could not be written: ", std::strerror(errno)));
 }
 
 }  // namespace stretto

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -112,8 +111,7 @@ absl::Status Run(const stretto::KeeperOptions& options) {
   sigaction(SIGTERM, &action, nullptr);
   sigaction(SIGINT, &action, nullptr);
   signal(SIGPIPE, SIG_IGN);
-  std::printf("ready %d\n", keeper->port());
-  std::fflush(stdout);
+  STRETTO_RETURN_IF_ERROR(stretto::PrintText(absl::StrCat("ready ", keeper->port(), "\n")));
   const absl::Status status = keeper->Run();
   signal(SIGTERM, SIG_IGN);
   signal(SIGINT, SIG_IGN);
@@ -122,8 +120,7 @@ absl::Status Run(const stretto::KeeperOptions& options) {
 
 absl::Status Ask(const std::string& keeper, const std::string& token) {
   STRETTO_ASSIGN_OR_RETURN(const std::string state, stretto::AskKeeper(keeper, token));
-  std::printf("%s", state.c_str());
-  return absl::OkStatus();
+  return stretto::PrintText(state);
 }
 
 }  // namespace
@@ -162,10 +159,7 @@ int main(int argc, char** argv) {
   arguments.Add("ask", "ADDRESS",
                 "print the state of the keeper at this socket or host:port, and end", &ask);
   absl::Status status = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::printf("%s", arguments.Help().c_str());
-    return 0;
-  }
+  if (arguments.help()) return stretto::EndProgram(stretto::PrintText(arguments.Help()));
   const bool asks = !arguments.FirstGiven({"ask"}).empty();
   if (status.ok() && asks && ask.empty()) {
     status = absl::InvalidArgumentError(
@@ -210,7 +204,5 @@ int main(int argc, char** argv) {
     }
   }
   if (status.ok()) status = asks ? Ask(ask, options.token) : Run(options);
-  if (status.ok()) return 0;
-  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return stretto::ExitCodeOf(status);
+  return stretto::EndProgram(status);
 }

@@ -39,10 +39,7 @@ absl::Status Main(int argc, char** argv) {
   arguments.Add("order", "N", "tokens of an n-gram, 1 to 3", &order);
   arguments.Add("vocabulary", "V", "of the tokenizer", &vocabulary);
   STRETTO_RETURN_IF_ERROR(arguments.Parse(argc, argv));
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return absl::OkStatus();
-  }
+  if (arguments.help()) return PrintText(arguments.Help());
   if (train.empty() || validation.empty()) {
     return absl::InvalidArgumentError(
         "stretto-ngram needs --train and --validation token files; see --help");
@@ -65,9 +62,4 @@ absl::Status Main(int argc, char** argv) {
 }  // namespace
 }  // namespace stretto
 
-int main(int argc, char** argv) {
-  const absl::Status status = stretto::Main(argc, argv);
-  if (status.ok()) return 0;
-  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return stretto::ExitCodeOf(status);
-}
+int main(int argc, char** argv) { return stretto::EndProgram(stretto::Main(argc, argv)); }

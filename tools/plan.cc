@@ -1,7 +1,6 @@
 // What a run will hold in memory, compute and send, from its configuration alone: nothing is
 // allocated, read or started.
 #include <algorithm>
-#include <cstdio>
 #include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -19,7 +18,6 @@
 #include "stretto/train/flops.h"
 #include "stretto/train/memory.h"
 #include "tools/arguments.h"
-#include "tools/files.h"
 #include "tools/suggest.h"
 
 namespace stretto {
@@ -295,7 +293,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   suggestions.AddTo(arguments);
   STRETTO_RETURN_IF_ERROR(arguments.Parse(argc, argv));
   if (arguments.help()) {
-    std::printf("%s", arguments.Help().c_str());
+    STRETTO_RETURN_IF_ERROR(PrintText(arguments.Help()));
     return kFits;
   }
   if (arguments.rest().size() != 1) {
@@ -342,9 +340,4 @@ absl::StatusOr<int> Main(int argc, char** argv) {
 }  // namespace
 }  // namespace stretto
 
-int main(int argc, char** argv) {
-  const absl::StatusOr<int> code = stretto::Main(argc, argv);
-  if (code.ok()) return *code;
-  std::fprintf(stderr, "%s\n", std::string(code.status().message()).c_str());
-  return stretto::ExitCodeOf(code.status());
-}
+int main(int argc, char** argv) { return stretto::EndProgram(stretto::Main(argc, argv)); }

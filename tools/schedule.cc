@@ -1,7 +1,6 @@
 // Draws pipeline schedules: who works on what and when, the bubble, and the activations held. The
 // times are simulated.
 #include <algorithm>
-#include <cstdio>
 #include <string>
 #include <vector>
 
@@ -120,10 +119,7 @@ int main(int argc, char** argv) {
   arguments.Add("svg", "FILE", "write a picture there", &o.svg);
   arguments.Add("trace", "FILE", "write a trace for Perfetto there", &o.trace);
   absl::Status status = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::printf("%s", arguments.Help().c_str());
-    return stretto::kExitDone;
-  }
+  if (arguments.help()) return stretto::EndProgram(stretto::PrintText(arguments.Help()));
   if (status.ok() && !o.costs.empty()) {
     const std::string given =
         arguments.FirstGiven({"forward", "backward-input", "backward-weight", "link"});
@@ -133,7 +129,5 @@ int main(int argc, char** argv) {
     }
   }
   if (status.ok()) status = stretto::Run(o);
-  if (status.ok()) return stretto::kExitDone;
-  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return stretto::ExitCodeOf(status);
+  return stretto::EndProgram(status);
 }

@@ -290,10 +290,7 @@ int main(int argc, char** argv) {
   arguments.AddFlag("list", "print the items of the first batch, too", &o.list);
   arguments.AddFlag("json", "print JSON", &o.json);
   absl::Status status = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::printf("%s", arguments.Help().c_str());
-    return stretto::kExitDone;
-  }
+  if (arguments.help()) return stretto::EndProgram(stretto::PrintText(arguments.Help()));
   const auto refuse = [&](const std::vector<std::string>& names, const char* why) {
     const std::string given = arguments.FirstGiven(names);
     if (status.ok() && !given.empty()) {
@@ -312,7 +309,5 @@ int main(int argc, char** argv) {
   }
   if (o.lengths != "log-normal") refuse({"median", "sigma"}, "goes with --lengths log-normal");
   if (status.ok()) status = stretto::Run(o);
-  if (status.ok()) return stretto::kExitDone;
-  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return stretto::ExitCodeOf(status);
+  return stretto::EndProgram(status);
 }

@@ -3,17 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstdio>
 #include <cstdlib>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/core/log.h"
 #include "stretto/train/config.h"
 #include "stretto/train/memory.h"
 #include "stretto/train/prediction.h"
 #include "stretto/train/suggest.h"
-#include "tools/files.h"
 
 namespace stretto {
 

@@ -241,10 +241,7 @@ absl::Status Main(int argc, char** argv) {
                       &options.split_documents);
   arguments.Add("decode", "FILE.bin", "print the text of a token file instead", &options.decode);
   STRETTO_RETURN_IF_ERROR(arguments.Parse(argc, argv));
-  if (arguments.help()) {
-    std::fputs(arguments.Help().c_str(), stdout);
-    return absl::OkStatus();
-  }
+  if (arguments.help()) return PrintText(arguments.Help());
   options.inputs = arguments.rest();
   STRETTO_ASSIGN_OR_RETURN(const auto tokenizer, OpenTokenizer(options.tokenizer));
   return options.decode.empty() ? Encode(options, *tokenizer) : Decode(options, *tokenizer);
@@ -253,9 +250,4 @@ absl::Status Main(int argc, char** argv) {
 }  // namespace
 }  // namespace stretto
 
-int main(int argc, char** argv) {
-  const absl::Status status = stretto::Main(argc, argv);
-  if (status.ok()) return 0;
-  std::fprintf(stderr, "%s\n", std::string(status.message()).c_str());
-  return stretto::ExitCodeOf(status);
-}
+int main(int argc, char** argv) { return stretto::EndProgram(stretto::Main(argc, argv)); }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/strings/str_format.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/snapshot/erasure.h"
 
 namespace {
@@ -72,5 +73,5 @@ int main(int argc, char** argv) {
     absl::PrintF("%d + %d    %8.2f %8.2f %8.2f %8.2f   %.2f %.2f %.2f\n", k, m, plain / 1e9,
                  encode / 1e9, add / 1e9, back / 1e9, encode / plain, add / plain, back / plain);
   }
-  return 0;
+  return stretto::EndProgram(absl::OkStatus());
 }

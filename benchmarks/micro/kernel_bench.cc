@@ -21,6 +21,7 @@
 
 #include "absl/strings/str_format.h"
 #include "stretto/core/arena.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/ops/ops.h"
 
 namespace {
@@ -289,6 +290,5 @@ int main(int argc, char** argv) {
   Bench bench(threads, tokens, *dtype, repetitions);
   absl::Status status = bench.Start();
   if (status.ok()) status = bench.Run();
-  if (!status.ok()) absl::FPrintF(stderr, "%s\n", std::string(status.message()));
-  return status.ok() ? 0 : 1;
+  return stretto::EndProgram(status);
 }

@@ -159,10 +159,8 @@ int main(int argc, char** argv) {
   std::vector<std::string> sets;
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
-    if (argument == "--help" || argument == "-h") {
-      std::printf("%s", kHelp);
-      return 0;
-    }
+    if (argument == "--help" || argument == "-h")
+      return stretto::EndProgram(stretto::PrintText(kHelp));
     if (argument == "--set") {
       if (i + 1 == argc) {
         std::fprintf(stderr, "stretto-gpt: --set needs section.name=value\n%s", kHelp);

@@ -154,10 +154,8 @@ int main(int argc, char** argv) {
   };
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
-    if (argument == "--help" || argument == "-h") {
-      std::printf("%s", kHelp);
-      return 0;
-    }
+    if (argument == "--help" || argument == "-h")
+      return stretto::EndProgram(stretto::PrintText(kHelp));
     if (argument == "--set" || argument == "--steps") {
       if (i + 1 == argc) return usage(absl::StrCat(argument, " needs a value"));
       const std::string value = argv[++i];
@@ -188,7 +186,7 @@ int main(int argc, char** argv) {
   }
   stretto::SetLogRank((*world)->rank(), (*world)->size());
   const absl::Status status = Compare(**world, config, steps);
-  if (status.ok()) return 0;
+  if (status.ok()) return stretto::EndProgram(status);
   const bool agreed = stretto::IsAgreed(status) || absl::IsInvalidArgument(status);
   if ((*world)->rank() == 0 || !agreed) {
     std::fprintf(stderr, "train_varlen: %s\n", std::string(status.message()).c_str());

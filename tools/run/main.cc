@@ -14,6 +14,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "stretto/core/exit_code.h"
 #include "tools/arguments.h"
 #include "tools/run/guard.h"
 #include "tools/run/process.h"
@@ -140,10 +141,7 @@ int Main(int argc, char** argv) {
                 &options.keepers.parity);
   arguments.Add("job", "ID", "what tells this job's keepers from others'", &options.keepers.job);
   const absl::Status parsed = arguments.Parse(argc, argv);
-  if (arguments.help()) {
-    std::printf("%s", arguments.Help().c_str());
-    return kDone;
-  }
+  if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   options.launch.program = arguments.rest();
   absl::Status checked = parsed.ok() ? Check(options, ranks, min_ranks) : parsed;
   options.restart.fatal_codes.clear();

@@ -1,6 +1,8 @@
-// Exit codes of programs: who starts them again has to know whether that helps.
+// How programs end: who starts them again has to know whether that helps.
 #ifndef STRETTO_CORE_EXIT_CODE_H_
 #define STRETTO_CORE_EXIT_CODE_H_
+
+#include <string>
 
 #include "stretto/core/status.h"
 
@@ -25,6 +27,15 @@ inline int ExitCodeOf(const absl::Status& status) {
       return kExitFailed;
   }
 }
+
+// Writes `text` to standard output. UNAVAILABLE when it, or what was printed before, has not
+// arrived there: who reads it would take a part, or nothing, for all.
+absl::Status PrintText(const std::string& text);
+
+// The last thing that a program does: makes sure that what it printed has arrived, says on standard
+// error what is wrong (`result`, or else that), and returns the exit code.
+int EndProgram(const absl::StatusOr<int>& result);
+int EndProgram(const absl::Status& result);
 
 }  // namespace stretto
 

@@ -330,7 +330,7 @@ TEST_F(PlanTool, SaysWhatIsWrong) {
   for (const char* mode : {"", " --suggest --gpus 1 --memory 80GiB"}) {
     const Result full = Run(STRETTO_PLAN " c.json" + std::string(mode) + " 2>&1 >/dev/full");
     EXPECT_EQ(full.code, 1);
-    EXPECT_THAT(full.output, HasSubstr("the output could not be written: No space left"));
+    EXPECT_THAT(full.output, HasSubstr("standard output could not be written: No space left"));
   }
 }
 

@@ -3,6 +3,7 @@
 namespace stretto::internal {
 
 absl::Status GatedLinearLayer::Declare(Builder& b) {
+  if (options_.bias) return absl::InvalidArgumentError("a gated linear layer has no bias");
   if (b.Width(x_) != in_) {
     return absl::InvalidArgumentError(
         absl::StrCat("its input has ", b.Width(x_), " features per token, not ", in_));
@@ -14,8 +15,7 @@ absl::Status GatedLinearLayer::Declare(Builder& b) {
   *act_out_ = act_ =
       b.Output("act", features_, {.grad_uses = kInBackwardInput, .cheap = true, .shard = shard});
   d_gate_up_ = b.Scratch("dy", 2 * features_, b.dtype(), kInBackwardInput | kInBackwardWeight);
-  DeclareLinearParameters(b, in_, 2 * features_, options_, shard, &weight_, &bias_);
-  if (bias_.valid()) return absl::InvalidArgumentError("a gated linear layer has no bias");
+  DeclareLinearParameters(b, in_, 2 * features_, options_, shard, &weight_, nullptr);
   return absl::OkStatus();
 }
 
@@ -36,7 +36,7 @@ void GatedLinearLayer::BackwardInput(Run& run, Frame& frame) const {
 }
 
 void GatedLinearLayer::BackwardWeight(Run& run, Frame& frame) const {
-  LinearBackwardWeight(run, weight_, bias_, frame.Value(d_gate_up_), frame.Value(x_));
+  LinearBackwardWeight(run, weight_, {}, frame.Value(d_gate_up_), frame.Value(x_));
 }
 
 }  // namespace stretto::internal

@@ -13,7 +13,8 @@
 namespace stretto::internal {
 
 // The parameters of a linear layer, whatever it computes in: "weight" [out, in] and, when asked
-// for, "bias" [out]; `shard`: of a layer that sees a part of the tokens. For Declare.
+// for, "bias" [out], else `bias` may be null; `shard`: of a layer that sees a part of the tokens.
+// For Declare.
 void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOptions& options,
                              bool shard, ParamId* weight, ParamId* bias);
 // Reads x, or what gelu made x from (LinearOptions::gelu_input), as LinearBackwardInput does. For
@@ -66,7 +67,7 @@ class GatedLinearLayer : public Layer {
   int64_t in_, features_;
   LinearOptions options_;
   SlotId* act_out_;
-  ParamId weight_, bias_;
+  ParamId weight_;
 };
 
 // n = norm(x).

@@ -50,11 +50,14 @@ SlotId Builder::Linear(const std::string& name, Role role, SlotId x, int64_t in,
 SlotId Builder::GatedLinear(const std::string& name, const std::string& act, SlotId x, int64_t in,
                             int64_t features, double init_std) {
   const LinearOptions options = {.init_std = init_std, .features = {.parts = {features, features}}};
-  if (!strategies_.gated_linear) {
-    return Swiglu(act, Linear(name, Role::kColumn, x, in, 2 * features, options));
-  }
   SlotId y;
-  Add(name, strategies_.gated_linear(x, in, features, options, &y)).IgnoreError();
+  if (!strategies_.gated_linear) {
+    y = Swiglu(act, Linear(name, Role::kColumn, x, in, 2 * features, options));
+    if (status_.ok()) graph_.layer_timing.back().included_in = name;
+  } else {
+    Add(name, strategies_.gated_linear(x, in, features, options, &y)).IgnoreError();
+    if (status_.ok()) graph_.layer_timing.back().includes = act;
+  }
   return y;
 }
 
@@ -93,11 +96,13 @@ SlotId Builder::Attention(const std::string& name, SlotId qkv, const AttentionOp
 SlotId Builder::StageInput(const std::string& name, int64_t width) {
   SlotId y;
   Add(name, std::make_unique<internal::StageInputLayer>(width, &y)).IgnoreError();
+  if (status_.ok()) graph_.layer_timing.back().between_stages = true;
   return y;
 }
 
 void Builder::StageOutput(const std::string& name, SlotId x, SlotId branch) {
   Add(name, std::make_unique<internal::StageOutputLayer>(x, branch)).IgnoreError();
+  if (status_.ok()) graph_.layer_timing.back().between_stages = true;
 }
 
 ParamId Builder::LossHead(const std::string& name, SlotId x, int64_t vocabulary, int64_t chunk,

@@ -22,6 +22,7 @@ absl::Status Builder::Add(const std::string& name, std::unique_ptr<Layer> layer)
   graph_.layers.push_back(std::move(layer));
   graph_.layer_names.push_back(name);
   graph_.layer_block.push_back(block_);
+  graph_.layer_timing.emplace_back();
   absl::Status declared = raw->Declare(*this);
   if (!declared.ok()) {
     Fail(absl::Status(declared.code(),

@@ -8,6 +8,7 @@
 
 #include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
+#include "src/train/rank_clock.h"
 #include "stretto/core/cut.h"
 #include "stretto/model/layer.h"
 #include "stretto/ops/kernels.h"
@@ -19,355 +20,11 @@
 namespace stretto {
 namespace {
 
+using train_internal::Links;
+using train_internal::RankClock;
+using train_internal::StageSeconds;
+
 constexpr size_t Index(int i) { return static_cast<size_t>(i); }
-
-// What travels between the ranks of a layout, and over which links.
-struct Links {
-  int dp = 1, tp = 1, world = 1;
-  int64_t pieces = 1;  // of the tokens, on the tensor axis
-  const LinkCost *data = nullptr, *tensor = nullptr, *pipeline = nullptr, *all = nullptr;
-  double hidden = 0;
-};
-
-// Seconds of what a stage does, on a full micro-batch and on the step's last one.
-struct StageSeconds {
-  const StagePlan* plan = nullptr;
-  ListParts list;
-  // By action.
-  struct Sizes {
-    std::vector<double> layer, exchange;
-  } full, rest;
-  // By layer: whether its sum of inputs' gradients is waited for in an action of its own.
-  std::vector<uint8_t> finishes_apart;
-  // Of one collective, by bucket.
-  std::vector<double> reduce, gather;
-  // Without rotating buffers (ZeRO-1 gradients, ZeRO-1 and 2 parameters).
-  std::vector<int> ready_layer;                 // by bucket
-  std::vector<std::vector<int>> layer_buckets;  // by layer
-  double partial = 0;                           // of the sums of partial gradients
-  double update = 0;                            // of the optimizer
-};
-
-// The clock of one rank: when its stream has come to what, and its collectives. The methods have
-// the names of what the trainer does there (DataParallel, BucketBuffers).
-class RankClock {
- public:
-  RankClock(const TrainConfig& config, const Links& links, std::vector<StageSeconds> stages)
-      : overlap_(config.parallel.overlap),
-        prefetch_(config.parallel.prefetch),
-        zero_(stages.front().plan->buckets.zero),
-        links_(links) {
-    for (StageSeconds& seconds : stages) {
-      Stage& stage = stages_.emplace_back();
-      stage.seconds = std::move(seconds);
-      const BucketPlan& buckets = stage.seconds.plan->buckets;
-      const size_t layers = stage.seconds.plan->model.graph.layers.size();
-      for (auto* times : {&stage.input, &stage.summed, &stage.weight}) times->assign(layers, 0);
-      stage.reduced.assign(buckets.buckets.size(), 0);
-      stage.gathered.assign(buckets.buckets.size(), 0);
-      stage.stays.resize(buckets.training.stays.size());
-    }
-    // What the step before it started under the forward of this one.
-    if (links_.dp > 1 && prefetch_) GatherParameters();
-  }
-
-  // Before each program: `items` micro-batches from number `first` of `count`.
-  void Begin(const Program& program, int rank, size_t first, size_t count, double offset) {
-    offset_ = offset;
-    first_ = first;
-    count_ = count;
-    for (Stage& stage : stages_) {
-      stage.works.clear();
-      stage.next = 0;
-      stage.backwards_left = 0;
-      for (const ProgramAction& a : program.of_rank[Index(rank)]) {
-        if (a.stage != stage.seconds.plan->stage) continue;
-        stage.works.push_back(a.work);
-        stage.backwards_left += EndsBackward(a.work) ? 1 : 0;
-      }
-    }
-    more_ = first + program.items.size() < count;
-  }
-
-  double Run(const ProgramAction& action, double start) {
-    const double begin = offset_ + start;
-    now_ = begin + std::exchange(debt_, 0);
-    for (Stage& stage : stages_) {
-      if (stage.seconds.plan->stage == action.stage) Run(stage, action);
-    }
-    return now_ - begin;
-  }
-
-  // What is left of the step's gradients, from `start` on; returns when it is done.
-  double FinishGradients(double start) {
-    now_ = start + std::exchange(debt_, 0);
-    for (auto stage = stages_.rbegin(); stage != stages_.rend(); ++stage) {
-      if (links_.dp > 1) FinishGradients(*stage);
-      now_ += stage->seconds.partial;
-      tensor_ += stage->seconds.partial;
-    }
-    return now_;
-  }
-
-  // Without prefetching the gathers end the step, from `start` on; returns when they are done.
-  double GatherAtEnd(double start) {
-    now_ = start;
-    if (links_.dp == 1 || prefetch_) return now_;
-    GatherParameters();
-    now_ += std::exchange(debt_, 0);
-    for (Stage& stage : stages_) WaitParameters(stage);
-    return now_;
-  }
-
-  // What the rank's time has gone into so far.
-  struct Totals {
-    double compute = 0, tensor = 0, data = 0;
-  };
-  Totals totals() const { return {compute_, tensor_, data_}; }
-  // Lets `count` micro-batches pass that are like the last one, which took `seconds` and before
-  // which the totals were `before`.
-  void Repeat(const Totals& before, double seconds, double count) {
-    compute_ += count * (compute_ - before.compute);
-    tensor_ += count * (tensor_ - before.tensor);
-    data_ += count * (data_ - before.data);
-    ForTimes([&](double& t) {
-      if (t > 0) t += count * seconds;
-    });
-  }
-  // How far what is on its way reaches beyond `end`. With the same a micro-batch later the clock is
-  // in a steady state: from there on all are alike.
-  std::vector<double> Ahead(double end) {
-    std::vector<double> ahead;
-    ForTimes([&](const double& t) { ahead.push_back(std::max(0.0, t - end)); });
-    return ahead;
-  }
-
-  double compute() const { return compute_; }
-  double tensor() const { return tensor_; }
-  double data() const { return data_; }
-  double update() const {
-    double seconds = 0;
-    for (const Stage& stage : stages_) seconds += stage.seconds.update;
-    return seconds;
-  }
-
- private:
-  struct Stay {
-    bool submitted = false;
-    double finish = 0;  // 0: nothing is on its way
-  };
-  struct Stage {
-    StageSeconds seconds;
-    std::vector<StageWork> works;
-    size_t next = 0;
-    int backwards_left = 0;
-    std::vector<double> reduced, gathered;  // by bucket, when: 0: nothing is on its way
-    // By layer: when what other ranks send is there (TrainingActions).
-    std::vector<double> input, summed, weight;
-    size_t submitted = 0;  // buckets whose reduce-scatter has been submitted
-    std::vector<Stay> stays;
-  };
-  static bool EndsBackward(StageWork work) {
-    return work == StageWork::kBackward || work == StageWork::kBackwardWeight;
-  }
-
-  // All points in time that are kept from one action to the next.
-  template <class F>
-  void ForTimes(const F& f) {
-    f(channel_);
-    f(tensor_channel_);
-    for (Stage& stage : stages_) {
-      for (auto* times :
-           {&stage.reduced, &stage.gathered, &stage.input, &stage.summed, &stage.weight}) {
-        for (double& t : *times) f(t);
-      }
-      for (Stay& stay : stage.stays) f(stay.finish);
-    }
-  }
-
-  // The collectives of a rank follow each other beside its computation, which they hold up by the
-  // part that is not hidden.
-  double Submit(double seconds, double* held_up) {
-    const double serial = (1 - links_.hidden) * seconds;
-    *held_up += serial;
-    data_ += serial;
-    channel_ = std::max(channel_, now_) + links_.hidden * seconds;
-    return channel_;
-  }
-  void WaitFor(double* finish) { WaitFor(finish, &data_); }
-  void WaitFor(double* finish, double* exposed) {
-    if (*finish > now_) {
-      *exposed += *finish - now_;
-      now_ = *finish;
-    }
-    *finish = 0;
-  }
-
-  // An action of a layer with what it exchanges over the tensor axis, which takes `exchange`
-  // seconds of its own. What starts and ends apart is held up by computation as little as other
-  // collectives are; the rest is waited for, piece by piece.
-  void Layer(Stage& stage, const Action& action, double seconds, double exchange) {
-    const auto l = Index(action.layer);
-    const auto start = [&] {
-      const double serial = (1 - links_.hidden) * exchange;
-      now_ += serial;
-      tensor_ += serial;
-      tensor_channel_ = std::max(tensor_channel_, now_) + links_.hidden * exchange;
-      return tensor_channel_;
-    };
-    double waited = exchange;
-    switch (action.kind) {
-      case ActionKind::kStartInput:
-        stage.input[l] = start();
-        return;
-      case ActionKind::kStartWeight:
-        stage.weight[l] = start();
-        return;
-      case ActionKind::kFinishInput:
-        return WaitFor(&stage.summed[l], &tensor_);
-      case ActionKind::kBackwardWeight:
-        WaitFor(&stage.weight[l], &tensor_);
-        break;
-      case ActionKind::kBackwardInput:
-        WaitFor(&stage.input[l], &tensor_);
-        if (stage.seconds.finishes_apart[l] != 0) waited = 0;
-        break;
-      case ActionKind::kForward:
-      case ActionKind::kRecompute:
-        break;
-    }
-    // The first piece is waited for, the others travel under products.
-    const double hidden = links_.hidden * std::min(waited, seconds) * (1 - 1.0 / links_.pieces);
-    now_ += seconds + waited - hidden;
-    compute_ += seconds;
-    tensor_ += waited - hidden;
-    if (waited == 0 && exchange > 0) stage.summed[l] = start();
-  }
-
-  void GatherParameters() {
-    for (Stage& stage : stages_) {
-      if (zero_ == 3) {
-        GatherFor(stage, 0, &debt_);
-        continue;
-      }
-      for (size_t b = stage.gathered.size(); b-- > 0;) {
-        stage.gathered[b] = Submit(stage.seconds.gather[b], &debt_);
-      }
-    }
-  }
-  void WaitParameters(Stage& stage) {
-    for (double& finish : stage.gathered) WaitFor(&finish);
-    const std::vector<BucketStay>& stays = stage.seconds.plan->buckets.training.stays;
-    for (size_t s = 0; s < stays.size(); ++s) {
-      if (!stays[s].gradients) WaitFor(&stage.stays[s].finish);
-    }
-  }
-  void FinishGradients(Stage& stage) {
-    WaitParameters(stage);
-    if (zero_ > 1) {
-      const std::vector<BucketStay>& stays = stage.seconds.plan->buckets.training.stays;
-      for (size_t s = 0; s < stays.size(); ++s) {
-        if (stays[s].gradients) Collect(stage.stays[s]);
-      }
-      return;
-    }
-    while (stage.submitted < stage.reduced.size()) SubmitReduce(stage);
-    for (double& finish : stage.reduced) WaitFor(&finish);
-  }
-  void SubmitReduce(Stage& stage) {
-    const size_t bucket = stage.submitted++;
-    stage.reduced[bucket] = Submit(stage.seconds.reduce[bucket], &now_);
-  }
-  void Gather(Stage& stage, int stay, double* held_up) {
-    Stay& state = stage.stays[Index(stay)];
-    if (state.submitted) return;
-    state.submitted = true;
-    const int bucket = stage.seconds.plan->buckets.training.stays[Index(stay)].bucket;
-    state.finish = Submit(stage.seconds.gather[Index(bucket)], held_up);
-  }
-  void GatherFor(Stage& stage, size_t action, double* held_up) {
-    const BucketTimeline& timeline = stage.seconds.plan->buckets.training;
-    if (!prefetch_ || action >= timeline.before.size()) return;
-    for (const BucketEvent& event : timeline.before[action]) {
-      if (event.kind == BucketEventKind::kCollect) return;
-      if (event.kind == BucketEventKind::kGather && !event.ahead) {
-        Gather(stage, event.stay, held_up);
-      }
-    }
-  }
-  void Collect(Stay& stay) {
-    if (!stay.submitted) return;
-    stay.submitted = false;
-    WaitFor(&stay.finish);
-  }
-  void Do(Stage& stage, const BucketEvent& event, bool last) {
-    Stay& stay = stage.stays[Index(event.stay)];
-    const int bucket = stage.seconds.plan->buckets.training.stays[Index(event.stay)].bucket;
-    switch (event.kind) {
-      case BucketEventKind::kCollect:
-        return Collect(stay);
-      case BucketEventKind::kGather:
-        if (prefetch_ && !(event.ahead && last)) Gather(stage, event.stay, &now_);
-        return;
-      case BucketEventKind::kOpen:
-        return;
-      case BucketEventKind::kUse:
-        Gather(stage, event.stay, &now_);
-        return WaitFor(&stay.finish);
-      case BucketEventKind::kRelease:
-        stay.submitted = false;
-        return;
-      case BucketEventKind::kReduce:
-        stay.submitted = true;
-        stay.finish = Submit(stage.seconds.reduce[Index(bucket)], &now_);
-        if (!overlap_) Collect(stay);
-        return;
-    }
-  }
-
-  void Run(Stage& stage, const ProgramAction& action) {
-    const StageSeconds& s = stage.seconds;
-    const StageSeconds::Sizes& sizes = first_ + Index(action.item) + 1 == count_ ? s.rest : s.full;
-    const BucketTimeline& timeline = s.plan->buckets.training;
-    const std::vector<Action>& actions = s.plan->train_actions.actions;
-    const auto [first, end] = s.list.Of(action.work);
-    const bool last = EndsBackward(action.work) && stage.backwards_left == 1 && !more_;
-    if (EndsBackward(action.work)) --stage.backwards_left;
-    ++stage.next;
-    for (size_t i = first; i < end; ++i) {
-      if (links_.dp > 1 && actions[i].kind == ActionKind::kForward && zero_ < 3) {
-        for (const int b : s.layer_buckets[Index(actions[i].layer)]) WaitFor(&stage.gathered[b]);
-      }
-      if (zero_ > 1) {
-        for (const BucketEvent& event : timeline.before[i]) Do(stage, event, last);
-      }
-      Layer(stage, actions[i], sizes.layer[i], sizes.exchange[i]);
-      if (zero_ > 1) {
-        for (const BucketEvent& event : timeline.after[i]) Do(stage, event, last);
-      } else if (links_.dp > 1 && last && overlap_ &&
-                 actions[i].kind == ActionKind::kBackwardWeight &&
-                 stage.submitted < s.ready_layer.size() &&
-                 s.ready_layer[stage.submitted] == actions[i].layer) {
-        SubmitReduce(stage);
-      }
-    }
-    if (zero_ == 3 && stage.next < stage.works.size()) {
-      GatherFor(stage, s.list.Of(stage.works[stage.next]).first, &now_);
-    }
-  }
-
-  bool overlap_, prefetch_;
-  int zero_;
-  Links links_;
-  std::vector<Stage> stages_;
-  double offset_ = 0, now_ = 0;
-  double debt_ = 0;     // by which the next action begins later
-  double channel_ = 0;  // when the collectives submitted so far are done
-  double tensor_channel_ = 0;
-  size_t first_ = 0, count_ = 0;
-  bool more_ = false;
-  double compute_ = 0, tensor_ = 0, data_ = 0;
-};
 
 class Clocks final : public ActionTimes {
  public:
@@ -382,29 +39,24 @@ class Clocks final : public ActionTimes {
   double boundary_;
 };
 
-// Layers that copy what comes from a neighbouring stage: part of what it takes to bring it.
-bool IsStageEnd(const std::string& kind) { return kind == "stage_input" || kind == "stage_output"; }
-
-// Costs of each layer of the graph, in the parts that were measured. A gated linear layer and its
-// activation are two layers where a tensor axis or FP8 cuts them apart and one elsewhere
-// (Builder::GatedLinear), here and where the costs come from.
+// Costs of each layer of the graph, in the parts that were measured (LayerTiming).
 absl::StatusOr<std::vector<std::vector<const LayerCost*>>> CostsOfLayers(const Graph& graph,
                                                                          const DeviceCost& cost) {
-  const std::string gated = "mlp.gate_up", activation = "mlp.act";
-  const LayerCost* const apart = cost.Find(activation);
-  const bool apart_here = absl::c_any_of(
-      graph.layer_names, [&](const std::string& name) { return LayerKind(name) == activation; });
+  const auto find = [&](const std::string& name) -> const LayerCost* {
+    return name.empty() ? nullptr : cost.Find(LayerKind(name));
+  };
   std::vector<std::vector<const LayerCost*>> costs;
-  for (const std::string& name : graph.layer_names) {
-    const std::string kind = LayerKind(name);
-    std::vector<const LayerCost*>& parts = costs.emplace_back();
-    if (const LayerCost* const layer = cost.Find(kind)) {
-      parts.push_back(layer);
-    } else if (!IsStageEnd(kind) && !(kind == activation && cost.Find(gated) != nullptr)) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "the cost model has no layer '", kind, "'; fit it to this model (stretto-bench fit)"));
+  for (size_t l = 0; l < graph.layer_names.size(); ++l) {
+    const LayerTiming& timing = graph.layer_timing[l];
+    const LayerCost *const own = find(graph.layer_names[l]), *const part = find(timing.includes);
+    if (own == nullptr && !timing.between_stages && find(timing.included_in) == nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("the cost model has no layer '", LayerKind(graph.layer_names[l]),
+                       "'; fit it to this model (stretto-bench fit)"));
     }
-    if (kind == gated && !apart_here && apart != nullptr) parts.push_back(apart);
+    std::vector<const LayerCost*>& parts = costs.emplace_back();
+    if (own != nullptr) parts.push_back(own);
+    if (part != nullptr) parts.push_back(part);
   }
   return costs;
 }

@@ -245,12 +245,25 @@ enum class Recompute : uint8_t {
 };
 const char* Name(Recompute recompute);
 
+// Where the time of a layer is to be found among times that were measured by name, perhaps in
+// another graph of the model, cut otherwise.
+struct LayerTiming {
+  // It does the work of a layer of this name, too, which other graphs have apart; "": it does not.
+  std::string includes;
+  // Other graphs have its work in a layer of this name, with whose time it may have been measured.
+  std::string included_in;
+  // It copies what comes from a neighbouring stage or goes there: part of what it takes to bring
+  // it.
+  bool between_stages = false;
+};
+
 // A declared model. Immutable after Builder::Finish.
 struct Graph {
   DType dtype = DType::kF32;
   std::vector<std::unique_ptr<Layer>> layers;  // in forward order
   std::vector<std::string> layer_names;
   std::vector<int> layer_block;  // transformer block of a layer, -1 outside
+  std::vector<LayerTiming> layer_timing;
   std::vector<SlotInfo> slots;
   TokenCut tokens;
   std::vector<ExchangeInfo> exchanges;

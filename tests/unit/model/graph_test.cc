@@ -266,6 +266,30 @@ TEST(Builder, RefusesSecondReaderOfSlotChangedInPlace) {
               ::testing::HasSubstr("slot x is changed in place by one of its 2 readers"));
 }
 
+// A prediction finds times that were measured in a graph with other layers, whatever their names.
+TEST(Builder, SaysWhoseTimeIncludesALayer) {
+  for (const bool apart : {false, true}) {
+    Strategies strategies = LocalStrategies();
+    if (apart) strategies.gated_linear = nullptr;
+    Builder b(DType::kF32, std::move(strategies));
+    const SlotId x = b.StageInput("from", 8);
+    const SlotId inner = b.GatedLinear("both", "gate", x, 8, 6);
+    b.StageOutput("to", x, b.Linear("fc", Role::kRow, inner, 6, 8));
+    const absl::StatusOr<Graph> graph = b.Finish();
+    ASSERT_TRUE(graph.ok()) << graph.status();
+    std::string text;
+    for (size_t l = 0; l < graph->layers.size(); ++l) {
+      const LayerTiming& timing = graph->layer_timing[l];
+      text += graph->layer_names[l];
+      if (!timing.includes.empty()) text += " includes " + timing.includes;
+      if (!timing.included_in.empty()) text += " in " + timing.included_in;
+      text += timing.between_stages ? " between, " : ", ";
+    }
+    EXPECT_EQ(text, apart ? "from between, both, gate in both, fc, to between, "
+                          : "from between, both includes gate, fc, to between, ");
+  }
+}
+
 // A layer that only declares: Finish looks at declarations alone.
 class Declares : public Layer {
  public:

@@ -24,7 +24,7 @@ macro(stretto_without_cudnn why)
   return()
 endmacro()
 
-# Whether `folder` has a cudnn-frontend that attention_cudnn.cc compiles with.
+# Whether `folder` has a cudnn-frontend that cudnn_plans.cc compiles with.
 function(stretto_check_cudnn_frontend result folder)
   set(${result} FALSE PARENT_SCOPE)
   set(file "${folder}/cudnn_frontend_version.h")

@@ -84,11 +84,12 @@ absl::Status ResolveSteps(int ranks, TrainConfig* config);
 absl::Status WithTrainer(World& world, TrainConfig config, const std::vector<int64_t>* lengths,
                          const std::function<absl::Status(Trainer&)>& body);
 
-// The steps behind the warm-up of a run of config.steps steps on random tokens, on all ranks. Calls
-// `inspect` with the trainer when they are done. `lengths`: see WithTrainer.
+// The steps behind the first `warm_up` of a run of config.steps steps on random tokens, on all
+// ranks. Calls `inspect` with the trainer when they are done. `lengths`: see WithTrainer.
+inline constexpr int64_t kWarmUp = 3;
 absl::StatusOr<std::vector<StepStats>> TimedSteps(
     World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect,
-    const std::vector<int64_t>* lengths = nullptr);
+    const std::vector<int64_t>* lengths = nullptr, int64_t warm_up = kWarmUp);
 
 // Costs of this configuration's layers, and of communication between these ranks (fit.cc). Agreed
 // errors for ranks that were started differently and for samples that are too few.

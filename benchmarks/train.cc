@@ -29,8 +29,6 @@
 namespace stretto::bench {
 namespace {
 
-constexpr int64_t kWarmUp = 3;
-
 // GPU memory that this process has, as the driver counts it; 0 where it does not tell. Nothing is
 // given back during a run, so at its end this is the peak.
 int64_t DriverBytes(Device device) {
@@ -175,7 +173,7 @@ absl::Status WithTrainer(World& world, TrainConfig config, const std::vector<int
 
 absl::StatusOr<std::vector<StepStats>> TimedSteps(
     World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect,
-    const std::vector<int64_t>* lengths) {
+    const std::vector<int64_t>* lengths, int64_t warm_up) {
   // Alone, a rank ends in order between steps. Several would have to agree on when, which takes
   // time that a measurement does not have: there a signal ends the program at once.
   std::optional<StopSignals> signals;
@@ -188,7 +186,7 @@ absl::StatusOr<std::vector<StepStats>> TimedSteps(
     const int64_t last = trainer.config().steps;
     while (trainer.step() < last && StopSignals::Received() == 0) {
       STRETTO_ASSIGN_OR_RETURN(const StepStats stats, trainer.Step());
-      if (stats.step > kWarmUp) steps.push_back(stats);
+      if (stats.step > warm_up) steps.push_back(stats);
     }
     STRETTO_RETURN_IF_ERROR(trainer.Finish());
     if (trainer.step() < last) {

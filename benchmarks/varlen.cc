@@ -95,13 +95,14 @@ double Predicted(const TrainConfig& config, const CostModel* cost, const Sequenc
 struct Options {
   std::string lengths = "byted", fit;
   std::vector<std::string> meshes;  // empty: all
-  int64_t seed = 1, rounds = 3;
+  int64_t seed = 1, rounds = 3, warm_up = kWarmUp;
 };
 
 absl::Status Run(World& world, TrainConfig config, const Options& options, Results* results) {
-  STRETTO_RETURN_IF_ERROR(SameEverywhere(
-      world, config,
-      absl::StrCat(options.lengths, " ", options.seed, " ", options.rounds, " ", options.fit)));
+  STRETTO_RETURN_IF_ERROR(
+      SameEverywhere(world, config,
+                     absl::StrCat(options.lengths, " ", options.seed, " ", options.rounds, " ",
+                                  options.warm_up, " ", options.fit)));
   config.data.documents = true;
   config.data.shuffle = false;
   config.parallel.cost_model = options.fit;
@@ -110,7 +111,7 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
   STRETTO_RETURN_IF_ERROR(
       world.Agree("reading the configuration", ResolveSteps(world.size(), &resolved)));
   config.batch = resolved.batch;
-  config.steps = resolved.steps;
+  config.steps = std::max(resolved.steps, options.warm_up + 1);
   // One batch a step, so that all methods meet the same.
   std::vector<int64_t> lengths;
   std::vector<std::vector<int64_t>> batches;
@@ -136,7 +137,7 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
         return absl::OkStatus();
       };
       STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps,
-                               TimedSteps(world, m.config, inspect, &lengths));
+                               TimedSteps(world, m.config, inspect, &lengths, options.warm_up));
       STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                                world.AllGather("bytes", absl::StrCat(sent)));
       m.ring_bytes = 0;
@@ -267,6 +268,7 @@ int Varlen(int argc, const char* const* argv) {
                 &options.meshes);
   arguments.Add("seed", "N", "of the documents' lengths", &options.seed);
   arguments.Add("rounds", "N", "how often each mesh runs `steps` steps", &options.rounds);
+  arguments.Add("warm-up", "N", "first steps of a round that are not counted", &options.warm_up);
   arguments.Add("json", "FILE", "also write the results there", &json);
   absl::Status parsed = arguments.Parse(argc, argv);
   if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
@@ -274,6 +276,10 @@ int Varlen(int argc, const char* const* argv) {
     parsed = absl::InvalidArgumentError(
         absl::StrCat("--rounds must be 1 to 100 and --seed at least 0, not ", options.rounds,
                      " and ", options.seed));
+  }
+  if (parsed.ok() && (options.warm_up < 0 || options.warm_up > 1000)) {
+    parsed = absl::InvalidArgumentError(
+        absl::StrCat("--warm-up must be 0 to 1000, not ", options.warm_up));
   }
   for (const std::string& mesh : options.meshes) {
     if (!parsed.ok() || mesh == "static" || mesh == "dynamic" || mesh == "unbalanced") continue;

@@ -481,12 +481,20 @@ TEST_F(BenchProgram, VarlenComparesMeshes) {
   file = Results("v.json");
   ASSERT_EQ(file["results"].size(), 1u);
   EXPECT_FALSE(file["results"][0].contains("speed_up"));
+  // Of 4 steps 2 are counted, of fewer than its warm-up one.
+  for (const auto& [option, steps] :
+       {std::pair("--set steps=4 --warm-up 2", 2u), std::pair("--set steps=4 --warm-up 6", 1u)}) {
+    r = Bench(absl::StrCat(small, "--mesh dynamic ", option));
+    ASSERT_EQ(r.code, 0) << r.output;
+    EXPECT_EQ(Results("v.json")["results"][0]["seconds_of_batches"].size(), steps) << option;
+  }
   // Before anything is measured, which would take for ever, or waited for.
   ASSERT_EQ(Run("mkfifo pipe").code, 0);
   for (const auto& [option, sentence] : {std::pair("--json absent/v.json", "absent/v.json"),
                                          std::pair("--json pipe", "pipe is a pipe"),
                                          std::pair("--lengths pipe", "no regular file but a pipe"),
-                                         std::pair("--fit pipe", "no regular file but a pipe")}) {
+                                         std::pair("--fit pipe", "no regular file but a pipe"),
+                                         std::pair("--warm-up -1", "--warm-up must be 0 to")}) {
     r = Bench(absl::StrCat(small, "--set steps=1000000 ", option));
     EXPECT_NE(r.code, 0) << option;
     EXPECT_TRUE(IsOneSentence(r.output)) << r.output;

@@ -128,7 +128,7 @@ absl::Status Ask(const std::string& keeper, const std::string& token) {
 int main(int argc, char** argv) {
   stretto::KeeperOptions options;
   int64_t node = 0, nodes = 1, data = -1, parity = -1, keep = 2;
-  int64_t threads = std::clamp<int64_t>(std::thread::hardware_concurrency() / 2, 2, 8);
+  int64_t threads = std::clamp<int64_t>(std::thread::hardware_concurrency() / 2, 2, 16);
   double silence = 10, spill = 60;
   std::string peers, directory = "none", ask, trace, slow;
   stretto::Arguments arguments(
@@ -152,7 +152,8 @@ int main(int argc, char** argv) {
                 &options.socket);
   arguments.Add("memory", "BYTES", "budget for slots and parity; -1: no limit",
                 &options.memory_bytes);
-  arguments.Add("threads", "N", "that touch new memory", &threads);
+  arguments.Add("threads", "N", "that touch new memory, rebuild and verify; half of them encode",
+                &threads);
   arguments.Add("silence", "S", "seconds after which a silent keeper is taken for gone", &silence);
   arguments.Add("trace", "FILE", "one line each for what the keeper does and when", &trace);
   arguments.Add("slow", "EVENT=MS,...", "for tests: events of the trace that last longer", &slow);
@@ -186,7 +187,7 @@ int main(int argc, char** argv) {
     options.data = static_cast<int>(data);
     options.parity = static_cast<int>(parity);
     options.keep = static_cast<int>(keep);
-    options.prefault_threads = static_cast<int>(std::max<int64_t>(1, threads));
+    options.threads = static_cast<int>(std::max<int64_t>(1, threads));
     options.spill_interval = std::chrono::milliseconds(static_cast<int64_t>(spill * 1000));
     options.silence = std::chrono::milliseconds(static_cast<int64_t>(silence * 1000));
     if (!peers.empty()) {

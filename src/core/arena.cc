@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "src/core/device_runtime.h"
 #include "src/core/format.h"
+#include "src/core/touch_pages.h"
 
 namespace stretto {
 namespace {
@@ -23,19 +24,6 @@ constexpr int64_t kHugePageBytes = int64_t{4} << 20;  // from here on huge pages
 // data means "absent".
 int64_t MappedBytes(int64_t bytes) {
   return (std::max<int64_t>(bytes, 1) + kPageBytes - 1) / kPageBytes * kPageBytes;
-}
-
-// Writes to every page. The kernel does it in one call from Linux 5.14 on, and reports an error
-// where touching would end the process.
-int Prefault(std::byte* data, int64_t bytes) {
-#ifdef MADV_POPULATE_WRITE
-  if (madvise(data, static_cast<size_t>(bytes), MADV_POPULATE_WRITE) == 0) return 0;
-  if (errno == ENOMEM || errno == EFAULT) return errno;
-#endif
-  for (int64_t i = 0; i < bytes; i += kPageBytes) {
-    *static_cast<volatile std::byte*>(data + i) = std::byte{0};
-  }
-  return 0;
 }
 
 }  // namespace
@@ -68,7 +56,7 @@ absl::StatusOr<Arena> Arena::Create(Device device, const std::string& name, int6
   if (mapped >= kHugePageBytes) madvise(memory, static_cast<size_t>(mapped), MADV_HUGEPAGE);
 #endif
   if (prefault) {
-    if (int error = Prefault(arena.data_, mapped); error != 0) return exhausted(error);
+    if (const int error = TouchPages(arena.data_, mapped); error != 0) return exhausted(error);
   }
   return arena;
 }

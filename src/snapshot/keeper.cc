@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -18,6 +19,7 @@ namespace stretto {
 
 using snapshot_internal::HostPort;
 using snapshot_internal::KeeperRole;
+using snapshot_internal::KeeperSlots;
 using snapshot_internal::ParseHostPort;
 
 namespace {
@@ -136,7 +138,7 @@ void Keeper::Impl::Poll() {
 
 void Keeper::Impl::AcceptAll(const net::Fd& listener, bool local) {
   while (true) {
-    net::Fd fd(accept4(listener.get(), nullptr, nullptr, SOCK_NONBLOCK | SOCK_CLOEXEC));
+    net::Fd fd = net::Accept(listener);
     if (!fd.valid()) return;
     Connection& c = connections.emplace_back();
     c.fd = std::move(fd);
@@ -316,7 +318,6 @@ void Keeper::Impl::Handle(Connection& c, wire::Reader& frame) {
 // Reads of other keepers and of trainers elsewhere, until they leave.
 void Keeper::Impl::Serve(net::Fd fd) {
   std::string frame;
-  std::vector<std::byte> bytes;
   while (!stop) {
     pollfd wait = {fd.get(), POLLIN, 0};
     if (poll(&wait, 1, 200) == 0) continue;
@@ -332,31 +333,59 @@ void Keeper::Impl::Serve(net::Fd fd) {
     const auto what = in.Int<int32_t>();
     const auto offset = in.Int<int64_t>(), size = in.Int<int64_t>();
     if (!in.ok() || size < 0 || size > snapshot_internal::kMostReadBytes) return;
-    bytes.resize(static_cast<size_t>(size));
-    const absl::Status read = what == snapshot_internal::kSoundness
-                                  ? slots->VerifyHeld(id)
-                                  : slots->Read(id, least, what, offset, size, bytes.data());
+    if (!Answer(fd, id, least, what, offset, size).ok()) return;
+  }
+}
+
+// Sent from where it lies; whether it counts is said behind it.
+absl::Status Keeper::Impl::Answer(const net::Fd& fd, const SnapshotId& id, SlotState least,
+                                  int32_t what, int64_t offset, int64_t size) {
+  const auto verdict = [&](const absl::Status& read, net::Deadline deadline) {
     if (absl::IsDataLoss(read)) {
       Post([this, id, told = Told(read)] { Damaged(id, told.message); });
     }
-    // Checking all may have taken longer than a request may.
-    const net::Deadline answered = net::After(kRequestTimeout);
     wire::Writer out;
-    if (read.ok()) {
-      const auto total = static_cast<uint32_t>(sizeof(Kind) + bytes.size());
-      char head[sizeof(total) + sizeof(Kind)];
-      std::memcpy(head, &total, sizeof(total));
-      head[sizeof(total)] = static_cast<char>(Kind::kOk);
-      if (!net::SendAll(fd, head, sizeof(head), answered).ok() ||
-          !net::SendAll(fd, bytes.data(), bytes.size(), answered).ok()) {
-        return;
+    out.Int(read.ok() ? Kind::kOk : Kind::kError);
+    if (!read.ok()) snapshot_internal::Put(out, read);
+    return snapshot_internal::SendFrame(fd, out, deadline);
+  };
+  absl::StatusOr<KeeperSlots::View> view;
+  absl::Status sound;
+  const bool soundness = what == snapshot_internal::kSoundness;
+  if (soundness) {
+    sound = slots->VerifyHeld(id);
+  } else {
+    view = slots->Look(id, least, what, offset, size);
+    sound = view.status();
+  }
+  // Checking all may have taken longer than a request may.
+  const net::Deadline deadline = net::After(kRequestTimeout);
+  if (!sound.ok()) return verdict(sound, deadline);
+  const auto total = static_cast<uint32_t>(sizeof(Kind) + (soundness ? 0 : size));
+  char head[sizeof(total) + sizeof(Kind)];
+  std::memcpy(head, &total, sizeof(total));
+  head[sizeof(total)] = static_cast<char>(Kind::kOk);
+  STRETTO_RETURN_IF_ERROR(net::SendAll(fd, head, sizeof(head), deadline));
+  if (soundness) return verdict(sound, deadline);
+  static const std::vector<std::byte> zeros(65536);
+  for (KeeperSlots::Span span : view->spans) {
+    while (span.bytes > 0) {
+      const int64_t bytes = span.data != nullptr
+                                ? span.bytes
+                                : std::min(span.bytes, static_cast<int64_t>(zeros.size()));
+      const absl::Status sent = net::SendAll(fd, span.data != nullptr ? span.data : zeros.data(),
+                                             static_cast<size_t>(bytes), deadline);
+      if (!sent.ok()) {
+        // Memory that was cut short just now cannot be sent.
+        if (const absl::Status held = slots->StillHeld(*view); absl::IsDataLoss(held)) {
+          Post([this, id, told = Told(held)] { Damaged(id, told.message); });
+        }
+        return sent;
       }
-    } else {
-      out.Int(Kind::kError);
-      snapshot_internal::Put(out, read);
-      if (!snapshot_internal::SendFrame(fd, out, answered).ok()) return;
+      span.bytes -= bytes;
     }
   }
+  return verdict(slots->StillHeld(*view), deadline);
 }
 
 Keeper::Impl::Connection* Keeper::Impl::PeerOf(int node) {

@@ -81,6 +81,8 @@ struct Keeper::Impl {
   void Handle(Connection& c, wire::Reader& frame);
   void Greet(Connection& c, wire::Reader& frame);
   void Serve(net::Fd fd);  // a reader, in a thread of its own
+  absl::Status Answer(const net::Fd& fd, const SnapshotId& id, SlotState least, int32_t what,
+                      int64_t offset, int64_t size);
   void Send(Connection& c, wire::Writer& frame);
   void Refuse(Connection& c, const absl::Status& status);
   void Remove(std::list<Connection>::iterator c);

@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "src/core/start_thread.h"
+#include "src/core/touch_pages.h"
 #include "stretto/core/log.h"
 
 namespace stretto::snapshot_internal {
@@ -56,15 +57,14 @@ void UnlinkSlots(const std::string& prefix) {
   for (const SlotName& slot : SlotNames(prefix)) shm_unlink(slot.name.c_str());
 }
 
-KeeperSlots::KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads)
-    : KeeperSlots(std::move(job), node, budget, prefault_threads, /*adopt=*/false) {}
+KeeperSlots::KeeperSlots(std::string job, int node, Budget* budget, int threads)
+    : KeeperSlots(std::move(job), node, budget, threads, /*adopt=*/false) {}
 
-KeeperSlots::KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads,
-                         bool adopt)
+KeeperSlots::KeeperSlots(std::string job, int node, Budget* budget, int threads, bool adopt)
     : job_(std::move(job)),
       prefix_(SlotNamePrefix(job_, node)),
       budget_(budget),
-      threads_(prefault_threads) {
+      threads_(threads) {
   if (!adopt) UnlinkSlots(prefix_);
 }
 
@@ -76,9 +76,9 @@ KeeperSlots::~KeeperSlots() {
 }
 
 std::unique_ptr<KeeperSlots> KeeperSlots::Adopt(std::string job, int node, Budget* budget,
-                                                int prefault_threads, NodeSlots* held) {
+                                                int threads, NodeSlots* held) {
   std::unique_ptr<KeeperSlots> slots(
-      new KeeperSlots(std::move(job), node, budget, prefault_threads, /*adopt=*/true));
+      new KeeperSlots(std::move(job), node, budget, threads, /*adopt=*/true));
   std::array<std::vector<std::shared_ptr<SlotMemory>>, kSlots> found;
   for (const auto& [name, slot, number] : SlotNames(slots->prefix_)) {
     absl::StatusOr<std::shared_ptr<SlotMemory>> memory = SlotMemory::Open(name);
@@ -172,18 +172,18 @@ bool KeeperSlots::Suits(const Place& place, const Capacities& ranks) const {
   });
 }
 
-absl::Status KeeperSlots::MakeInto(int slot, const Capacities& ranks,
+absl::Status KeeperSlots::MakeInto(int slot, const Capacities& ranks, bool touch,
                                    std::map<int, std::shared_ptr<SlotMemory>>* made) {
   // One after the other: together they may not fit where each alone does.
   for (const auto& [rank, capacity] : ranks) {
     const std::string name = absl::StrCat(prefix_, slot, "-", rank, "-", ++made_);
     STRETTO_ASSIGN_OR_RETURN((*made)[rank], SlotMemory::Create(name, capacity));
-    STRETTO_RETURN_IF_ERROR((*made)[rank]->Prefault(threads_));
+    if (touch) STRETTO_RETURN_IF_ERROR((*made)[rank]->Prefault(threads_));
   }
   return absl::OkStatus();
 }
 
-absl::Status KeeperSlots::Make(int slot, const Capacities& ranks) {
+absl::Status KeeperSlots::Make(int slot, const Capacities& ranks, bool touch) {
   const std::string owner = absl::StrCat("snapshot slot ", slot);
   std::map<int, std::shared_ptr<SlotMemory>> made;
   const auto unlink = [&made] {
@@ -201,7 +201,7 @@ absl::Status KeeperSlots::Make(int slot, const Capacities& ranks) {
   for (const auto& [rank, capacity] : ranks) total += capacity;
   budget_->Release(Resource::kHostMemory, owner);
   STRETTO_RETURN_IF_ERROR(budget_->Reserve(Resource::kHostMemory, owner, total));
-  const absl::Status status = MakeInto(slot, ranks, &made);
+  const absl::Status status = MakeInto(slot, ranks, touch, &made);
   if (!status.ok()) {
     unlink();
     budget_->Release(Resource::kHostMemory, owner);
@@ -216,12 +216,12 @@ absl::Status KeeperSlots::Make(int slot, const Capacities& ranks) {
 bool KeeperSlots::Prepare(int slot, const Capacities& ranks) {
   std::unique_lock<std::mutex> lock(mutex_);
   Place& place = places_[slot];
-  if (place.making) return false;
+  if (place.making || place.filling) return false;
   if (place.maker.joinable()) place.maker.join();
   if (Suits(place, ranks)) return true;
   place.making = true;
   absl::StatusOr<std::thread> maker = StartThread("a keeper's memory", [this, slot, ranks] {
-    absl::Status status = Make(slot, ranks);
+    absl::Status status = Make(slot, ranks, /*touch=*/true);
     const std::lock_guard<std::mutex> done(mutex_);
     const std::string error(status.message());
     if (!status.ok() && error != error_) LogWarning(absl::StrCat("no snapshots: ", error));
@@ -237,18 +237,38 @@ bool KeeperSlots::Prepare(int slot, const Capacities& ranks) {
   return false;
 }
 
-absl::Status KeeperSlots::PrepareNow(int slot, const Capacities& ranks) {
+absl::StatusOr<bool> KeeperSlots::BeginFill(int slot, const SnapshotId& id,
+                                            const NodeManifest& manifest) {
+  Capacities ranks;
+  for (const RankPart& part : manifest.ranks) ranks[part.rank] = part.payload_bytes;
   std::thread maker;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    maker = std::move(places_[slot].maker);
+    Place& place = places_[slot];
+    if (place.id != id) return absl::CancelledError("the slot is another snapshot's by now");
+    place.filling = true;
+    maker = std::move(place.maker);
   }
   if (maker.joinable()) maker.join();
+  bool suits = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (Suits(places_[slot], ranks)) return absl::OkStatus();
+    suits = Suits(places_[slot], ranks);
   }
-  return Make(slot, ranks);
+  // What receives the bytes touches the memory, each thread its own.
+  if (!suits) STRETTO_RETURN_IF_ERROR(Make(slot, ranks, /*touch=*/false));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Place& place = places_[slot];
+  const bool again = suits && place.filled == id;
+  place.filled = id;
+  place.manifest = manifest;
+  WriteHeaders(place);
+  return again;
+}
+
+void KeeperSlots::EndFill(int slot) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  places_[slot].filling = false;
 }
 
 std::string KeeperSlots::error() const {
@@ -280,7 +300,10 @@ void KeeperSlots::Publish(const NodeSlots& slots) {
   for (size_t s = 0; s < kSlots; ++s) {
     Place& place = places_[s];
     if (place.state == slots[s].state && place.id == slots[s].id) continue;
-    if (place.id != slots[s].id) place.manifest = NodeManifest();
+    if (place.id != slots[s].id) {
+      place.manifest = NodeManifest();
+      place.filled = SnapshotId();
+    }
     place.state = slots[s].state;
     place.id = slots[s].id;
     if (!place.making) WriteHeaders(place);
@@ -296,12 +319,6 @@ void KeeperSlots::SetPart(int slot, const RankPart& part) {
   ranks.insert(at, part);
 }
 
-void KeeperSlots::SetManifest(int slot, NodeManifest manifest) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  places_[slot].manifest = std::move(manifest);
-  WriteHeaders(places_[slot]);
-}
-
 NodeManifest KeeperSlots::ManifestOf(int slot) const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return places_[slot].manifest;
@@ -314,7 +331,7 @@ absl::StatusOr<std::byte*> KeeperSlots::MakeParity(int slot, int blocks, int64_t
     const std::lock_guard<std::mutex> lock(mutex_);
     arena = places_[slot].parity;
     places_[slot].blocks = 0;
-    places_[slot].parity_sealed = false;
+    places_[slot].parity_checksums.clear();
   }
   if (arena == nullptr || arena->bytes() < bytes) {
     const std::string owner = absl::StrCat("snapshot parity ", slot);
@@ -327,8 +344,6 @@ absl::StatusOr<std::byte*> KeeperSlots::MakeParity(int slot, int blocks, int64_t
     STRETTO_RETURN_IF_ERROR(budget_->Reserve(Resource::kHostMemory, owner, bytes));
     STRETTO_ASSIGN_OR_RETURN(Arena made, Arena::Create(Device::Cpu(), owner, bytes));
     arena = std::make_shared<Arena>(std::move(made));
-  } else {
-    std::memset(arena->data(), 0, static_cast<size_t>(bytes));
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   places_[slot].parity = arena;
@@ -363,55 +378,57 @@ std::vector<KeeperSlots::Span> KeeperSlots::Spans(const Place& place, int64_t of
   return spans;
 }
 
-absl::Status KeeperSlots::Read(const SnapshotId& id, SlotState least, int32_t what, int64_t offset,
-                               int64_t bytes, void* out) const {
-  const auto gone = [&] {
-    return absl::NotFoundError(absl::StrCat("this keeper does not hold the snapshot of step ",
-                                            id.epoch, " (round ", id.round, ")"));
-  };
-  const auto holds = [&](const Place& place) {
-    return place.state >= least && place.state != SlotState::kEmpty && place.id == id;
-  };
-  std::vector<Span> spans;
-  std::shared_ptr<Arena> parity;  // what keeps the spans alive
-  std::map<int, std::shared_ptr<SlotMemory>> memory;
-  int s = -1;
+bool KeeperSlots::Holds(const Place& place, const SnapshotId& id, SlotState least) {
+  return place.state >= least && place.state != SlotState::kEmpty && place.id == id;
+}
+
+namespace {
+
+absl::Status Gone(const SnapshotId& id) {
+  return absl::NotFoundError(absl::StrCat("this keeper does not hold the snapshot of step ",
+                                          id.epoch, " (round ", id.round, ")"));
+}
+
+}  // namespace
+
+absl::StatusOr<KeeperSlots::View> KeeperSlots::Look(const SnapshotId& id, SlotState least,
+                                                    int32_t what, int64_t offset,
+                                                    int64_t bytes) const {
+  View view{.spans = {}, .id = id, .least = least, .slot = -1, .ranks = {}, .parity = nullptr};
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (int i = 0; i < kSlots; ++i) {
-      if (holds(places_[i])) s = i;
+      if (Holds(places_[i], id, least)) view.slot = i;
     }
-    if (s < 0 || offset < 0 || bytes < 0) return gone();
-    const Place& place = places_[s];
-    memory = place.ranks;
-    parity = place.parity;
+    if (view.slot < 0 || offset < 0 || bytes < 0) return Gone(id);
+    const Place& place = places_[view.slot];
+    view.ranks = place.ranks;
+    view.parity = place.parity;
     if (what == kWholeShard) {
-      spans = Spans(place, offset, bytes);
+      view.spans = Spans(place, offset, bytes);
     } else if (what < kWholeShard) {
       const int64_t block = kWholeShard - 1 - int64_t{what};
-      if (parity == nullptr || block >= place.blocks || offset > place.block_bytes - bytes) {
-        return gone();
+      if (view.parity == nullptr || block >= place.blocks || offset > place.block_bytes - bytes) {
+        return Gone(id);
       }
-      spans.push_back({parity->data() + block * place.block_bytes + offset, bytes});
+      view.spans.push_back({view.parity->data() + block * place.block_bytes + offset, bytes});
     } else {
-      const auto found = memory.find(what);
-      if (found == memory.end() || offset > found->second->capacity() - bytes) return gone();
-      spans.push_back({found->second->payload() + offset, bytes});
+      const auto found = view.ranks.find(what);
+      if (found == view.ranks.end() || offset > found->second->capacity() - bytes) return Gone(id);
+      view.spans.push_back({found->second->payload() + offset, bytes});
     }
   }
-  auto* to = static_cast<std::byte*>(out);
-  for (const Span& span : spans) {
-    if (span.data == nullptr) {
-      std::memset(to, 0, static_cast<size_t>(span.bytes));
-    } else {
-      std::memcpy(to, span.data, static_cast<size_t>(span.bytes));
-    }
-    to += span.bytes;
-  }
-  if (to != static_cast<std::byte*>(out) + bytes) return gone();
-  const absl::Status whole = WholeOf(memory);
+  int64_t seen = 0;
+  for (const Span& span : view.spans) seen += span.bytes;
+  if (seen != bytes) return Gone(id);
+  STRETTO_RETURN_IF_ERROR(WholeOf(view.ranks));
+  return view;
+}
+
+absl::Status KeeperSlots::StillHeld(const View& view) const {
+  const absl::Status whole = WholeOf(view.ranks);
   const std::lock_guard<std::mutex> lock(mutex_);
-  return holds(places_[s]) ? whole : gone();
+  return Holds(places_[view.slot], view.id, view.least) ? whole : Gone(view.id);
 }
 
 absl::Status KeeperSlots::WholeOf(const std::map<int, std::shared_ptr<SlotMemory>>& ranks) {
@@ -428,18 +445,22 @@ absl::Status KeeperSlots::Whole(int slot) const {
   return WholeOf(ranks);
 }
 
-absl::Status KeeperSlots::WriteShard(int slot, int64_t offset, int64_t bytes,
-                                     const std::byte* from) {
+absl::StatusOr<std::vector<KeeperSlots::Span>> KeeperSlots::SpansToFill(int slot, int64_t offset,
+                                                                        int64_t bytes) const {
   std::vector<Span> spans;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     spans = Spans(places_[slot], offset, bytes);
   }
   for (const Span& span : spans) {
-    if (span.data != nullptr) std::memcpy(span.data, from, static_cast<size_t>(span.bytes));
-    from += span.bytes;
+    const int error = span.data == nullptr ? 0 : TouchPages(span.data, span.bytes);
+    if (error != 0) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("no memory for a slot of a snapshot: ", std::strerror(error),
+                       "; enlarge /dev/shm or do without snapshots"));
+    }
   }
-  return absl::OkStatus();
+  return spans;
 }
 
 std::shared_ptr<SlotMemory> KeeperSlots::MemoryOf(int slot, int rank) const {
@@ -448,37 +469,21 @@ std::shared_ptr<SlotMemory> KeeperSlots::MemoryOf(int slot, int rank) const {
   return found == places_[slot].ranks.end() ? nullptr : found->second;
 }
 
-void KeeperSlots::SealParity(int slot) {
-  std::shared_ptr<Arena> parity;
-  size_t bytes = 0;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    parity = places_[slot].parity;
-    bytes = static_cast<size_t>(places_[slot].blocks * places_[slot].block_bytes);
-  }
-  const uint64_t checksum = XXH3_64bits(parity->data(), bytes);
+void KeeperSlots::SealParity(int slot, std::vector<uint64_t> checksums) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  places_[slot].parity_checksum = checksum;
-  places_[slot].parity_sealed = true;
+  places_[slot].parity_checksums = std::move(checksums);
 }
 
 absl::Status KeeperSlots::VerifyHeld(const SnapshotId& id) const {
-  std::byte none;
-  STRETTO_RETURN_IF_ERROR(Read(id, SlotState::kProtected, kWholeShard, 0, 0, &none));
-  int slot = -1;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (int s = 0; s < kSlots; ++s) {
-      if (places_[s].id == id) slot = s;
-    }
-  }
-  const absl::Status sound = slot < 0 ? absl::OkStatus() : Verify(slot);
+  STRETTO_ASSIGN_OR_RETURN(const View held, Look(id, SlotState::kProtected, kWholeShard, 0, 0));
+  absl::Status sound = VerifyData(held.slot);
+  if (sound.ok()) sound = VerifyParity(held.slot);
   // What was taken away meanwhile is not damaged.
-  STRETTO_RETURN_IF_ERROR(Read(id, SlotState::kProtected, kWholeShard, 0, 0, &none));
+  STRETTO_RETURN_IF_ERROR(StillHeld(held));
   return sound;
 }
 
-absl::Status KeeperSlots::Verify(int slot) const {
+absl::Status KeeperSlots::VerifyData(int slot) const {
   for (const RankPart& part : ManifestOf(slot).ranks) {
     const std::shared_ptr<SlotMemory> memory = MemoryOf(slot, part.rank);
     if (memory == nullptr) return absl::InternalError("a slot lost its memory");
@@ -486,21 +491,35 @@ absl::Status KeeperSlots::Verify(int slot) const {
                              memory->ReadContents({job_, part.layout, part.rank}));
     STRETTO_RETURN_IF_ERROR(memory->VerifyData(contents, threads_));
   }
+  return absl::OkStatus();
+}
+
+absl::Status KeeperSlots::VerifyParity(int slot) const {
   std::shared_ptr<Arena> parity;
-  size_t bytes = 0;
-  uint64_t checksum = 0;
+  std::vector<uint64_t> checksums;
+  int64_t block_bytes = 0;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const Place& place = places_[slot];
-    if (!place.parity_sealed) return absl::OkStatus();
+    if (place.parity_checksums.empty()) return absl::OkStatus();
     parity = place.parity;
-    bytes = static_cast<size_t>(place.blocks * place.block_bytes);
-    checksum = place.parity_checksum;
+    checksums = place.parity_checksums;
+    block_bytes = place.block_bytes;
   }
-  if (XXH3_64bits(parity->data(), bytes) != checksum) {
-    return absl::DataLossError("its parity of other nodes is not what was computed");
-  }
-  return absl::OkStatus();
+  const auto pieces = (block_bytes + kParityPiece - 1) / kParityPiece;
+  std::atomic<int64_t> next = 0;
+  std::atomic<bool> sound = true;
+  OnThreads(threads_, "checksums of parity", [&](int) {
+    const auto count = static_cast<int64_t>(checksums.size());
+    for (int64_t i = next.fetch_add(1); i < count && sound; i = next.fetch_add(1)) {
+      const int64_t at = i % pieces * kParityPiece;
+      const auto bytes = static_cast<size_t>(std::min(kParityPiece, block_bytes - at));
+      const std::byte* const from = parity->data() + i / pieces * block_bytes + at;
+      if (XXH3_64bits(from, bytes) != checksums[static_cast<size_t>(i)]) sound = false;
+    }
+  });
+  if (sound) return absl::OkStatus();
+  return absl::DataLossError("its parity of other nodes is not what was computed");
 }
 
 }  // namespace stretto::snapshot_internal

@@ -31,21 +31,24 @@ class KeeperSlots {
   using Capacities = std::map<int, int64_t>;  // by rank, bytes of payload
 
   // Removes what an earlier keeper of the node left; see Adopt.
-  KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads);
+  KeeperSlots(std::string job, int node, Budget* budget, int threads);
   ~KeeperSlots();  // the memory goes, too
 
   // For the keeper of a job's only node, instead: takes over the slots of one that was killed.
   // Whole are those that all ranks have written, that were protected, and in which every checksum
   // holds; all else is refused by name and removed. `held`: what is whole, for the commit
   // protocol.
-  static std::unique_ptr<KeeperSlots> Adopt(std::string job, int node, Budget* budget,
-                                            int prefault_threads, NodeSlots* held);
+  static std::unique_ptr<KeeperSlots> Adopt(std::string job, int node, Budget* budget, int threads,
+                                            NodeSlots* held);
 
   // Whether the slot has memory for these ranks; if not, a thread begins to make it. The slot must
   // not be in use.
   bool Prepare(int slot, const Capacities& ranks);
-  // Blocks until it has; the first error of making it.
-  absl::Status PrepareNow(int slot, const Capacities& ranks);
+  // For the slot of `id`, whose ranks' parts this node has lost: makes memory for them, not yet
+  // touched, and nobody else gets the slot until EndFill. Whether it has what an earlier one for
+  // `id` filled in. CANCELLED when the slot is another snapshot's by now.
+  absl::StatusOr<bool> BeginFill(int slot, const SnapshotId& id, const NodeManifest& manifest);
+  void EndFill(int slot);
   // Why the last Prepare failed; "": it did not.
   std::string error() const;
 
@@ -53,31 +56,50 @@ class KeeperSlots {
   void Publish(const NodeSlots& slots);
   // Sets a rank's part of a slot that is being written; see Publish.
   void SetPart(int slot, const RankPart& part);
-  void SetManifest(int slot, NodeManifest manifest);
   NodeManifest ManifestOf(int slot) const;
 
-  // Makes room for `blocks` blocks of parity, zeroed, and returns it.
+  // Makes room for `blocks` blocks of parity and returns it, with whatever it holds.
   absl::StatusOr<std::byte*> MakeParity(int slot, int blocks, int64_t block_bytes);
 
-  // Copies out of a slot, from any thread. NOT_FOUND unless it holds `id` in a state of at least
-  // `least` before and after; DATA_LOSS as Whole. `what`: kWholeShard, a ParityBlock or a rank.
-  absl::Status Read(const SnapshotId& id, SlotState least, int32_t what, int64_t offset,
-                    int64_t bytes, void* out) const;
-  // Into the shard of a slot that nobody reads.
-  absl::Status WriteShard(int slot, int64_t offset, int64_t bytes, const std::byte* from);
-  // The parity is made: from here on Verify notices when it changes.
-  void SealParity(int slot);
+  // A stretch of memory.
+  struct Span {
+    std::byte* data;
+    int64_t bytes;  // of zeros where data is null
+  };
+  // What is read from a slot; the memory stays while it lives.
+  struct View {
+    std::vector<Span> spans;
+    SnapshotId id;
+    SlotState least;
+    int slot;
+    std::map<int, std::shared_ptr<SlotMemory>> ranks;
+    std::shared_ptr<Arena> parity;
+  };
+  // From any thread. NOT_FOUND unless a slot holds `id` in a state of at least `least`; DATA_LOSS
+  // as Whole. `what`: kWholeShard, a ParityBlock or a rank. The bytes count if StillHeld, which
+  // says the same, is OK when they have been read.
+  absl::StatusOr<View> Look(const SnapshotId& id, SlotState least, int32_t what, int64_t offset,
+                            int64_t bytes) const;
+  absl::Status StillHeld(const View& view) const;
+  // Where a piece of the shard goes, touched, between BeginFill and EndFill. RESOURCE_EXHAUSTED
+  // where there is no memory for it.
+  absl::StatusOr<std::vector<Span>> SpansToFill(int slot, int64_t offset, int64_t bytes) const;
+  // The parity is made: from here on Verify notices when it changes. XXH3 of each
+  // kParityPiece of each block, block after block.
+  static constexpr int64_t kParityPiece = int64_t{1} << 20;
+  void SealParity(int slot, std::vector<uint64_t> checksums);
   // DATA_LOSS when somebody has cut a rank's memory short.
   absl::Status Whole(int slot) const;
-  // Checksums of all ranks' parts and of the parity. DATA_LOSS names what is damaged.
-  absl::Status Verify(int slot) const;
-  // The same of the slot that holds `id`, before and after; NOT_FOUND unless it does.
+  // Checksums of all ranks' parts. DATA_LOSS names what is damaged.
+  absl::Status VerifyData(int slot) const;
+  // The same and those of the parity, of the slot that holds `id`, before and after; NOT_FOUND
+  // unless it does.
   absl::Status VerifyHeld(const SnapshotId& id) const;
   // A rank's part and its memory; null: there is none.
   std::shared_ptr<SlotMemory> MemoryOf(int slot, int rank) const;
 
  private:
-  KeeperSlots(std::string job, int node, Budget* budget, int prefault_threads, bool adopt);
+  KeeperSlots(std::string job, int node, Budget* budget, int threads, bool adopt);
   absl::Status AdoptSlot(int slot, const std::vector<std::shared_ptr<SlotMemory>>& memory);
   struct Place {
     SlotState state = SlotState::kEmpty;
@@ -86,21 +108,19 @@ class KeeperSlots {
     std::map<int, std::shared_ptr<SlotMemory>> ranks;
     std::shared_ptr<Arena> parity;
     int64_t block_bytes = 0, blocks = 0;
-    uint64_t parity_checksum = 0;
-    bool parity_sealed = false;
+    std::vector<uint64_t> parity_checksums;  // none: it is not made
     bool making = false;
+    bool filling = false;
+    SnapshotId filled;  // for which BeginFill was, and nothing else since
     std::thread maker;
   };
-  // A stretch of memory.
-  struct Span {
-    std::byte* data;
-    int64_t bytes;  // of zeros where data is null
-  };
-  absl::Status Make(int slot, const Capacities& ranks);
-  absl::Status MakeInto(int slot, const Capacities& ranks,
+  absl::Status Make(int slot, const Capacities& ranks, bool touch);
+  absl::Status MakeInto(int slot, const Capacities& ranks, bool touch,
                         std::map<int, std::shared_ptr<SlotMemory>>* made);
   bool Suits(const Place& place, const Capacities& ranks) const;
   void WriteHeaders(Place& place);
+  absl::Status VerifyParity(int slot) const;
+  static bool Holds(const Place& place, const SnapshotId& id, SlotState least);
   static absl::Status WholeOf(const std::map<int, std::shared_ptr<SlotMemory>>& ranks);
   // The parts of a shard, with mutex_ held.
   static std::vector<Span> Spans(const Place& place, int64_t offset, int64_t bytes);

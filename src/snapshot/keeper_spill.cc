@@ -160,9 +160,9 @@ void Keeper::Impl::SpillMine(const SnapshotId& id) {
     }
     if (status.ok()) status = snapshot_internal::SyncDirectory(directory);
     // A round may have taken the slot away meanwhile.
-    std::byte none;
     if (status.ok()) {
-      status = slots->Read(id, SlotState::kCommitted, snapshot_internal::kWholeShard, 0, 0, &none);
+      status =
+          slots->Look(id, SlotState::kCommitted, snapshot_internal::kWholeShard, 0, 0).status();
     }
     Post([this, id, slot, told = Told(status), files] {
       writes_files = false;

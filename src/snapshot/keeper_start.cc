@@ -177,15 +177,14 @@ absl::Status Keeper::Impl::Start(const ErasureCode& code) {
   if (options.nodes == 1) {
     // Nobody else has what a killed one has left.
     NodeSlots held;
-    slots = KeeperSlots::Adopt(options.job, options.node, &budget, options.prefault_threads, &held);
+    slots = KeeperSlots::Adopt(options.job, options.node, &budget, options.threads, &held);
     protocol = CommitProtocol(options.node, layout, std::move(held));
   } else {
-    slots =
-        std::make_unique<KeeperSlots>(options.job, options.node, &budget, options.prefault_threads);
+    slots = std::make_unique<KeeperSlots>(options.job, options.node, &budget, options.threads);
   }
   work = std::make_unique<KeeperWork>(
-      KeeperWork::Options{options.node, options.peers, options.token, options.job}, layout, code,
-      slots.get(),
+      KeeperWork::Options{options.node, options.peers, options.token, options.job, options.threads},
+      layout, code, slots.get(),
       [this](const KeeperWork::Task& task) { Tell(task.rebuild ? "rebuild" : "encode", task.id); },
       [this](const KeeperWork::Task& task, const absl::Status& status) {
         Post([this, task, ended = Told(status)] { Done(task, ended.status()); });

@@ -188,7 +188,8 @@ absl::Status SlotReader::Answer(void* out, int64_t bytes, std::chrono::milliseco
   }
   STRETTO_RETURN_IF_ERROR(net::ReceiveAll(fd_, &kind, sizeof(kind), deadline));
   if (kind == KeeperKind::kOk && length == sizeof(kind) + static_cast<uint64_t>(bytes)) {
-    return net::ReceiveAll(fd_, out, static_cast<size_t>(bytes), deadline);
+    STRETTO_RETURN_IF_ERROR(net::ReceiveAll(fd_, out, static_cast<size_t>(bytes), deadline));
+    return ReceiveAnswer(fd_, deadline).status();
   }
   std::string body(length - sizeof(kind), '\0');
   STRETTO_RETURN_IF_ERROR(net::ReceiveAll(fd_, body.data(), body.size(), deadline));

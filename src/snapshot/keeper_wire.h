@@ -17,7 +17,7 @@
 namespace stretto::snapshot_internal {
 
 inline constexpr uint32_t kKeeperMagic = 0x4b525453;  // "STRK"
-inline constexpr uint32_t kKeeperVersion = 3;
+inline constexpr uint32_t kKeeperVersion = 4;
 inline constexpr uint32_t kMostReadBytes = 8u << 20;
 
 enum class KeeperKind : uint8_t {
@@ -38,7 +38,8 @@ enum class KeeperKind : uint8_t {
   kDamaged,  // id, what: this node's memory of it -> nothing
   kStatus,   // -> text
   // From a reader.
-  kRead,  // id, least state, what, offset, bytes -> the bytes
+  kRead,  // id, least state, what, offset, bytes -> the bytes; then whether they count, kOk again
+          // or kError
 };
 enum class KeeperRole : uint8_t { kKeeper = 1, kTrainer, kReader };
 

@@ -1,9 +1,12 @@
 #include "src/snapshot/keeper_work.h"
 
+#include <xxhash.h>
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "src/core/start_thread.h"
 #include "stretto/core/log.h"
@@ -11,10 +14,12 @@
 namespace stretto::snapshot_internal {
 namespace {
 
-constexpr int64_t kPiece = int64_t{1} << 20;
+constexpr int64_t kPiece = KeeperSlots::kParityPiece;
 constexpr auto kConnectTimeout = std::chrono::seconds(10);
 
 constexpr auto kPause = std::chrono::milliseconds(100);
+
+int64_t PiecesOf(int64_t block_bytes) { return (block_bytes + kPiece - 1) / kPiece; }
 
 absl::Status Stopped() { return absl::CancelledError("the work was stopped"); }
 
@@ -28,7 +33,8 @@ KeeperWork::KeeperWork(Options options, ParityLayout layout, ErasureCode code, K
       code_(std::move(code)),
       slots_(slots),
       begin_(std::move(begin)),
-      done_(std::move(done)) {}
+      done_(std::move(done)),
+      readers_(static_cast<size_t>(std::max(1, options_.threads))) {}
 
 KeeperWork::~KeeperWork() {
   {
@@ -75,7 +81,9 @@ void KeeperWork::Loop() {
       const absl::Status status = Do(task);
       // Answers that nobody waits for may still be on their way, and a peer that was replaced has
       // left its connection behind.
-      if (!status.ok()) readers_.clear();
+      if (!status.ok()) {
+        for (auto& readers : readers_) readers.clear();
+      }
       if (absl::IsCancelled(status)) break;
       if (status.ok() || told != status.message()) done_(task, status);
       told = std::string(status.message());
@@ -102,63 +110,125 @@ int64_t KeeperWork::LargestShard(const Task& task) const {
 
 absl::Status KeeperWork::Do(const Task& task) {
   const int64_t block_bytes = layout_.BlockBytes(LargestShard(task));
+  const absl::Cleanup end_fill = [&] {
+    if (task.rebuild) slots_->EndFill(task.slot);
+  };
+  const int64_t pieces = PiecesOf(block_bytes);
+  bool again = false;
   if (task.rebuild) {
     const NodeManifest& mine = task.manifests[static_cast<size_t>(options_.node)];
-    KeeperSlots::Capacities ranks;
-    for (const RankPart& part : mine.ranks) ranks[part.rank] = part.payload_bytes;
-    STRETTO_RETURN_IF_ERROR(slots_->PrepareNow(task.slot, ranks));
-    slots_->SetManifest(task.slot, mine);
+    STRETTO_ASSIGN_OR_RETURN(again, slots_->BeginFill(task.slot, task.id, mine));
+  }
+  if (!again || !progress_.rebuild || progress_.slot != task.slot || progress_.id != task.id) {
+    progress_ = {
+        .rebuild = task.rebuild,
+        .slot = task.slot,
+        .id = task.id,
+        .holders = {},
+        .done = std::vector<uint8_t>(static_cast<size_t>(pieces * layout_.group_size())),
+        .checksums = std::vector<uint64_t>(static_cast<size_t>(pieces * layout_.parity()))};
   }
   STRETTO_ASSIGN_OR_RETURN(std::byte* const parity,
                            slots_->MakeParity(task.slot, layout_.parity(), block_bytes));
-  STRETTO_RETURN_IF_ERROR(task.rebuild ? Rebuild(task, parity, block_bytes)
-                                       : MakeParity(task, parity, block_bytes));
-  slots_->SealParity(task.slot);
-  return task.rebuild ? slots_->Verify(task.slot) : absl::OkStatus();
+  absl::Status status =
+      task.rebuild ? Rebuild(task, parity, block_bytes) : MakeParity(task, parity, block_bytes);
+  if (status.ok()) slots_->SealParity(task.slot, progress_.checksums);
+  if (status.ok() && task.rebuild) status = slots_->VerifyData(task.slot);
+  // Who held it may have lost it; what has come from there is what was written.
+  if (!status.ok() && !absl::IsCancelled(status)) progress_.holders.clear();
+  if (status.ok() || absl::IsDataLoss(status)) progress_ = Progress();
+  return status;
 }
 
-absl::StatusOr<SlotReader*> KeeperWork::ReaderOf(int node) {
-  const auto found = readers_.find(node);
-  if (found != readers_.end()) return &found->second;
+absl::StatusOr<SlotReader*> KeeperWork::ReaderOf(int lane, int node) {
+  std::map<int, SlotReader>& readers = readers_[static_cast<size_t>(lane)];
+  const auto found = readers.find(node);
+  if (found != readers.end()) return &found->second;
   STRETTO_ASSIGN_OR_RETURN(
       SlotReader reader,
       SlotReader::Connect(options_.peers[static_cast<size_t>(node)], options_.token, options_.job,
                           net::After(kConnectTimeout)));
-  return &readers_.emplace(node, std::move(reader)).first->second;
+  return &readers.emplace(node, std::move(reader)).first->second;
 }
 
-absl::Status KeeperWork::Combine(
-    const Task& task, const ErasureMap& map, const std::vector<Source>& sources, SlotState least,
-    int64_t block_bytes, const std::function<void(int64_t at, const std::byte*, int64_t)>& write) {
-  const auto request = [&](const Source& source, int64_t at) -> absl::Status {
-    STRETTO_ASSIGN_OR_RETURN(SlotReader* const reader, ReaderOf(source.node));
+struct KeeperWork::Shared {
+  std::atomic<int64_t> next = 0;  // piece that nobody has taken
+  std::atomic<bool> failed = false;
+  std::mutex mutex;
+  absl::Status status;  // of the lane that failed first
+};
+
+absl::Status KeeperWork::Combine(const Task& task, const Stripe& stripe) {
+  const auto most =
+      static_cast<int64_t>(task.rebuild ? readers_.size() : (readers_.size() + 1) / 2);
+  const auto lanes = std::min(most, PiecesOf(stripe.block_bytes));
+  Shared shared;
+  OnThreads(static_cast<int>(lanes), "a keeper's lanes", [&](int lane) {
+    const absl::Status status = RunLane(task, stripe, lane, shared);
+    if (status.ok()) return;
+    const std::lock_guard<std::mutex> lock(shared.mutex);
+    if (!shared.failed) shared.status = status;
+    shared.failed = true;
+  });
+  return shared.status;
+}
+
+absl::Status KeeperWork::RunLane(const Task& task, const Stripe& stripe, int lane, Shared& shared) {
+  const auto& [map, sources, member, block_bytes, parity, done, checksums] = stripe;
+  const bool is_data = member < layout_.data();
+  const SlotState least = task.rebuild ? SlotState::kProtected : SlotState::kSealed;
+  // With one source and one parity both are the same bytes, which need not be computed.
+  const bool same = layout_.data() == 1 && layout_.parity() == 1;
+  std::vector<std::byte> blocks(same ? 0 : sources.size() * kPiece), apart(is_data ? kPiece : 0);
+  std::vector<const std::byte*> inputs;
+  for (size_t i = 0; i < sources.size(); ++i) inputs.push_back(blocks.data() + i * kPiece);
+  // Asks all sources for the next piece and says where it begins; behind the end: there is none.
+  const auto ask = [&]() -> absl::StatusOr<int64_t> {
+    int64_t piece = shared.next.fetch_add(1);
+    while (piece < PiecesOf(block_bytes) && done[piece] != 0) piece = shared.next.fetch_add(1);
+    const int64_t at = piece * kPiece;
     const int64_t bytes = std::min(kPiece, block_bytes - at);
-    if (source.member < layout_.data()) {
-      return reader->Request(task.id, least, kWholeShard, source.member * block_bytes + at, bytes);
+    for (size_t i = 0; i < sources.size() && bytes > 0; ++i) {
+      const Source& source = sources[i];
+      STRETTO_ASSIGN_OR_RETURN(SlotReader* const reader, ReaderOf(lane, source.node));
+      const bool of_data = source.member < layout_.data();
+      STRETTO_RETURN_IF_ERROR(reader->Request(
+          task.id, least, of_data ? kWholeShard : ParityBlock(source.member - layout_.data()),
+          of_data ? source.member * block_bytes + at : at, bytes));
     }
-    return reader->Request(task.id, least, ParityBlock(source.member - layout_.data()), at, bytes);
+    return at;
   };
-  std::vector<std::byte> block(kPiece), sum(kPiece);
-  std::byte* out = sum.data();
-  // One request ahead of what is computed.
-  const auto pieces = (block_bytes + kPiece - 1) / kPiece;
-  const auto count = static_cast<int64_t>(sources.size());
-  const auto source_of = [&](int64_t step) { return sources[static_cast<size_t>(step % count)]; };
-  for (int64_t step = 0; step < pieces * count; ++step) {
+  STRETTO_ASSIGN_OR_RETURN(int64_t at, ask());
+  while (at < block_bytes) {
     if (stop_) return Stopped();
-    if (step == 0) STRETTO_RETURN_IF_ERROR(request(source_of(0), 0));
-    const int64_t at = step / count * kPiece;
+    if (shared.failed) return absl::OkStatus();  // another lane says why
+    STRETTO_ASSIGN_OR_RETURN(const int64_t next, ask());
     const int64_t bytes = std::min(kPiece, block_bytes - at);
-    if (step + 1 < pieces * count) {
-      STRETTO_RETURN_IF_ERROR(request(source_of(step + 1), (step + 1) / count * kPiece));
+    std::byte* out = parity + at;
+    std::vector<KeeperSlots::Span> spans;
+    if (is_data) {
+      STRETTO_ASSIGN_OR_RETURN(spans,
+                               slots_->SpansToFill(task.slot, member * block_bytes + at, bytes));
+      const bool whole = spans.size() == 1 && spans[0].data != nullptr;
+      out = whole ? spans[0].data : apart.data();
     }
-    const auto source = static_cast<int>(step % count);
-    if (source == 0) std::memset(out, 0, static_cast<size_t>(bytes));
-    STRETTO_ASSIGN_OR_RETURN(SlotReader* const reader, ReaderOf(source_of(step).node));
-    STRETTO_RETURN_IF_ERROR(reader->Answer(block.data(), bytes));
-    (task.rebuild ? rebuild_bytes_ : encode_bytes_) += bytes;
-    map.Accumulate(source, block.data(), &out, bytes);
-    if (source + 1 == count) write(at, out, bytes);
+    for (size_t i = 0; i < sources.size(); ++i) {
+      STRETTO_ASSIGN_OR_RETURN(SlotReader* const reader, ReaderOf(lane, sources[i].node));
+      std::byte* const to = same ? out : blocks.data() + i * kPiece;
+      STRETTO_RETURN_IF_ERROR(reader->Answer(to, bytes));
+      (task.rebuild ? rebuild_bytes_ : encode_bytes_) += bytes;
+    }
+    if (!same) map.Apply(inputs.data(), &out, bytes);
+    if (!is_data) {
+      checksums[at / kPiece] = XXH3_64bits(out, static_cast<size_t>(bytes));
+    } else if (out == apart.data()) {
+      for (const KeeperSlots::Span& span : spans) {
+        if (span.data != nullptr) std::memcpy(span.data, out, static_cast<size_t>(span.bytes));
+        out += span.bytes;
+      }
+    }
+    done[at / kPiece] = 1;
+    at = next;
   }
   return absl::OkStatus();
 }
@@ -177,53 +247,63 @@ absl::Status KeeperWork::MakeParity(const Task& task, std::byte* parity, int64_t
         sources[static_cast<size_t>(member)] = {layout_.NodeAt(group, other), member};
       }
     }
-    std::byte* const to = parity + p * block_bytes;
-    STRETTO_RETURN_IF_ERROR(Combine(task, map, sources, SlotState::kSealed, block_bytes,
-                                    [to](int64_t at, const std::byte* from, int64_t bytes) {
-                                      std::memcpy(to + at, from, static_cast<size_t>(bytes));
-                                    }));
+    STRETTO_RETURN_IF_ERROR(
+        Combine(task, {map, sources, layout_.data() + p, block_bytes, parity + p * block_bytes,
+                       progress_.done.data() + p * PiecesOf(block_bytes),
+                       progress_.checksums.data() + p * PiecesOf(block_bytes)}));
   }
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::vector<int>> KeeperWork::Holders(const Task& task) {
+  const int group = layout_.GroupOf(options_.node);
+  std::vector<int> holders;
+  int other = 0;
+  const auto needed = [&] { return static_cast<size_t>(layout_.data()) - holders.size(); };
+  while (needed() > 0 && other < layout_.group_size()) {
+    // As many as are still needed look at the same time.
+    std::vector<std::pair<int, SlotReader*>> asked;
+    for (; other < layout_.group_size() && asked.size() < needed(); ++other) {
+      const int node = layout_.NodeAt(group, other);
+      if (node == options_.node) continue;
+      const absl::StatusOr<SlotReader*> reader = ReaderOf(0, node);
+      if (reader.ok() &&
+          (*reader)->Request(task.id, SlotState::kProtected, kSoundness, 0, 0).ok()) {
+        asked.emplace_back(other, *reader);
+      }
+    }
+    for (const auto& [place, reader] : asked) {
+      std::byte none;
+      if (reader->Answer(&none, 0, kVerifying).ok()) holders.push_back(place);
+    }
+  }
+  if (needed() == 0) return holders;
+  return absl::UnavailableError(
+      absl::StrCat("the snapshot of step ", task.id.epoch, " cannot be rebuilt: ", holders.size(),
+                   " other nodes of the group hold it and ", layout_.data(), " are needed"));
+}
+
 absl::Status KeeperWork::Rebuild(const Task& task, std::byte* parity, int64_t block_bytes) {
   const int group = layout_.GroupOf(options_.node), place = layout_.PlaceOf(options_.node);
-  // Who holds it, and holds what was written? Who does not forgets it, and another round follows.
-  std::vector<int> holders;  // places
-  for (int other = 0; other < layout_.group_size(); ++other) {
-    const int node = layout_.NodeAt(group, other);
-    if (node == options_.node || static_cast<int>(holders.size()) == layout_.data()) continue;
-    const absl::StatusOr<SlotReader*> reader = ReaderOf(node);
-    if (!reader.ok()) continue;
-    std::byte none;
-    absl::Status held = (*reader)->Request(task.id, SlotState::kProtected, kSoundness, 0, 0);
-    if (held.ok()) held = (*reader)->Answer(&none, 0, kVerifying);
-    if (held.ok()) holders.push_back(other);
+  // Who does not hold what was written forgets it, and another round follows.
+  if (progress_.holders.empty()) {
+    STRETTO_ASSIGN_OR_RETURN(progress_.holders, Holders(task));
   }
-  if (static_cast<int>(holders.size()) < layout_.data()) {
-    return absl::UnavailableError(
-        absl::StrCat("the snapshot of step ", task.id.epoch, " cannot be rebuilt: ", holders.size(),
-                     " other nodes of the group hold it and ", layout_.data(), " are needed"));
-  }
+  const int64_t pieces = PiecesOf(block_bytes);
   for (int stripe = 0; stripe < layout_.group_size(); ++stripe) {
     const int lost = layout_.MemberOf(place, stripe);
     std::vector<int> members;
     std::vector<Source> sources;
-    for (const int holder : holders) {
+    for (const int holder : progress_.holders) {
       members.push_back(layout_.MemberOf(holder, stripe));
       sources.push_back({layout_.NodeAt(group, holder), members.back()});
     }
     STRETTO_ASSIGN_OR_RETURN(const ErasureMap map, code_.Rebuild(members, {lost}));
+    const int block = std::max(0, lost - layout_.data());
     STRETTO_RETURN_IF_ERROR(Combine(
-        task, map, sources, SlotState::kProtected, block_bytes,
-        [&](int64_t at, const std::byte* from, int64_t bytes) {
-          if (lost < layout_.data()) {
-            slots_->WriteShard(task.slot, lost * block_bytes + at, bytes, from).IgnoreError();
-          } else {
-            std::memcpy(parity + (lost - layout_.data()) * block_bytes + at, from,
-                        static_cast<size_t>(bytes));
-          }
-        }));
+        task,
+        {map, sources, lost, block_bytes, parity + block * block_bytes,
+         progress_.done.data() + stripe * pieces, progress_.checksums.data() + block * pieces}));
   }
   return absl::OkStatus();
 }

@@ -19,8 +19,9 @@
 
 namespace stretto::snapshot_internal {
 
-// Both kinds of work read the slots of other keepers in pieces; the next piece travels while this
-// one is computed. One at a time, in a thread of its own.
+// Both kinds of work read the slots of other keepers in pieces, over several lanes: threads with
+// connections of their own, of which each takes the next pieces and has one on its way while it
+// computes another. One at a time, from a thread of its own.
 class KeeperWork {
  public:
   struct Task {
@@ -34,6 +35,9 @@ class KeeperWork {
     int node = 0;
     std::vector<std::string> peers;  // host:port
     std::string token, job;
+    // Lanes to rebuild. To encode, beside which ranks train, they are half as many: the other
+    // keepers' lanes have as many threads here that send.
+    int threads = 1;
   };
   // `begin` and `done` are called in the work's thread, `done` unless the task was stopped. What
   // fails because a peer is away is told and tried again until it is stopped.
@@ -54,17 +58,37 @@ class KeeperWork {
   absl::Status Do(const Task& task);
   // Sleeps unless stopped; whether there is a point in trying again.
   bool Pause();
+  // What is there of a task. A rebuild that another round has stopped goes on from it.
+  struct Progress {
+    bool rebuild = false;
+    int slot = -1;
+    SnapshotId id;
+    std::vector<int> holders;         // Holders
+    std::vector<uint8_t> done;        // pieces of the stripes that this node has rebuilt
+    std::vector<uint64_t> checksums;  // of pieces of its parity
+  };
   absl::Status MakeParity(const Task& task, std::byte* parity, int64_t block_bytes);
   absl::Status Rebuild(const Task& task, std::byte* parity, int64_t block_bytes);
-  // Sums what `map` makes of the sources' blocks of a stripe, piece by piece; `write` receives it.
+  // Places of as many nodes of the group as the code needs, that hold what was written.
+  absl::StatusOr<std::vector<int>> Holders(const Task& task);
+  // A member of a stripe that this node makes from others.
   struct Source {
     int node;
     int member;
   };
-  absl::Status Combine(const Task& task, const ErasureMap& map, const std::vector<Source>& sources,
-                       SlotState least, int64_t block_bytes,
-                       const std::function<void(int64_t at, const std::byte*, int64_t)>& write);
-  absl::StatusOr<SlotReader*> ReaderOf(int node);
+  struct Stripe {
+    const ErasureMap& map;
+    std::vector<Source> sources;
+    int member;  // what is made: a block of the node's data, or of parity
+    int64_t block_bytes;
+    std::byte* parity;    // where a block of parity goes
+    uint8_t* done;        // by piece
+    uint64_t* checksums;  // by piece, of a block of parity
+  };
+  absl::Status Combine(const Task& task, const Stripe& stripe);
+  struct Shared;  // by the lanes of a stripe
+  absl::Status RunLane(const Task& task, const Stripe& stripe, int lane, Shared& shared);
+  absl::StatusOr<SlotReader*> ReaderOf(int lane, int node);
   int64_t LargestShard(const Task& task) const;
 
   const Options options_;
@@ -73,7 +97,8 @@ class KeeperWork {
   KeeperSlots* const slots_;
   const std::function<void(const Task&)> begin_;
   const std::function<void(const Task&, const absl::Status&)> done_;
-  std::map<int, SlotReader> readers_;  // by node; of the thread
+  std::vector<std::map<int, SlotReader>> readers_;  // by lane and node
+  Progress progress_;
 
   std::mutex mutex_;
   std::condition_variable changed_;

@@ -20,6 +20,7 @@
 #include "src/comm/wire.h"
 #include "src/core/format.h"
 #include "src/core/start_thread.h"
+#include "src/core/touch_pages.h"
 #include "src/snapshot/file_io.h"
 #include "src/snapshot/mapping_guard.h"
 
@@ -234,16 +235,9 @@ absl::Status SlotMemory::Prefault(int threads) {
     while (error == 0) {
       const int64_t at = next.fetch_add(kPiece);
       if (at >= bytes) return;
-      const auto size = static_cast<size_t>(std::min(kPiece, bytes - at));
-      if (madvise(base_ + at, size, MADV_POPULATE_WRITE) == 0) continue;
-      // Kernels before 5.14 do not know it; then the guard notices a file system that is short.
-      if (errno != EINVAL) {
-        error = errno;
-        return;
-      }
-      for (size_t i = 0; i < size; i += kPage) {
-        std::atomic_ref<std::byte> byte(base_[at + static_cast<int64_t>(i)]);
-        byte.store(byte.load());
+      // The guard notices a file system that is short where the kernel does not say so.
+      if (const int refused = TouchPages(base_ + at, std::min(kPiece, bytes - at)); refused != 0) {
+        error = refused;
       }
     }
   };

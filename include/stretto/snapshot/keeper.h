@@ -50,7 +50,9 @@ struct KeeperOptions {
   std::chrono::milliseconds spill_interval = std::chrono::seconds(60);
   int keep = 2;               // newest of these
   int64_t memory_bytes = -1;  // budget for slots and parity; -1: no limit
-  int prefault_threads = 2;
+  // That touch new memory and look over slots; half of them encode, for the others' keepers want as
+  // much of this node.
+  int threads = 2;
   // A keeper that says nothing for so long is taken for gone until it comes back.
   std::chrono::milliseconds silence = std::chrono::seconds(10);
   // Is told of all these, in the threads that do them, which wait for it. For traces, and for tests

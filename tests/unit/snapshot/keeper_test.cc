@@ -61,12 +61,47 @@ TEST_F(Keepers, TwoLostNodesAreRebuiltWithTwoParities) {
   EXPECT_TRUE(restored.ok()) << restored;
 }
 
+// Of a keeper's status; -1: it does not say.
+int64_t NumberOf(const std::string& status, const std::string& name) {
+  const size_t at = status.find("\n" + name + " ");
+  return at == std::string::npos ? -1 : std::stoll(status.substr(at + name.size() + 2));
+}
+
+// Blocks of many pieces, of which several threads take the next; pieces that end between ranks, and
+// behind a node's data. Two nodes mirror each other, which computes nothing.
+TEST_F(Keepers, SeveralLanesMakeParityAndRebuild) {
+  columns_ = 80021;
+  threads_ = 4;
+  for (const int nodes : {2, 3}) {
+    Start(nodes);
+    const int ranks = 2 * nodes - 1;  // one node has less
+    ASSERT_TRUE(TrainTo(ranks, 12).ok());
+    const int64_t step = Committed();
+    ASSERT_GT(step, 0);
+    for (int lost = 0; lost < nodes; ++lost) {  // what the first gave back is read for the next
+      Lose(lost);
+      Replace(lost);
+      const absl::Status restored = ExpectRestored(ranks, step);
+      ASSERT_TRUE(restored.ok()) << restored;
+      int64_t shard = 0;  // of node 0, which has the most
+      for (const SlotMemory* slot : SlotsOf(0)) {
+        if (const auto header = slot->ReadHeader(); header.ok() && header->id.epoch == step) {
+          shard += (header->payload_bytes + 63) / 64 * 64;
+        }
+      }
+      const ParityLayout layout = *ParityLayout::Create(nodes, nodes - 1, 1);
+      EXPECT_GT(layout.BlockBytes(shard), 4 << 20);  // pieces for all lanes
+      EXPECT_EQ(NumberOf(Status(lost), "read to rebuild"),
+                layout.group_size() * layout.data() * layout.BlockBytes(shard));
+    }
+    ASSERT_TRUE(TrainTo(ranks, step + 4).ok());
+    nodes_.clear();
+    options_.clear();
+  }
+}
+
 TEST_F(Keepers, WhatTravelsIsWhatTheCodeNeeds) {
   Start(4, 2, 2);
-  const auto number = [](const std::string& text, const std::string& name) {
-    const size_t at = text.find("\n" + name + " ");
-    return at == std::string::npos ? -1 : std::stoll(text.substr(at + name.size() + 2));
-  };
   // The steps' numbers have as many digits, so that all snapshots are of one size.
   const absl::Status trained =
       Train(4, [&](World& world, RankState& state, Snapshotter& snapshots) -> absl::Status {
@@ -92,8 +127,8 @@ TEST_F(Keepers, WhatTravelsIsWhatTheCodeNeeds) {
   const int64_t each = layout.parity() * layout.data() * layout.BlockBytes(largest);
   for (int n = 0; n < 4; ++n) {
     const std::string status = Status(n);
-    EXPECT_EQ(number(status, "read to encode"), number(status, "committed") * each) << status;
-    EXPECT_EQ(number(status, "read to rebuild"), 0);
+    EXPECT_EQ(NumberOf(status, "read to encode"), NumberOf(status, "committed") * each) << status;
+    EXPECT_EQ(NumberOf(status, "read to rebuild"), 0);
   }
   // All k + m members of the node in the stripes, each from k others.
   Lose(1);
@@ -101,7 +136,7 @@ TEST_F(Keepers, WhatTravelsIsWhatTheCodeNeeds) {
   for (int i = 0; i < 2000 && Status(1).find("COMMITTED") == std::string::npos; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
-  EXPECT_EQ(number(Status(1), "read to rebuild"),
+  EXPECT_EQ(NumberOf(Status(1), "read to rebuild"),
             layout.group_size() * layout.data() * layout.BlockBytes(largest));
 }
 

@@ -34,20 +34,20 @@ inline float Value(int64_t step, int64_t element) {
 // What a rank has of it: rows of a matrix, and all of a vector that rank 0 owns.
 struct RankState {
   std::vector<float> matrix, vector;
-  int64_t first = 0, rows = 0;
+  int64_t columns = 0, first = 0, rows = 0;
   StateRegistry registry;
 
-  RankState(int rank, int ranks) {
+  RankState(int rank, int ranks, int64_t of_columns = kColumns) : columns(of_columns) {
     const Range mine = CutEvenly(kRows, ranks, rank);
     first = mine.first;
     rows = mine.count;
-    matrix.resize(static_cast<size_t>(rows * kColumns));
+    matrix.resize(static_cast<size_t>(rows * columns));
     vector.resize(19);
     EXPECT_TRUE(registry
                     .Add({.name = "w",
-                          .global_shape = {kRows, kColumns},
+                          .global_shape = {kRows, columns},
                           .first_row = first,
-                          .local = Tensor::Of(matrix.data(), DType::kF32, {rows, kColumns})})
+                          .local = Tensor::Of(matrix.data(), DType::kF32, {rows, columns})})
                     .ok());
     EXPECT_TRUE(registry
                     .Add({.name = "b",
@@ -58,7 +58,7 @@ struct RankState {
   }
   void Set(int64_t step) {
     for (size_t i = 0; i < matrix.size(); ++i) {
-      matrix[i] = Value(step, first * kColumns + static_cast<int64_t>(i));
+      matrix[i] = Value(step, first * columns + static_cast<int64_t>(i));
     }
     for (size_t i = 0; i < vector.size(); ++i) vector[i] = -Value(step, static_cast<int64_t>(i));
   }
@@ -111,6 +111,7 @@ class Keepers : public ::testing::Test {
       o.data = data;
       o.parity = parity;
       o.directory = directory;
+      o.threads = threads_;
       o.spill_interval = std::chrono::milliseconds(1);
       o.socket = scratch_.File(absl::StrCat("node", n));
       nodes_.push_back(std::make_unique<Node>(o));
@@ -137,7 +138,7 @@ class Keepers : public ::testing::Test {
   // `ranks` trainers, dealt to the nodes in turn, or in blocks of neighbours.
   absl::Status Train(int ranks, const Body& body) {
     return World::RunThreads(ranks, [&](World& world) -> absl::Status {
-      RankState state(world.rank(), world.size());
+      RankState state(world.rank(), world.size(), columns_);
       const auto rank = static_cast<size_t>(world.rank());
       const size_t node = in_blocks_ ? rank * nodes_.size() / static_cast<size_t>(world.size())
                                      : rank % nodes_.size();
@@ -201,6 +202,8 @@ class Keepers : public ::testing::Test {
   TempDirectory scratch_;
   std::string job_;
   bool in_blocks_ = false;
+  int64_t columns_ = kColumns;
+  int threads_ = 2;
   std::vector<KeeperOptions> options_;
   std::vector<std::unique_ptr<Node>> nodes_;
   std::vector<std::shared_ptr<SlotMemory>> opened_;

@@ -256,7 +256,14 @@ absl::StatusOr<bool> KeeperSlots::BeginFill(int slot, const SnapshotId& id,
     suits = Suits(places_[slot], ranks);
   }
   // What receives the bytes touches the memory, each thread its own.
-  if (!suits) STRETTO_RETURN_IF_ERROR(Make(slot, ranks, /*touch=*/false));
+  if (!suits) {
+    // With the room that trainers want, so that it need not be made anew for their next snapshot.
+    Capacities roomy = ranks;
+    for (auto& [rank, capacity] : roomy) capacity = RoomyCapacity(capacity);
+    absl::Status made = Make(slot, roomy, /*touch=*/false);
+    if (absl::IsResourceExhausted(made)) made = Make(slot, ranks, /*touch=*/false);
+    STRETTO_RETURN_IF_ERROR(made);
+  }
   const std::lock_guard<std::mutex> lock(mutex_);
   Place& place = places_[slot];
   const bool again = suits && place.filled == id;

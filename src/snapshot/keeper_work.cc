@@ -8,6 +8,7 @@
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "src/core/start_thread.h"
 #include "stretto/core/log.h"
 
@@ -114,6 +115,7 @@ absl::Status KeeperWork::Do(const Task& task) {
     if (task.rebuild) slots_->EndFill(task.slot);
   };
   const int64_t pieces = PiecesOf(block_bytes);
+  const auto begin = net::Clock::now();
   bool again = false;
   if (task.rebuild) {
     const NodeManifest& mine = task.manifests[static_cast<size_t>(options_.node)];
@@ -133,7 +135,16 @@ absl::Status KeeperWork::Do(const Task& task) {
   absl::Status status =
       task.rebuild ? Rebuild(task, parity, block_bytes) : MakeParity(task, parity, block_bytes);
   if (status.ok()) slots_->SealParity(task.slot, progress_.checksums);
-  if (status.ok() && task.rebuild) status = slots_->VerifyData(task.slot);
+  if (status.ok() && task.rebuild) {
+    const auto read = net::Clock::now();
+    status = slots_->VerifyData(task.slot);
+    if (status.ok()) {
+      LogInfo(absl::StrFormat(
+          "the snapshot of step %d is rebuilt: read in %.2f s, verified in %.2f s", task.id.epoch,
+          std::chrono::duration<double>(read - begin).count(),
+          std::chrono::duration<double>(net::Clock::now() - read).count()));
+    }
+  }
   // Who held it may have lost it; what has come from there is what was written.
   if (!status.ok() && !absl::IsCancelled(status)) progress_.holders.clear();
   if (status.ok() || absl::IsDataLoss(status)) progress_ = Progress();

@@ -91,6 +91,8 @@ int64_t PayloadCapacity(const SlotContents& contents) {
          Aligned(static_cast<int64_t>(EncodeContents(contents).size()) + kGrowth);
 }
 
+int64_t RoomyCapacity(int64_t payload_bytes) { return Aligned(payload_bytes + kGrowth); }
+
 std::string EncodeContents(const SlotContents& contents) {
   wire::Writer out;
   out.Int(kContentsMagic).Int(contents.data_bytes).Text(contents.trainer_state);

@@ -43,6 +43,8 @@ SlotContents PlanContents(const StateRegistry& registry);
 uint64_t LayoutHash(const SlotContents& contents, int rank, int world_size);
 // Bytes of a payload with these contents and some growth of the trainer's state.
 int64_t PayloadCapacity(const SlotContents& contents);
+// At least what that was for a payload of which so many bytes are used.
+int64_t RoomyCapacity(int64_t payload_bytes);
 std::string EncodeContents(const SlotContents& contents);
 // DATA_LOSS for what EncodeContents did not write; `source` names it.
 absl::StatusOr<SlotContents> DecodeContents(const std::string& text, const std::string& source);

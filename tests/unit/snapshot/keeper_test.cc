@@ -94,7 +94,18 @@ TEST_F(Keepers, SeveralLanesMakeParityAndRebuild) {
       EXPECT_EQ(NumberOf(Status(lost), "read to rebuild"),
                 layout.group_size() * layout.data() * layout.BlockBytes(shard));
     }
-    ASSERT_TRUE(TrainTo(ranks, step + 4).ok());
+    std::set<std::string> rebuilt, then;
+    for (const SlotMemory* slot : SlotsOf(nodes - 1)) {
+      if (const auto header = slot->ReadHeader(); header.ok() && header->id.epoch == step) {
+        rebuilt.insert(slot->name());
+      }
+    }
+    EXPECT_FALSE(rebuilt.empty());
+    ASSERT_TRUE(TrainTo(ranks, step + 6).ok());
+    EXPECT_GT(Committed(), step + 1);
+    // It has the room for snapshots to come, and is not made anew.
+    for (const SlotMemory* slot : SlotsOf(nodes - 1)) then.insert(slot->name());
+    EXPECT_TRUE(std::includes(then.begin(), then.end(), rebuilt.begin(), rebuilt.end()));
     nodes_.clear();
     options_.clear();
   }

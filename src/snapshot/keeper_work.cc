@@ -139,10 +139,10 @@ absl::Status KeeperWork::Do(const Task& task) {
     const auto read = net::Clock::now();
     status = slots_->VerifyData(task.slot);
     if (status.ok()) {
-      LogInfo(absl::StrFormat(
-          "the snapshot of step %d is rebuilt: read in %.2f s, verified in %.2f s", task.id.epoch,
-          std::chrono::duration<double>(read - begin).count(),
-          std::chrono::duration<double>(net::Clock::now() - read).count()));
+      LogInfo(
+          absl::StrFormat("the snapshot of step %d is rebuilt: read in %.2f s, verified in %.2f s",
+                          task.id.epoch, std::chrono::duration<double>(read - begin).count(),
+                          std::chrono::duration<double>(net::Clock::now() - read).count()));
     }
   }
   // Who held it may have lost it; what has come from there is what was written.

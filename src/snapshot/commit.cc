@@ -389,6 +389,7 @@ void CommitProtocol::Lead(int from, const CommitMessage& message) {
       if (AllConnected()) BeginRound(round_);
       return;
     case Kind::kSealed:
+      if (told.manifests.size() != 1) return;
       member.sealed = told.id;
       member.manifest = told.manifests[0];
       member.passed = std::max(member.passed, told.id.epoch);

@@ -1,5 +1,7 @@
 #include "src/snapshot/keeper_wire.h"
 
+#include <sys/socket.h>
+
 #include <cstring>
 #include <utility>
 
@@ -39,6 +41,7 @@ std::string Encode(const NodeManifest& manifest) {
 absl::StatusOr<NodeManifest> DecodeManifest(const std::string& text) {
   wire::Reader in(text.data(), text.size());
   NodeManifest manifest;
+  int64_t left = int64_t{1} << 50;  // so that no sum of sizes overflows
   const uint32_t count = in.Int<uint32_t>();
   bool sound = true;
   for (uint32_t i = 0; i < count && in.ok() && sound; ++i) {
@@ -50,7 +53,8 @@ absl::StatusOr<NodeManifest> DecodeManifest(const std::string& text) {
     part.contents_bytes = in.Int<int64_t>();
     part.contents_checksum = in.Int<uint64_t>();
     sound = part.contents_bytes >= 0 && part.contents_bytes <= part.payload_bytes &&
-            part.payload_bytes <= int64_t{1} << 50;
+            part.payload_bytes <= left;
+    left -= part.payload_bytes + 64;
     manifest.ranks.push_back(part);
   }
   if (!in.ok() || !sound) return absl::DataLossError("a keeper sent a malformed manifest");
@@ -198,5 +202,7 @@ absl::Status SlotReader::Answer(void* out, int64_t bytes, std::chrono::milliseco
   if (kind == KeeperKind::kError && in.ok() && !told.ok()) return told;
   return absl::DataLossError("a keeper sent a malformed answer");
 }
+
+void SlotReader::Interrupt() const { shutdown(fd_.get(), SHUT_RDWR); }
 
 }  // namespace stretto::snapshot_internal

@@ -117,6 +117,8 @@ class SlotReader {
   // NOT_FOUND when the keeper does not hold it (any more).
   absl::Status Answer(void* out, int64_t bytes,
                       std::chrono::milliseconds patience = std::chrono::seconds(30));
+  // From any thread: Request and Answer fail from here on, also those that wait.
+  void Interrupt() const;
 
  private:
   explicit SlotReader(net::Fd fd) : fd_(std::move(fd)) {}

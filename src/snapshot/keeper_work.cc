@@ -16,9 +16,10 @@ namespace stretto::snapshot_internal {
 namespace {
 
 constexpr int64_t kPiece = KeeperSlots::kParityPiece;
-constexpr auto kConnectTimeout = std::chrono::seconds(10);
-
+// Short: what is refused is tried again, and an end waits for it.
+constexpr auto kConnectTimeout = std::chrono::seconds(2);
 constexpr auto kPause = std::chrono::milliseconds(100);
+constexpr size_t kMostConnections = 64;
 
 int64_t PiecesOf(int64_t block_bytes) { return (block_bytes + kPiece - 1) / kPiece; }
 
@@ -41,9 +42,8 @@ KeeperWork::~KeeperWork() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     end_ = true;
-    stop_ = true;
+    StopWithLock();
   }
-  changed_.notify_all();
   if (thread_.joinable()) thread_.join();
 }
 
@@ -61,36 +61,48 @@ void KeeperWork::Run(Task task) {
 void KeeperWork::Stop() {
   const std::lock_guard<std::mutex> lock(mutex_);
   waiting_.clear();
+  StopWithLock();
+}
+
+void KeeperWork::StopWithLock() {
   stop_ = true;
   changed_.notify_all();
+  for (const auto& readers : readers_) {
+    for (const auto& [node, reader] : readers) reader.Interrupt();
+  }
+}
+
+void KeeperWork::Disconnect() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& readers : readers_) readers.clear();
 }
 
 void KeeperWork::Loop() {
   while (true) {
     Task task;
+    bool stopped = false;
     {
       std::unique_lock<std::mutex> lock(mutex_);
       changed_.wait(lock, [this] { return end_ || !waiting_.empty(); });
       if (end_) return;
       task = std::move(waiting_.front());
       waiting_.erase(waiting_.begin());
-      stop_ = false;
+      stopped = stop_.exchange(false);
     }
+    if (stopped) Disconnect();  // a peer may be another process by now
     begin_(task);
     std::string told;
     while (true) {
       const absl::Status status = Do(task);
-      // Answers that nobody waits for may still be on their way, and a peer that was replaced has
-      // left its connection behind.
-      if (!status.ok()) {
-        for (auto& readers : readers_) readers.clear();
-      }
+      // Answers that nobody waits for may still be on their way.
+      if (!status.ok()) Disconnect();
       if (absl::IsCancelled(status)) break;
       if (status.ok() || told != status.message()) done_(task, status);
       told = std::string(status.message());
-      const bool away = absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
-                        absl::IsNotFound(status);
-      if (!away || !Pause()) break;
+      // Who is away comes back, and who has something damaged gives it up.
+      const bool again = absl::IsUnavailable(status) || absl::IsDeadlineExceeded(status) ||
+                         absl::IsNotFound(status) || absl::IsDataLoss(status);
+      if (!again || !Pause()) break;
     }
   }
 }
@@ -145,20 +157,22 @@ absl::Status KeeperWork::Do(const Task& task) {
                           std::chrono::duration<double>(net::Clock::now() - read).count()));
     }
   }
+  if (!status.ok() && stop_) status = Stopped();
   // Who held it may have lost it; what has come from there is what was written.
   if (!status.ok() && !absl::IsCancelled(status)) progress_.holders.clear();
-  if (status.ok() || absl::IsDataLoss(status)) progress_ = Progress();
+  if (absl::IsDataLoss(status)) progress_ = Progress();
   return status;
 }
 
 absl::StatusOr<SlotReader*> KeeperWork::ReaderOf(int lane, int node) {
   std::map<int, SlotReader>& readers = readers_[static_cast<size_t>(lane)];
-  const auto found = readers.find(node);
-  if (found != readers.end()) return &found->second;
+  if (const auto found = readers.find(node); found != readers.end()) return &found->second;
   STRETTO_ASSIGN_OR_RETURN(
       SlotReader reader,
       SlotReader::Connect(options_.peers[static_cast<size_t>(node)], options_.token, options_.job,
                           net::After(kConnectTimeout)));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (stop_) return Stopped();
   return &readers.emplace(node, std::move(reader)).first->second;
 }
 
@@ -170,9 +184,10 @@ struct KeeperWork::Shared {
 };
 
 absl::Status KeeperWork::Combine(const Task& task, const Stripe& stripe) {
-  const auto most =
-      static_cast<int64_t>(task.rebuild ? readers_.size() : (readers_.size() + 1) / 2);
-  const auto lanes = std::min(most, PiecesOf(stripe.block_bytes));
+  const size_t wanted = task.rebuild ? readers_.size() : (readers_.size() + 1) / 2;
+  const size_t most = std::max<size_t>(1, kMostConnections / stripe.sources.size());
+  const auto lanes =
+      std::min(static_cast<int64_t>(std::min(wanted, most)), PiecesOf(stripe.block_bytes));
   Shared shared;
   OnThreads(static_cast<int>(lanes), "a keeper's lanes", [&](int lane) {
     const absl::Status status = RunLane(task, stripe, lane, shared);
@@ -285,7 +300,12 @@ absl::StatusOr<std::vector<int>> KeeperWork::Holders(const Task& task) {
     }
     for (const auto& [place, reader] : asked) {
       std::byte none;
-      if (reader->Answer(&none, 0, kVerifying).ok()) holders.push_back(place);
+      if (reader->Answer(&none, 0, kVerifying).ok()) {
+        holders.push_back(place);
+        continue;
+      }
+      const std::lock_guard<std::mutex> lock(mutex_);
+      readers_[0].erase(layout_.NodeAt(group, place));  // its answer may still come
     }
   }
   if (needed() == 0) return holders;

@@ -58,7 +58,10 @@ class KeeperWork {
   absl::Status Do(const Task& task);
   // Sleeps unless stopped; whether there is a point in trying again.
   bool Pause();
-  // What is there of a task. A rebuild that another round has stopped goes on from it.
+  void StopWithLock();  // mutex_ held
+  void Disconnect();    // from all peers
+  // What is there of a task. A rebuild that another round has stopped goes on from it, and one that
+  // was complete just before has nothing left to read.
   struct Progress {
     bool rebuild = false;
     int slot = -1;
@@ -97,10 +100,11 @@ class KeeperWork {
   KeeperSlots* const slots_;
   const std::function<void(const Task&)> begin_;
   const std::function<void(const Task&, const absl::Status&)> done_;
-  std::vector<std::map<int, SlotReader>> readers_;  // by lane and node
   Progress progress_;
 
   std::mutex mutex_;
+  // By lane and node. A lane uses its own without the lock, and changes them with it.
+  std::vector<std::map<int, SlotReader>> readers_;
   std::condition_variable changed_;
   std::vector<Task> waiting_;
   bool end_ = false;

@@ -135,13 +135,15 @@ class Keepers : public ::testing::Test {
 
   std::string Status(int node) { return *AskKeeper(options_[node].socket, "secret"); }
   using Body = std::function<absl::Status(World&, RankState&, Snapshotter&)>;
+  int NodeOf(const World& world) const {
+    const int nodes = static_cast<int>(nodes_.size());
+    return in_blocks_ ? world.rank() * nodes / world.size() : world.rank() % nodes;
+  }
   // `ranks` trainers, dealt to the nodes in turn, or in blocks of neighbours.
   absl::Status Train(int ranks, const Body& body) {
     return World::RunThreads(ranks, [&](World& world) -> absl::Status {
       RankState state(world.rank(), world.size(), columns_);
-      const auto rank = static_cast<size_t>(world.rank());
-      const size_t node = in_blocks_ ? rank * nodes_.size() / static_cast<size_t>(world.size())
-                                     : rank % nodes_.size();
+      const auto node = static_cast<size_t>(NodeOf(world));
       STRETTO_ASSIGN_OR_RETURN(const auto snapshots,
                                Snapshotter::Create(world, state.registry,
                                                    {.keeper = options_[node].socket,
@@ -151,7 +153,20 @@ class Keepers : public ::testing::Test {
       return body(world, state, *snapshots);
     });
   }
-  // Steps from what was restored to `last`, each captured until it is taken.
+  // Waits until nothing of a snapshot is under way on the node; whether that came about.
+  bool Settles(int node) {
+    for (int i = 0; i < 2000; ++i) {
+      const std::string text = Status(node);
+      if (text.find("WRITING") == std::string::npos && text.find("SEALED") == std::string::npos &&
+          text.find("PROTECTED") == std::string::npos) {
+        return true;
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return false;
+  }
+  // Steps from what was restored to `last`. All are committed but the first, which come before the
+  // keepers have memory for them.
   absl::Status TrainTo(int ranks, int64_t last) {
     return Train(ranks, [&](World& world, RankState& state, Snapshotter& snapshots) {
       const int64_t from = snapshots.restorable() ? snapshots.restorable()->epoch : 0;
@@ -161,7 +176,11 @@ class Keepers : public ::testing::Test {
         if (!met.ok()) return met;
         snapshots.Capture(step, [step] { return absl::StrCat("{\"step\":", step, "}"); });
         snapshots.Wait();
-        std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        const bool none = snapshots.stats().captured == 0;
+        std::this_thread::sleep_for(std::chrono::milliseconds(none ? 100 : 5));
+        if (!Settles(NodeOf(world))) {
+          return absl::DeadlineExceededError(absl::StrCat("step ", step, " does not end"));
+        }
       }
       return absl::OkStatus();
     });
@@ -180,17 +199,7 @@ class Keepers : public ::testing::Test {
   }
   // The newest committed step, when nothing is under way any more.
   int64_t Committed() {
-    for (size_t n = 0; n < nodes_.size(); ++n) {
-      std::string text;
-      for (int i = 0; i < 1000; ++i) {
-        text = Status(static_cast<int>(n));
-        if (text.find("WRITING") == std::string::npos && text.find("SEALED") == std::string::npos &&
-            text.find("PROTECTED") == std::string::npos) {
-          break;
-        }
-        std::this_thread::sleep_for(std::chrono::milliseconds(5));
-      }
-    }
+    for (size_t n = 0; n < nodes_.size(); ++n) EXPECT_TRUE(Settles(static_cast<int>(n)));
     const std::string text = Status(0);
     int64_t newest = 0;
     for (size_t at = 0; (at = text.find("COMMITTED step ", at)) != std::string::npos; ++at) {

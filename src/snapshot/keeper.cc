@@ -67,10 +67,6 @@ Keeper::Impl::~Impl() {
   for (Server& server : servers) server.thread.join();
   if (unix_socket.valid()) unlink(options.socket.c_str());
   slots.reset();  // its names are the next one's as soon as that has the lock
-  if (socket_lock.valid()) unlink(snapshot_internal::LockPath(options.socket).c_str());
-  if (lock.valid()) {
-    unlink(snapshot_internal::LockPath(KeeperSocketPath(options.job, options.node)).c_str());
-  }
 }
 
 void Keeper::Impl::Post(std::function<void()> task) {

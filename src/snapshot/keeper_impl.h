@@ -27,8 +27,22 @@
 namespace stretto {
 
 namespace snapshot_internal {
-// What the keeper of this socket locks.
-std::string LockPath(const std::string& socket);
+
+// A place that one keeper has at a time: who holds the lock on a file, which goes with it.
+class PlaceLock {
+ public:
+  PlaceLock() = default;
+  // ALREADY_EXISTS while somebody has it, INVALID_ARGUMENT where there can be no such file.
+  static absl::StatusOr<PlaceLock> Take(const KeeperOptions& options, const std::string& socket);
+  PlaceLock(PlaceLock&&) = default;
+  PlaceLock& operator=(PlaceLock&&) = default;
+  ~PlaceLock();
+
+ private:
+  net::Fd fd_;
+  std::string path_;
+};
+
 }  // namespace snapshot_internal
 
 // A status on its way to another thread, without the counted references inside.
@@ -128,7 +142,8 @@ struct Keeper::Impl {
   CommitProtocol protocol;
   std::unique_ptr<snapshot_internal::KeeperSlots> slots;
   std::unique_ptr<snapshot_internal::KeeperWork> work;
-  net::Fd lock, socket_lock, tcp, unix_socket, wake;
+  snapshot_internal::PlaceLock lock, socket_lock;
+  net::Fd tcp, unix_socket, wake;
   int port = 0;
   std::atomic<bool> stop = false;
   std::list<Connection> connections;

@@ -24,8 +24,8 @@ using snapshot_internal::HostPort;
 using snapshot_internal::IoError;
 using snapshot_internal::KeeperSlots;
 using snapshot_internal::KeeperWork;
-using snapshot_internal::LockPath;
 using snapshot_internal::ParseHostPort;
+using snapshot_internal::PlaceLock;
 
 namespace {
 
@@ -113,11 +113,14 @@ absl::StatusOr<net::Fd> ListenLocally(const std::string& path) {
   return fd;
 }
 
-// One keeper of a node: who holds the lock on this file. It removes the file at its end, still
-// holding the lock, so another one may have opened the removed file and lock that, while a third
-// locks a new one: only the lock on the file that has the name counts. Who has that knows that the
-// name is its own until it removes it.
-absl::StatusOr<net::Fd> TakePlace(const KeeperOptions& o, const std::string& path) {
+}  // namespace
+
+// Who has it removes the file at its end, still holding the lock, so another one may have opened
+// the removed file and lock that, while a third locks a new one: only the lock on the file that has
+// the name counts. Who has that knows that the name is its own until it removes it.
+absl::StatusOr<PlaceLock> snapshot_internal::PlaceLock::Take(const KeeperOptions& o,
+                                                             const std::string& socket) {
+  const std::string path = socket + ".lock";
   while (true) {
     net::Fd lock(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
     if (!lock.valid()) {
@@ -132,14 +135,17 @@ absl::StatusOr<net::Fd> TakePlace(const KeeperOptions& o, const std::string& pat
     struct stat locked = {}, named = {};
     if (fstat(lock.get(), &locked) == 0 && stat(path.c_str(), &named) == 0 &&
         locked.st_ino == named.st_ino && locked.st_dev == named.st_dev) {
-      return lock;
+      PlaceLock taken;
+      taken.fd_ = std::move(lock);
+      taken.path_ = path;
+      return taken;
     }
   }
 }
 
-}  // namespace
-
-std::string snapshot_internal::LockPath(const std::string& socket) { return socket + ".lock"; }
+snapshot_internal::PlaceLock::~PlaceLock() {
+  if (fd_.valid()) unlink(path_.c_str());
+}
 
 std::string KeeperSocketPath(const std::string& job, int node) {
   return absl::StrCat("/tmp/stretto-", getuid(), "/", job, "-", node, ".sock");
@@ -157,10 +163,10 @@ absl::Status Keeper::Impl::Start(const ErasureCode& code) {
     return absl::PermissionDeniedError(
         absl::StrCat(directory, " must be a directory that only this user can enter; remove it"));
   }
-  STRETTO_ASSIGN_OR_RETURN(lock, TakePlace(options, LockPath(usual)));
+  STRETTO_ASSIGN_OR_RETURN(lock, PlaceLock::Take(options, usual));
   if (options.socket.empty()) options.socket = usual;
   if (options.socket != usual) {
-    STRETTO_ASSIGN_OR_RETURN(socket_lock, TakePlace(options, LockPath(options.socket)));
+    STRETTO_ASSIGN_OR_RETURN(socket_lock, PlaceLock::Take(options, options.socket));
   }
   HostPort mine{"127.0.0.1", 0};
   if (!options.peers.empty()) {

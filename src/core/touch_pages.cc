@@ -2,8 +2,11 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
+
+#include "src/core/start_thread.h"
 
 namespace stretto {
 
@@ -22,6 +25,21 @@ int TouchPages(std::byte* data, int64_t bytes) {
     byte.fetch_or(0);
   }
   return 0;
+}
+
+int TouchPages(std::byte* data, int64_t bytes, int threads) {
+  constexpr int64_t kPiece = int64_t{4} << 20;
+  std::atomic<int64_t> next = 0;
+  std::atomic<int> error = 0;
+  OnThreads(threads, "touching memory", [&](int) {
+    while (error == 0) {
+      const int64_t at = next.fetch_add(kPiece);
+      if (at >= bytes) return;
+      const int refused = TouchPages(data + at, std::min(kPiece, bytes - at));
+      if (refused != 0) error = refused;
+    }
+  });
+  return error;
 }
 
 }  // namespace stretto

@@ -11,6 +11,8 @@ namespace stretto {
 // does it in one call from Linux 5.14 on, and reports an error where touching would end the
 // process: 0 or an errno.
 int TouchPages(std::byte* data, int64_t bytes);
+// The same by several threads.
+int TouchPages(std::byte* data, int64_t bytes, int threads);
 
 }  // namespace stretto
 

@@ -213,21 +213,28 @@ absl::Status KeeperSlots::Make(int slot, const Capacities& ranks, bool touch) {
   return absl::OkStatus();
 }
 
-bool KeeperSlots::Prepare(int slot, const Capacities& ranks) {
+bool KeeperSlots::Prepare(int slot, const Capacities& ranks, int64_t parity_bytes) {
   std::unique_lock<std::mutex> lock(mutex_);
   Place& place = places_[slot];
   if (place.making || place.filling) return false;
   if (place.maker.joinable()) place.maker.join();
   if (Suits(place, ranks)) return true;
   place.making = true;
-  absl::StatusOr<std::thread> maker = StartThread("a keeper's memory", [this, slot, ranks] {
-    absl::Status status = Make(slot, ranks, /*touch=*/true);
-    const std::lock_guard<std::mutex> done(mutex_);
-    const std::string error(status.message());
-    if (!status.ok() && error != error_) LogWarning(absl::StrCat("no snapshots: ", error));
-    error_ = error;
-    places_[slot].making = false;
-  });
+  absl::StatusOr<std::thread> maker =
+      StartThread("a keeper's memory", [this, slot, ranks, parity_bytes] {
+        const absl::Status status = Make(slot, ranks, /*touch=*/true);
+        if (status.ok() && parity_bytes > 0) {
+          const std::lock_guard<std::mutex> parity(parity_mutex_);
+          // Why it cannot be had is said when it is needed.
+          if (ParityOf(slot) == nullptr)
+            NewParity(slot, parity_bytes, /*touch=*/true).IgnoreError();
+        }
+        const std::lock_guard<std::mutex> done(mutex_);
+        const std::string error(status.message());
+        if (!status.ok() && error != error_) LogWarning(absl::StrCat("no snapshots: ", error));
+        error_ = error;
+        places_[slot].making = false;
+      });
   if (maker.ok()) {
     place.maker = *std::move(maker);
   } else {
@@ -333,30 +340,42 @@ NodeManifest KeeperSlots::ManifestOf(int slot) const {
 
 absl::StatusOr<std::byte*> KeeperSlots::MakeParity(int slot, int blocks, int64_t block_bytes) {
   const int64_t bytes = std::max<int64_t>(1, blocks * block_bytes);
-  std::shared_ptr<Arena> arena;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    arena = places_[slot].parity;
     places_[slot].blocks = 0;
     places_[slot].parity_checksums.clear();
   }
-  if (arena == nullptr || arena->bytes() < bytes) {
-    const std::string owner = absl::StrCat("snapshot parity ", slot);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      places_[slot].parity.reset();
-    }
-    arena.reset();
-    budget_->Release(Resource::kHostMemory, owner);
-    STRETTO_RETURN_IF_ERROR(budget_->Reserve(Resource::kHostMemory, owner, bytes));
-    STRETTO_ASSIGN_OR_RETURN(Arena made, Arena::Create(Device::Cpu(), owner, bytes));
-    arena = std::make_shared<Arena>(std::move(made));
+  const std::lock_guard<std::mutex> parity(parity_mutex_);
+  if (const auto arena = ParityOf(slot); arena == nullptr || arena->bytes() < bytes) {
+    STRETTO_RETURN_IF_ERROR(NewParity(slot, bytes, /*touch=*/false));
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  places_[slot].parity = arena;
   places_[slot].block_bytes = block_bytes;
   places_[slot].blocks = blocks;
-  return arena->data();
+  return places_[slot].parity->data();
+}
+
+std::shared_ptr<Arena> KeeperSlots::ParityOf(int slot) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return places_[slot].parity;
+}
+
+absl::Status KeeperSlots::NewParity(int slot, int64_t bytes, bool touch) {
+  const std::string owner = absl::StrCat("snapshot parity ", slot);
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    places_[slot].parity.reset();
+  }
+  budget_->Release(Resource::kHostMemory, owner);
+  STRETTO_RETURN_IF_ERROR(budget_->Reserve(Resource::kHostMemory, owner, bytes));
+  STRETTO_ASSIGN_OR_RETURN(Arena made, Arena::Create(Device::Cpu(), owner, bytes));
+  if (touch && TouchPages(made.data(), bytes, threads_) != 0) {
+    budget_->Release(Resource::kHostMemory, owner);
+    return absl::ResourceExhaustedError("no memory for parity of snapshots");
+  }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  places_[slot].parity = std::make_shared<Arena>(std::move(made));
+  return absl::OkStatus();
 }
 
 std::vector<KeeperSlots::Span> KeeperSlots::Spans(const Place& place, int64_t offset,

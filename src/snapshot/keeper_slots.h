@@ -41,9 +41,9 @@ class KeeperSlots {
   static std::unique_ptr<KeeperSlots> Adopt(std::string job, int node, Budget* budget, int threads,
                                             NodeSlots* held);
 
-  // Whether the slot has memory for these ranks; if not, a thread begins to make it. The slot must
-  // not be in use.
-  bool Prepare(int slot, const Capacities& ranks);
+  // Whether the slot has memory for these ranks; if not, a thread begins to make it, and that of
+  // the parity if there is none. The slot must not be in use.
+  bool Prepare(int slot, const Capacities& ranks, int64_t parity_bytes);
   // For the slot of `id`, whose ranks' parts this node has lost: makes memory for them, not yet
   // touched, and nobody else gets the slot until EndFill. Whether it has what an earlier one for
   // `id` filled in. CANCELLED when the slot is another snapshot's by now.
@@ -115,6 +115,9 @@ class KeeperSlots {
     std::thread maker;
   };
   absl::Status Make(int slot, const Capacities& ranks, bool touch);
+  // With parity_mutex_ held: an arena in place of whatever is there.
+  absl::Status NewParity(int slot, int64_t bytes, bool touch);
+  std::shared_ptr<Arena> ParityOf(int slot) const;
   absl::Status MakeInto(int slot, const Capacities& ranks, bool touch,
                         std::map<int, std::shared_ptr<SlotMemory>>* made);
   bool Suits(const Place& place, const Capacities& ranks) const;
@@ -128,6 +131,7 @@ class KeeperSlots {
   const std::string job_, prefix_;
   Budget* const budget_;
   const int threads_;
+  std::mutex parity_mutex_;  // while arenas for parity are made; before mutex_
   mutable std::mutex mutex_;
   std::array<Place, kSlots> places_;
   std::string error_;

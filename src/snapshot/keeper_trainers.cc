@@ -138,7 +138,11 @@ void Keeper::Impl::AnswerWaiting() {
 }
 
 bool Keeper::Impl::MemoryIsReady(int slot) {
-  return static_cast<int>(attached.size()) == local_ranks && slots->Prepare(slot, capacities);
+  if (static_cast<int>(attached.size()) != local_ranks) return false;
+  // Parity of others who have as much as this node.
+  int64_t bytes = 0;
+  for (const auto& [rank, capacity] : capacities) bytes += (capacity + 63) / 64 * 64;
+  return slots->Prepare(slot, capacities, layout.parity() * layout.BlockBytes(bytes));
 }
 
 // Memory for free slots is made ahead, in the background.

@@ -229,21 +229,9 @@ absl::StatusOr<std::shared_ptr<SlotMemory>> SlotMemory::Open(const std::string& 
 }
 
 absl::Status SlotMemory::Prefault(int threads) {
-  constexpr int64_t kPiece = int64_t{4} << 20;
   const int64_t bytes = kPage + capacity_;
-  std::atomic<int64_t> next = 0;
-  std::atomic<int> error = 0;
-  const auto touch = [&] {
-    while (error == 0) {
-      const int64_t at = next.fetch_add(kPiece);
-      if (at >= bytes) return;
-      // The guard notices a file system that is short where the kernel does not say so.
-      if (const int refused = TouchPages(base_ + at, std::min(kPiece, bytes - at)); refused != 0) {
-        error = refused;
-      }
-    }
-  };
-  OnThreads(threads, "prefaulting snapshots", [&](int) { touch(); });
+  // The guard notices a file system that is short where the kernel does not say so.
+  int error = TouchPages(base_, bytes, threads);
   if (error == 0 && guard_->lost()) error = ENOSPC;
   if (error == 0) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat("no memory for a slot of a snapshot of ",

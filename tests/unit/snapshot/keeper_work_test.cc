@@ -1,13 +1,17 @@
-// What a keeper computes from other nodes' slots, with peers that this test plays.
+// The memory of a keeper, and what it computes from other nodes' slots, with peers that this test
+// plays.
 #include "src/snapshot/keeper_work.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "src/comm/socket.h"
@@ -80,6 +84,21 @@ TEST(KeeperWork, StopsWhileAPeerIsSilent) {
     EXPECT_TRUE(absl::IsUnavailable(more.status())) << more.status();  // closed
   }
   EXPECT_EQ(told, 0);  // it is no trouble that somebody should look at
+}
+
+// The first snapshot of a slot would wait for the system to clear pages.
+TEST(KeeperSlots, ParityHasItsPagesBeforeItIsMade) {
+  Budget budget(-1, -1, -1);
+  KeeperSlots slots(absl::StrCat("slots-", getpid()), 0, &budget, 2);
+  constexpr int64_t kBytes = int64_t{3} << 20;
+  while (!slots.Prepare(0, {{0, 4096}}, kBytes)) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  const absl::StatusOr<std::byte*> parity = slots.MakeParity(0, 1, kBytes);
+  ASSERT_TRUE(parity.ok()) << parity.status();
+  std::vector<unsigned char> present(kBytes / 4096);
+  ASSERT_EQ(mincore(*parity, kBytes, present.data()), 0);
+  EXPECT_EQ(std::count(present.begin(), present.end(), 1), kBytes / 4096);
 }
 
 TEST(NodeManifest, OfSizesWhoseSumOverflowsIsMalformed) {

@@ -2,9 +2,9 @@
 //
 //   stretto-erasure-bench [block bytes = 4194304] [seconds a row = 0.3]
 //
-// "encode" makes all parity blocks of a stripe at once, as a keeper does; "add" takes one data block
-// after the other; "rebuild" makes m lost data blocks from k others. Beside each stands its ratio to a
-// plain memcpy of the same data in the same run, the machine's floor.
+// "encode" makes all parity blocks of a stripe at once, as a keeper does; "add" takes one data
+// block after the other; "rebuild" makes m lost data blocks from k others. Beside each stands its
+// ratio to a plain memcpy of the same data in the same run, the machine's floor.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>

@@ -224,7 +224,7 @@ bool KeeperSlots::Prepare(int slot, const Capacities& ranks, int64_t parity_byte
       StartThread("a keeper's memory", [this, slot, ranks, parity_bytes] {
         const absl::Status status = Make(slot, ranks, /*touch=*/true);
         if (status.ok() && parity_bytes > 0) {
-          const std::lock_guard<std::mutex> parity(parity_mutex_);
+          const std::lock_guard<std::mutex> parity(parity_mutexes_[static_cast<size_t>(slot)]);
           // Why it cannot be had is said when it is needed.
           if (ParityOf(slot) == nullptr)
             NewParity(slot, parity_bytes, /*touch=*/true).IgnoreError();
@@ -345,7 +345,7 @@ absl::StatusOr<std::byte*> KeeperSlots::MakeParity(int slot, int blocks, int64_t
     places_[slot].blocks = 0;
     places_[slot].parity_checksums.clear();
   }
-  const std::lock_guard<std::mutex> parity(parity_mutex_);
+  const std::lock_guard<std::mutex> parity(parity_mutexes_[static_cast<size_t>(slot)]);
   if (const auto arena = ParityOf(slot); arena == nullptr || arena->bytes() < bytes) {
     STRETTO_RETURN_IF_ERROR(NewParity(slot, bytes, /*touch=*/false));
   }

@@ -115,7 +115,7 @@ class KeeperSlots {
     std::thread maker;
   };
   absl::Status Make(int slot, const Capacities& ranks, bool touch);
-  // With parity_mutex_ held: an arena in place of whatever is there.
+  // With its parity_mutexes_ held: an arena in place of whatever is there.
   absl::Status NewParity(int slot, int64_t bytes, bool touch);
   std::shared_ptr<Arena> ParityOf(int slot) const;
   absl::Status MakeInto(int slot, const Capacities& ranks, bool touch,
@@ -131,7 +131,8 @@ class KeeperSlots {
   const std::string job_, prefix_;
   Budget* const budget_;
   const int threads_;
-  std::mutex parity_mutex_;  // while arenas for parity are made; before mutex_
+  // While a slot has its arena for parity made; before mutex_.
+  std::array<std::mutex, kSlots> parity_mutexes_;
   mutable std::mutex mutex_;
   std::array<Place, kSlots> places_;
   std::string error_;

@@ -70,12 +70,12 @@ int64_t NumberOf(const std::string& status, const std::string& name) {
 // Blocks of many pieces, of which several threads take the next; pieces that end between ranks, and
 // behind a node's data. Two nodes mirror each other, which computes nothing.
 TEST_F(Keepers, SeveralLanesMakeParityAndRebuild) {
-  columns_ = 80021;
+  columns_ = 54001;
   threads_ = 4;
   for (const int nodes : {2, 3}) {
     Start(nodes);
     const int ranks = 2 * nodes - 1;  // one node has less
-    ASSERT_TRUE(TrainTo(ranks, 12).ok());
+    ASSERT_TRUE(TrainTo(ranks, 6).ok());
     const int64_t step = Committed();
     ASSERT_GT(step, 0);
     for (int lost = 0; lost < nodes; ++lost) {  // what the first gave back is read for the next
@@ -106,8 +106,8 @@ TEST_F(Keepers, SeveralLanesMakeParityAndRebuild) {
     }
     EXPECT_FALSE(rebuilt.empty());
     const LogCapture log;
-    ASSERT_TRUE(TrainTo(ranks, step + 6).ok());
-    EXPECT_EQ(Committed(), step + 6);
+    ASSERT_TRUE(TrainTo(ranks, step + 3).ok());
+    EXPECT_EQ(Committed(), step + 3);
     // What it had open to those that were replaced is not what it reads from.
     EXPECT_THAT(log.text(), Not(HasSubstr("encoding the snapshot of step")));
     // It has the room for snapshots to come, and is not made anew.

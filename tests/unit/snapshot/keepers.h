@@ -170,14 +170,17 @@ class Keepers : public ::testing::Test {
   absl::Status TrainTo(int ranks, int64_t last) {
     return Train(ranks, [&](World& world, RankState& state, Snapshotter& snapshots) {
       const int64_t from = snapshots.restorable() ? snapshots.restorable()->epoch : 0;
+      auto patience = std::chrono::milliseconds(50);
       for (int64_t step = from + 1; step <= last; ++step) {
         state.Set(step);
         const absl::Status met = world.Barrier(absl::StrCat("step ", step));
         if (!met.ok()) return met;
         snapshots.Capture(step, [step] { return absl::StrCat("{\"step\":", step, "}"); });
         snapshots.Wait();
-        const bool none = snapshots.stats().captured == 0;
-        std::this_thread::sleep_for(std::chrono::milliseconds(none ? 100 : 5));
+        if (snapshots.stats().captured == 0) {
+          patience = std::min<std::chrono::milliseconds>(2 * patience, std::chrono::seconds(1));
+          std::this_thread::sleep_for(patience);
+        }
         if (!Settles(NodeOf(world))) {
           return absl::DeadlineExceededError(absl::StrCat("step ", step, " does not end"));
         }

@@ -259,14 +259,19 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
     const int64_t k = trainer.snapshot_stats()->stride;
     STRETTO_ASSIGN_OR_RETURN(const Phase some,
                              RunPhase(trainer, "every k steps", 1, std::max(options.steps, 2 * k)));
-    // One with nothing beside it: the next that is not passed over.
+    // One with nothing beside it: the next that no rank passes over.
     double captured_at = 0;
-    for (int64_t passed = -1; passed != trainer.snapshot_stats()->passed_over;) {
+    for (bool taken = false; !taken;) {
       STRETTO_RETURN_IF_ERROR(trainer.Step().status());
-      STRETTO_RETURN_IF_ERROR(world.Barrier(absl::StrCat("durable ", trainer.step())));
-      passed = trainer.snapshot_stats()->passed_over;
+      const std::string what = absl::StrCat("durable ", trainer.step());
+      STRETTO_RETURN_IF_ERROR(world.Barrier(what));
+      const int64_t passed = trainer.snapshot_stats()->passed_over;
       captured_at = Now();
       trainer.Snapshot();
+      const bool mine = trainer.snapshot_stats()->passed_over == passed;
+      STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                               world.AllGather(absl::StrCat(what, " taken"), mine ? "1" : "0"));
+      taken = std::count(all.begin(), all.end(), "1") == world.size();
     }
     if (world.rank() == 0) {
       const std::string wanted = absl::StrCat("COMMITTED step ", trainer.step(), " ");

@@ -77,16 +77,16 @@ absl::Status CheckOutput(World& world, const std::string& path);
 
 // Resolves the configuration of TimedSteps; INVALID_ARGUMENT also for what only it refuses: a batch
 // of too many tokens to make up, a trace without a file.
-absl::Status ResolveSteps(int ranks, TrainConfig* config);
+inline constexpr int64_t kWarmUp = 3;  // steps
+absl::Status ResolveSteps(int ranks, TrainConfig* config, int64_t warm_up = kWarmUp);
 
 // Calls `body` with a trainer on random tokens, on all ranks; with data.documents the tokens are
-// documents of `lengths`, in this order.
+// documents of `lengths`, in this order. For a step more than `warm_up` at least.
 absl::Status WithTrainer(World& world, TrainConfig config, const std::vector<int64_t>* lengths,
-                         const std::function<absl::Status(Trainer&)>& body);
+                         int64_t warm_up, const std::function<absl::Status(Trainer&)>& body);
 
 // The steps behind the first `warm_up` of a run of config.steps steps on random tokens, on all
 // ranks. Calls `inspect` with the trainer when they are done. `lengths`: see WithTrainer.
-inline constexpr int64_t kWarmUp = 3;
 absl::StatusOr<std::vector<StepStats>> TimedSteps(
     World& world, TrainConfig config, const std::function<absl::Status(Trainer&)>& inspect,
     const std::vector<int64_t>* lengths = nullptr, int64_t warm_up = kWarmUp);

@@ -208,7 +208,7 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
                      Results* results) {
   OwnKeepers keepers;
   STRETTO_RETURN_IF_ERROR(keepers.Start(world, options));
-  return WithTrainer(world, config, nullptr, [&](Trainer& trainer) -> absl::Status {
+  return WithTrainer(world, config, nullptr, kWarmUp, [&](Trainer& trainer) -> absl::Status {
     if (!trainer.snapshot_stats()) {
       return world.Agree("finding a keeper",
                          absl::FailedPreconditionError("snapshot.every is 0: nothing to measure"));

@@ -122,7 +122,7 @@ class Tokens {
 
 }  // namespace
 
-absl::Status ResolveSteps(int ranks, TrainConfig* config) {
+absl::Status ResolveSteps(int ranks, TrainConfig* config, int64_t warm_up) {
   // Before anything is computed from the sizes.
   if (config->data.documents && IdsOfABatch(*config) > kMostIds) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -140,17 +140,17 @@ absl::Status ResolveSteps(int ranks, TrainConfig* config) {
         "metrics.trace_steps is set, but the output of a measurement is not kept; name a file in "
         "metrics.trace_file");
   }
-  config->steps = std::max(config->steps, kWarmUp + 1);
+  config->steps = std::max(config->steps, warm_up + 1);
   if (config->output.empty()) config->output = std::string(".");  // TimedSteps sets it
   return config->Resolve(ranks);
 }
 
 absl::Status WithTrainer(World& world, TrainConfig config, const std::vector<int64_t>* lengths,
-                         const std::function<absl::Status(Trainer&)>& body) {
+                         int64_t warm_up, const std::function<absl::Status(Trainer&)>& body) {
   STRETTO_RETURN_IF_ERROR(SameEverywhere(world, config));
   TrainConfig resolved = config;
   STRETTO_RETURN_IF_ERROR(
-      world.Agree("reading the configuration", ResolveSteps(world.size(), &resolved)));
+      world.Agree("reading the configuration", ResolveSteps(world.size(), &resolved, warm_up)));
   Tokens tokens;
   absl::Status made;
   if (world.rank() == 0) made = tokens.Make(resolved, lengths);
@@ -196,7 +196,7 @@ absl::StatusOr<std::vector<StepStats>> TimedSteps(
     }
     return inspect(trainer);
   };
-  STRETTO_RETURN_IF_ERROR(WithTrainer(world, std::move(config), lengths, body));
+  STRETTO_RETURN_IF_ERROR(WithTrainer(world, std::move(config), lengths, warm_up, body));
   return steps;
 }
 

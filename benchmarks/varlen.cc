@@ -108,10 +108,10 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
   config.parallel.cost_model = options.fit;
   TrainConfig resolved = config;
   resolved.parallel.mesh = "dynamic";
-  STRETTO_RETURN_IF_ERROR(
-      world.Agree("reading the configuration", ResolveSteps(world.size(), &resolved)));
+  STRETTO_RETURN_IF_ERROR(world.Agree("reading the configuration",
+                                      ResolveSteps(world.size(), &resolved, options.warm_up)));
   config.batch = resolved.batch;
-  config.steps = std::max(resolved.steps, options.warm_up + 1);
+  config.steps = resolved.steps;
   // One batch a step, so that all methods meet the same.
   std::vector<int64_t> lengths;
   std::vector<std::vector<int64_t>> batches;

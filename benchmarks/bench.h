@@ -75,9 +75,10 @@ absl::Status SameEverywhere(World& world, TrainConfig config, const std::string&
 // Agrees that rank 0 can write to `path`; see CheckWritable.
 absl::Status CheckOutput(World& world, const std::string& path);
 
+inline constexpr int64_t kWarmUp = 3;  // steps
+
 // Resolves the configuration of TimedSteps; INVALID_ARGUMENT also for what only it refuses: a batch
 // of too many tokens to make up, a trace without a file.
-inline constexpr int64_t kWarmUp = 3;  // steps
 absl::Status ResolveSteps(int ranks, TrainConfig* config, int64_t warm_up = kWarmUp);
 
 // Calls `body` with a trainer on random tokens, on all ranks; with data.documents the tokens are

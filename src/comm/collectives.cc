@@ -224,6 +224,8 @@ void Operation::Reset() {
   started = false;
   device = OnDevice::kNo;
   ready = false;
+  copied = false;
+  launches = 0;
   done = Event();
   reduce = ReduceOp::kSum;
   peer = -1;

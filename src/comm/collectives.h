@@ -96,7 +96,9 @@ struct Operation {
     kQueued,   // handed over, in the order of the communication stream: `done` is valid
   };
   OnDevice device = OnDevice::kNo;
-  bool ready = false;  // on a device: `after` has been seen
+  bool ready = false;   // on a device: `after` has been seen
+  bool copied = false;  // on a device: by its copy engines
+  int64_t launches = 0;
   Event done;
   DType dtype = DType::kF32;
   ReduceOp reduce = ReduceOp::kSum;

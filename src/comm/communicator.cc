@@ -445,4 +445,13 @@ int64_t Communicator::BytesSent(const std::string& group_name) const {
   return bytes;
 }
 
+int64_t Communicator::BytesCopied(const std::string& group_name) const {
+  const auto lock = impl_->Lock();
+  int64_t bytes = 0;
+  for (const Impl::GroupState& state : impl_->groups) {
+    if (state.group.name == group_name) bytes += state.bytes_copied;
+  }
+  return bytes;
+}
+
 }  // namespace stretto

@@ -130,6 +130,19 @@ absl::Status Communicator::UseDevice(Device device) {
   return impl_->UseDevice(device);
 }
 
+absl::StatusOr<std::string> Communicator::UseCopyEngines(const Group& g) {
+  STRETTO_RETURN_IF_ERROR(WaitAll());
+  const auto lock = impl_->Lock();  // as for UseDevice
+  if (impl_->device == nullptr) return "the communicator has no device that is not a CPU";
+  const Impl::GroupState* state = impl_->Find(g);
+  if (state == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("UseCopyEngines of group '", g.name, "' on rank ", impl_->world.rank(),
+                     ": this communicator does not know the group; make it with MakeGroup"));
+  }
+  return impl_->device->collectives().UseCopyEngines(state->group);
+}
+
 absl::Status Communicator::Wait(Stream& stream, Ticket ticket) {
   const auto lock = impl_->Lock();
   return impl_->Wait(stream, ticket);

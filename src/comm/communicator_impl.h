@@ -28,7 +28,7 @@ struct Communicator::Impl {
     int64_t submitted = 0;   // collectives
     int64_t next_start = 1;  // sequence of the collective that starts next
     int active = 0;
-    int64_t bytes_sent = 0;
+    int64_t bytes_sent = 0, bytes_copied = 0;
     std::string send_row, receive_row;  // of a trace
   };
 

@@ -152,6 +152,7 @@ void Communicator::Impl::Finish(Operation& o) {
   GroupState& state = *Find(*o.group);
   recorder.Finished(o.record);
   state.bytes_sent += o.bytes_sent;
+  if (o.copied) state.bytes_copied += o.bytes_sent;
   if (trace != nullptr && o.device == Operation::OnDevice::kNo) {
     if (o.op != CommOp::kReceive) trace->SetBytes(o.trace, o.bytes_sent);
     trace->End(o.trace);

@@ -4,8 +4,10 @@
 #ifndef STRETTO_SRC_COMM_DEVICE_COLLECTIVES_H_
 #define STRETTO_SRC_COMM_DEVICE_COLLECTIVES_H_
 
+#include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "src/comm/collectives.h"
@@ -28,10 +30,16 @@ class DeviceCollectives {
   // Makes a group known. All ranks of the world call this in the same order, each with the group
   // that it is in, while nothing is in flight; ends in an agreement of all ranks.
   virtual absl::Status AddGroup(const Group& group) = 0;
+  // From now on all-gathers and reduce-scatters of this group, which is known, leave the device's
+  // multiprocessors alone, as far as its ranks can reach each other's memory. Called as AddGroup.
+  // Empty: it is so; otherwise why it cannot be, the same on all ranks, and nothing has changed.
+  virtual absl::StatusOr<std::string> UseCopyEngines(const Group& group) = 0;
+  // How many launches Issue makes for one operation, at most.
+  virtual int64_t Launches(const Operation& o) = 0;
   // Hands one collective, or any number of sends and receives that proceed together, to the device:
-  // an event recorded from then on comes after it. Waits for no other rank, except for the first
-  // message between two ranks that AddGroup has not connected, and then no longer than the world's
-  // time-out.
+  // an event recorded from then on comes after it. Sets `copied`. Waits for no other rank, except
+  // for the first message between two ranks that AddGroup has not connected, and then no longer
+  // than the world's time-out.
   virtual absl::Status Issue(std::span<Operation* const> batch) = 0;
   // An error that was noticed since, e.g. that a connection broke. Never blocks.
   virtual absl::Status Check() = 0;

@@ -13,6 +13,7 @@ int64_t Items(const Operation& o) {
 
 void DeviceOperations::Add(Operation* o) {
   o->device = Operation::OnDevice::kWaiting;
+  o->launches = kAround + collectives_->Launches(*o);
   waiting_.push_back(o);
 }
 
@@ -39,9 +40,12 @@ absl::StatusOr<bool> DeviceOperations::Advance(bool all) {
 
 bool DeviceOperations::HasRoom(std::span<Operation* const> batch) const {
   if (queued_ == 0) return true;
-  int64_t items = queued_items_;
-  for (const Operation* o : batch) items += Items(*o);
-  return queued_ + static_cast<int64_t>(batch.size()) <= kMostQueued && items <= kMostItems;
+  int64_t items = queued_items_, launches = queued_launches_;
+  for (const Operation* o : batch) {
+    items += Items(*o);
+    launches += o->launches;
+  }
+  return launches <= kMostLaunches && items <= kMostItems;
 }
 
 absl::Status DeviceOperations::Issue(std::span<Operation* const> batch) {
@@ -66,6 +70,7 @@ absl::Status DeviceOperations::Issue(std::span<Operation* const> batch) {
       trace_->End(o->trace, stream);
     }
     ++queued_;
+    queued_launches_ += o->launches;
     queued_items_ += Items(*o);
   }
   return absl::OkStatus();
@@ -73,6 +78,7 @@ absl::Status DeviceOperations::Issue(std::span<Operation* const> batch) {
 
 void DeviceOperations::Finished(const Operation& o) {
   --queued_;
+  queued_launches_ -= o.launches;
   queued_items_ -= Items(o);
 }
 
@@ -83,7 +89,7 @@ bool DeviceOperations::busy() const {
 
 void DeviceOperations::Abort() {
   waiting_.clear();
-  queued_ = queued_items_ = 0;
+  queued_ = queued_launches_ = queued_items_ = 0;
   collectives_->Abort();
 }
 

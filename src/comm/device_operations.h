@@ -24,9 +24,9 @@ namespace stretto {
 // here, where whoever waits for it can give up.
 class DeviceOperations {
  public:
-  // A queue of the device takes about 1024 launches, and an operation up to nine: waits, kernel,
-  // and events.
-  static constexpr int64_t kMostQueued = 64;
+  // A queue of the device takes about 1024 launches.
+  static constexpr int64_t kMostLaunches = 576;
+  static constexpr int64_t kAround = 8;  // an operation's own: waits, times and events
   // ... in all of them. NCCL describes operations of many items in a ring of 1 MiB, 112 bytes each,
   // and frees it an eighth at a time.
   static constexpr int64_t kMostItems = 4096;
@@ -66,7 +66,7 @@ class DeviceOperations {
   TraceRecorder* trace_ = nullptr;
   std::function<void(const Operation&)> before_issue_;
   std::vector<Operation*> waiting_;  // in order of submission
-  int64_t queued_ = 0, queued_items_ = 0;
+  int64_t queued_ = 0, queued_launches_ = 0, queued_items_ = 0;
   const Operation* failed_ = nullptr;
 };
 

@@ -119,6 +119,10 @@ void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
       {.min = 1, .max = 3});
   v.Field("overlap", &overlap, "reduce gradients while the backward pass still runs");
   v.Field("prefetch", &prefetch, "gather parameters ahead of the layers that need them");
+  v.Field("copy_engines", &copy_engines,
+          "GPUs of one machine exchange parameters, gradients and, on a tensor axis, activations "
+          "through their copy engines, where all of dp or of tp can: products beside an exchange "
+          "keep all multiprocessors");
   v.Field("bucket_bytes", &bucket_bytes,
           "gradient bytes that are reduced, and with zero 3 gathered, together, about", {.min = 1});
   v.Field("cost_model", &cost_model,

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "stretto/comm/communicator.h"
 #include "stretto/model/float8.h"
 #include "stretto/observe/step_trace.h"
 #include "stretto/parallel/context.h"
@@ -393,6 +394,10 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
     }
   }
   if (float8_bytes > 0) plan.arenas.push_back({"fp8 weights", float8_bytes});
+  if (config.parallel.copy_engines && device != DeviceKind::kCpu) {
+    const int axes = (dp > 1 ? 1 : 0) + (tp > 1 ? 1 : 0);
+    if (axes > 0) plan.arenas.push_back({"copy windows", axes * Communicator::kCopyEngineBytes});
+  }
   if (tokens > 0) plan.arenas.push_back({"tokens", tokens});
   if (device != DeviceKind::kCpu) {
     plan.arenas.push_back({"workspace", DeviceWorkspaceBytes(device)});

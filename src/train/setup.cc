@@ -246,6 +246,21 @@ int64_t WaitsOfStep(const RunPlan& plan) {
 
 }  // namespace
 
+absl::Status Trainer::Impl::SetUpCopyEngines() {
+  for (const Group* axis : {&dp_group, &tp_group}) {
+    if (axis->size() == 1) continue;
+    STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream->device()),
+                                           absl::StrCat("copy window of ", axis->name),
+                                           Communicator::kCopyEngineBytes));
+    STRETTO_ASSIGN_OR_RETURN(const std::string why, comm->UseCopyEngines(*axis));
+    if (!why.empty() && world.rank() == 0) {
+      LogWarning(absl::StrCat("parallel.copy_engines: not on axis ", axis->name, ", which NCCL's ",
+                              "kernels serve: ", why));
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Trainer::Impl::SetUpModel() {
   absl::StatusOr<RunPlan> planned = PlanRun(config, world.size(), world.rank());
   // Agreed on here, since a rank that goes on takes memory that another one counts as free.
@@ -254,6 +269,9 @@ absl::Status Trainer::Impl::SetUpModel() {
       planned.ok() ? CheckMemory(*planned, config, world, stream->device()) : planned.status()));
   plan = *std::move(planned);
   set_up.Enter("plan");
+  if (config.parallel.copy_engines && stream->device().kind != DeviceKind::kCpu) {
+    STRETTO_RETURN_IF_ERROR(SetUpCopyEngines());
+  }
   timer->Reserve(
       2 * (WaitsOfStep(plan) +
            static_cast<int64_t>(plan.stages.size()) *

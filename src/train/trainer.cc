@@ -463,6 +463,9 @@ const std::vector<std::pair<std::string, double>>& Trainer::set_up_seconds() con
 int64_t Trainer::step() const { return impl_->state.step; }
 const TrainConfig& Trainer::config() const { return impl_->config; }
 int64_t Trainer::BytesSent(const std::string& axis) const { return impl_->comm->BytesSent(axis); }
+int64_t Trainer::BytesCopied(const std::string& axis) const {
+  return impl_->comm->BytesCopied(axis);
+}
 const Model& Trainer::model() const { return impl_->plan.stages.front().model; }
 
 std::string Trainer::Describe() const {

@@ -193,6 +193,7 @@ struct Trainer::Impl {
   void OpenProgress();
   void WriteFacts() const;
   absl::Status SetUpModel();
+  absl::Status SetUpCopyEngines();
   absl::Status SetUpData();
   absl::Status CompareData();  // with that of the other ranks
   absl::Status SetUpPlans();

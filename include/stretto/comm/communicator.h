@@ -71,6 +71,14 @@ class Communicator {
   // (groups along one mesh axis partition the world; a rank outside passes any list it is in).
   absl::StatusOr<Group> MakeGroup(const std::string& name, const RankList& ranks);
   const Group& all() const;  // every rank, by rank; id 0
+  // From now on all-gathers of this group, and reduce-scatters of f32 and bf16, travel through the
+  // copy engines of its GPUs, which leaves the multiprocessors to whatever computes meanwhile:
+  // between processes on one machine whose GPUs reach each other's memory. Those reduce-scatters
+  // add as on the CPU, bit for bit. After UseDevice; all ranks call this in the same order, each
+  // with its group of that name. Takes kCopyEngineBytes of the device. Returns an empty string, or,
+  // the same on all ranks, why it cannot be and everything goes on as before.
+  absl::StatusOr<std::string> UseCopyEngines(const Group& g);
+  static constexpr int64_t kCopyEngineBytes = (int64_t{64} << 20) + 4096;  // for each group
 
   // In place: every rank ends with the reduction. f64, f32, bf16, i32, i64.
   Ticket AllReduce(const Group& g, Tensor data, ReduceOp op, const std::string& label,
@@ -127,6 +135,8 @@ class Communicator {
   TraceRecorder* trace() const;
   // Payload bytes this rank sent for operations on groups called `name` since the start.
   int64_t BytesSent(const std::string& group_name) const;
+  // ... of them by copy engines.
+  int64_t BytesCopied(const std::string& group_name) const;
 
  private:
   struct Impl;

@@ -75,6 +75,8 @@ class Trainer {
   // Payload bytes that this rank has sent to others since the start, on the axis "dp", "pp" or
   // "tp".
   int64_t BytesSent(const std::string& axis) const;
+  // ... of them by copy engines.
+  int64_t BytesCopied(const std::string& axis) const;
   // Memory by arena, the mesh and the resolved sizes, for the banner.
   std::string Describe() const;
   // A parameter's value on this rank, complete, until the next call (tests, export); with a tensor

@@ -5,14 +5,18 @@
 
 #include <chrono>
 #include <memory>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "src/comm/cuda/copy_engines.h"
 #include "src/comm/cuda/nccl_comms.h"
 #include "stretto/core/copy.h"
 
 namespace stretto {
 namespace {
+
+constexpr auto kLastCopies = std::chrono::seconds(10);  // for their end after an error
 
 ncclDataType_t TypeOf(DType dtype) {
   switch (dtype) {
@@ -69,11 +73,14 @@ class Nccl final : public DeviceCollectives {
   void EnterThread() override { comms_.SelectDevice().IgnoreError(); }
   Stream& stream() override { return comms_.stream(); }
   absl::Status AddGroup(const Group& group) override { return comms_.AddGroup(group); }
+  absl::StatusOr<std::string> UseCopyEngines(const Group& group) override;
+  int64_t Launches(const Operation& o) override { return Copied(o) ? copies_->Launches(o) : 1; }
   absl::Status Issue(std::span<Operation* const> batch) override;
-  absl::Status Check() override { return comms_.Check(); }
-  void Abort() override { comms_.Abort(); }
+  absl::Status Check() override;
+  void Abort() override;
 
  private:
+  bool Copied(const Operation& o) { return copies_ != nullptr && copies_->Takes(o); }
   absl::Status CopyOwn(const Operation& o);
   absl::Status CopyMessagesToOneself(std::span<Operation* const> batch);
   void Copy(std::byte* to, const std::byte* from, int64_t bytes) {
@@ -84,7 +91,35 @@ class Nccl final : public DeviceCollectives {
 
   World& world_;
   NcclComms comms_;
+  std::unique_ptr<CopyEngines> copies_;  // null: not asked for
 };
+
+absl::StatusOr<std::string> Nccl::UseCopyEngines(const Group& group) {
+  if (world_.size() == 1) return "there is one rank";
+  if (comms_.given_up()) {
+    return absl::FailedPreconditionError("NCCL was given up after an error");
+  }
+  STRETTO_RETURN_IF_ERROR(comms_.SelectDevice());
+  if (copies_ == nullptr) copies_ = std::make_unique<CopyEngines>(world_, stream());
+  return copies_->Add(group);
+}
+
+absl::Status Nccl::Check() {
+  const absl::Status status = comms_.Check();
+  if (status.ok() || copies_ == nullptr) return status;
+  // The memory of a rank that died may have gone under a copy: the control plane knows better.
+  return absl::UnavailableError(std::string(status.message()));
+}
+
+void Nccl::Abort() {
+  if (copies_ != nullptr && !comms_.given_up()) {
+    // Waits stand between NCCL's kernels on the stream, so both are told before any is waited for.
+    comms_.SelectDevice().IgnoreError();
+    comms_.Tell();
+    copies_->End(CopyEngines::Clock::now() + kLastCopies);
+  }
+  comms_.Abort();
+}
 
 // What an operation moves within this rank, as far as NCCL does not do that.
 absl::Status Nccl::CopyOwn(const Operation& o) {
@@ -135,7 +170,11 @@ absl::Status Nccl::Issue(std::span<Operation* const> batch) {
   STRETTO_RETURN_IF_ERROR(comms_.SelectDevice());
   for (const Operation* o : batch) STRETTO_RETURN_IF_ERROR(CopyOwn(*o));
   STRETTO_RETURN_IF_ERROR(CopyMessagesToOneself(batch));
-  const Operation& first = *batch.front();
+  Operation& first = *batch.front();
+  if (Copied(first)) {
+    first.copied = true;
+    return copies_->Issue(first);
+  }
   if (!Pairwise(first)) {
     const ncclComm_t comm = comms_.Of(*first.group);
     if (comm == nullptr || first.group->size() == 1) return absl::OkStatus();

@@ -67,6 +67,9 @@ class NcclComms {
   absl::Status Failed(const char* call, ncclResult_t result, ncclComm_t comm) const;
   // What NCCL noticed since. Never blocks.
   absl::Status Check() const;
+  // Tells all kernels, and threads inside NCCL, to end, and waits for none of them. Abort has to
+  // follow, in this thread.
+  void Tell();
   // Ends the kernels of all of them, and forgets them.
   void Abort();
 
@@ -89,8 +92,6 @@ class NcclComms {
   // Apart, and then until what was handed over has run.
   absl::Status UseOnce(const char* what, Clock::time_point end,
                        const std::function<absl::Status()>& work);
-  // Tells all kernels, and threads inside NCCL, to end, and waits for none of them.
-  void Tell();
   cudaStream_t native() const { return static_cast<cudaStream_t>(stream_->native()); }
 
   World& world_;

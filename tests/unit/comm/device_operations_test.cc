@@ -19,6 +19,8 @@ class Held final : public DeviceCollectives {
   void EnterThread() override {}
   Stream& stream() override { return *stream_; }
   absl::Status AddGroup(const Group&) override { return absl::OkStatus(); }
+  absl::StatusOr<std::string> UseCopyEngines(const Group&) override { return "not here"; }
+  int64_t Launches(const Operation&) override { return launches; }
   absl::Status Issue(std::span<Operation* const> batch) override {
     batches.push_back(static_cast<int>(batch.size()));
     const int number = ++issued_;
@@ -35,6 +37,7 @@ class Held final : public DeviceCollectives {
   void Release(int count) { released_ = count; }
 
   std::vector<int> batches;
+  int64_t launches = 1;  // of each operation
 
  private:
   int issued_ = 0;
@@ -82,7 +85,8 @@ class DeviceOperationsTest : public ::testing::Test {
 };
 
 TEST_F(DeviceOperationsTest, AQueueThatIsFullTakesNoMoreUntilOneHasEnded) {
-  constexpr auto kMost = static_cast<std::size_t>(DeviceOperations::kMostQueued);
+  constexpr auto kMost =
+      static_cast<std::size_t>(DeviceOperations::kMostLaunches / (DeviceOperations::kAround + 1));
   for (std::size_t i = 0; i < 3 * kMost; ++i) Add(CommOp::kAllReduce);
   EXPECT_TRUE(Advance());
   EXPECT_EQ(handed_over(), kMost);
@@ -100,6 +104,21 @@ TEST_F(DeviceOperationsTest, AQueueThatIsFullTakesNoMoreUntilOneHasEnded) {
     End(*all_[i]);
   }
   EXPECT_FALSE(operations_->busy());
+}
+
+TEST_F(DeviceOperationsTest, SoItDoesOfOperationsOfManyLaunches) {
+  held_->launches = DeviceOperations::kMostLaunches / 3;
+  for (int i = 0; i < 4; ++i) Add(CommOp::kAllGather);
+  EXPECT_TRUE(Advance());
+  EXPECT_EQ(handed_over(), 2u);
+  held_->Release(1 << 20);
+  End(*all_[0]);
+  EXPECT_TRUE(Advance());
+  EXPECT_EQ(handed_over(), 3u);
+  for (int i = 1; i < 4; ++i) {
+    Advance();
+    End(*all_[static_cast<std::size_t>(i)]);
+  }
 }
 
 TEST_F(DeviceOperationsTest, SoDoItemsOfWhichOneOperationHasMany) {

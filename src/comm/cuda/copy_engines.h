@@ -1,0 +1,129 @@
+// All-gathers and reduce-scatters of one machine's GPUs by their copy engines, which leave the
+// multiprocessors to the products beside them; docs/decisions/019 says why not by NCCL's.
+#ifndef STRETTO_SRC_COMM_CUDA_COPY_ENGINES_H_
+#define STRETTO_SRC_COMM_CUDA_COPY_ENGINES_H_
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "src/comm/collectives.h"
+#include "src/comm/copy_rounds.h"
+#include "stretto/comm/communicator.h"
+#include "stretto/comm/world.h"
+#include "stretto/core/arena.h"
+#include "stretto/core/device.h"
+#include "stretto/core/status.h"
+#include "stretto/core/stream.h"
+
+namespace stretto {
+
+// Each rank of a group has a window: memory of its GPU that the others' processes map, with flags
+// and kSlots slots. An operation passes through it in rounds, which all ranks of the group count
+// alike; round c uses slot c % kSlots:
+//
+//   wait until every rank has finished round c - kSlots
+//   all-gather:      copy the own part into the own slot
+//   reduce-scatter:  copy part p into the slot of rank p, for each other rank p
+//   tell every rank "arrived c", and wait until every rank has said so
+//   all-gather:      copy the parts from the others' slots to the output
+//   reduce-scatter:  add what lies in the own slot to the own part, in the order of the ranks
+//   tell every rank "finished c"
+//
+// Tensors themselves need not be mapped, nor lie at the same place on all ranks. All of it is
+// enqueued on the communication stream; the host waits for nothing. The stream's waits are for
+// flags in its own GPU's memory, so whoever gives up can end them (End).
+class CopyEngines {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  static constexpr int kSlots = 2;
+  static constexpr int kMostRanks = 16;
+  static constexpr int64_t kSlotBytes = int64_t{32} << 20;
+  static constexpr int64_t kFlagBytes = 4096;
+  static constexpr int64_t kWindowBytes = kFlagBytes + kSlots * kSlotBytes;
+  static_assert(kWindowBytes == Communicator::kCopyEngineBytes);
+  // What one operation may enqueue: a queue of the device takes about 1024 launches, and a launch
+  // into a full one would not return.
+  static constexpr int64_t kMostLaunches = 512;
+
+  // `stream` is the communication stream, with the calling thread on its device wherever functions
+  // below are called. Both outlive the object.
+  CopyEngines(World& world, Stream& stream) : world_(world), stream_(stream) {}
+  // After operations that have ended well: waits, within a deadline, until no other rank touches
+  // the windows any more.
+  ~CopyEngines();
+
+  // Connects this group, in which the calling rank is; all ranks of the world call it in the same
+  // order, while nothing is in flight. Empty: it is connected. Otherwise why it cannot be, the same
+  // on all ranks, and nothing has changed.
+  absl::StatusOr<std::string> Add(const Group& group);
+  bool empty() const { return channels_.empty(); }
+  // Whether Issue carries this operation out; the same on all ranks of its group.
+  bool Takes(const Operation& o);
+  // What Issue enqueues, at most.
+  int64_t Launches(const Operation& o);
+  absl::Status Issue(const Operation& o);
+  // Ends what waits on the stream for other ranks, and waits for the stream's end until `end`.
+  // False: it has not come. Nothing but the destructor follows.
+  bool End(Clock::time_point end);
+
+ private:
+  struct Channel {
+    Group group;
+    Arena window;
+    std::vector<std::byte*> windows;  // by index in the group
+    uint32_t rounds = 0;
+  };
+  // In a window, one for each rank of the group, which writes it.
+  enum class Flag : uint8_t { kArrived, kFinished, kSpare };
+  static std::byte* At(std::byte* window, Flag flag, int writer);
+  static std::byte* Slot(std::byte* window, uint32_t round);
+  // Of a slot, for one rank's part.
+  static int64_t Room(const Operation& o);
+
+  Channel* Of(const Group& group);
+  // Waits in, and writes to, the flags.
+  void Write(std::byte* flag, uint32_t value);
+  void Wait(std::byte* flag, uint32_t value);
+  absl::Status Signal(cudaStream_t stream);
+  void Copy(std::byte* to, const std::byte* from, int64_t bytes);
+  absl::Status CopyAll();
+  absl::Status AddParts(const Channel& c, const Operation& o, const std::byte* slot);
+  absl::Status EnqueueRound(const Channel& c, const Operation& o);
+  absl::Status Enqueue(Channel* c, const Operation& o);
+
+  absl::Status Prepare();
+  absl::Status Open(Channel* c, std::string* handle);
+  absl::Status MapPeers(const std::vector<std::string>& handles, Channel* c);
+  // Uses a channel once and looks at what arrived.
+  absl::Status Try(Channel* c);
+  void Close(Channel* c);
+  // Whether the stream came to its end.
+  bool Idle(Clock::time_point end, const std::function<void()>& meanwhile);
+  void EndWaits();
+  cudaStream_t native() const { return static_cast<cudaStream_t>(stream_.native()); }
+
+  World& world_;
+  Stream& stream_;
+  decltype(&cuStreamBatchMemOp) batch_mem_op_ = nullptr;
+  cudaStream_t apart_ = nullptr;  // ends waits of the other one
+  bool ended_ = false;
+  std::deque<Channel> channels_;
+  // Of what is being enqueued.
+  std::vector<CUstreamBatchMemOpParams> signals_;
+  std::vector<CopyPiece> pieces_;
+  std::vector<void*> to_;
+  std::vector<const void*> from_;
+  std::vector<size_t> bytes_;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_SRC_COMM_CUDA_COPY_ENGINES_H_

@@ -61,7 +61,7 @@ bool CopyEngines::Takes(const Operation& o) {
 int64_t CopyEngines::Launches(const Operation& o) {
   // A copy for each piece and other rank, and of an all-gather two within the rank.
   const int64_t of_piece = o.group->size() - 1 + (o.op == CommOp::kAllGather ? 2 : 0);
-  const int64_t of_round = 4;  // three times flags, and a sum
+  const int64_t of_round = 2;  // flags, and a sum
   int64_t launches = 0;
   CopyRounds rounds(o.items, SizeOf(o.dtype), Room(o));
   while (rounds.Next(&pieces_)) {
@@ -137,6 +137,18 @@ absl::Status CopyEngines::AddParts(const Channel& c, const Operation& o, const s
   return Called("the addition of a reduce-scatter", SumParts(table, o.dtype, native()));
 }
 
+absl::Status CopyEngines::Meet(const Channel& c) {
+  const int n = c.group.size(), me = c.group.index;
+  for (int p = 0; p < n; ++p) {
+    if (p != me) Write(At(c.windows[static_cast<size_t>(p)], Flag::kArrived, me), c.rounds);
+  }
+  std::byte* const window = c.windows[static_cast<size_t>(me)];
+  for (int p = 0; p < n; ++p) {
+    if (p != me) Wait(At(window, Flag::kArrived, p), c.rounds);
+  }
+  return Signal(native());
+}
+
 absl::Status CopyEngines::EnqueueRound(const Channel& c, const Operation& o) {
   const int n = c.group.size(), me = c.group.index;
   const bool gathers = o.op == CommOp::kAllGather;
@@ -146,8 +158,6 @@ absl::Status CopyEngines::EnqueueRound(const Channel& c, const Operation& o) {
   const auto other = [&](int i) { return (me + i) % n; };
   const auto window_of = [&](int p) { return c.windows[static_cast<size_t>(p)]; };
 
-  for (int i = 1; i < n; ++i) Wait(At(window, Flag::kFinished, other(i)), c.rounds - kSlots);
-  STRETTO_RETURN_IF_ERROR(Signal(native()));
   for (const CopyPiece& piece : pieces_) {
     const Operation::Item& item = o.items[piece.item];
     const std::byte* const input = item.input + piece.begin * size;
@@ -161,26 +171,19 @@ absl::Status CopyEngines::EnqueueRound(const Channel& c, const Operation& o) {
     }
   }
   STRETTO_RETURN_IF_ERROR(CopyAll());
-  for (int i = 1; i < n; ++i) Write(At(window_of(other(i)), Flag::kArrived, me), c.rounds);
-  for (int i = 1; i < n; ++i) Wait(At(window, Flag::kArrived, other(i)), c.rounds);
-  STRETTO_RETURN_IF_ERROR(Signal(native()));
-  if (gathers) {
-    for (const CopyPiece& piece : pieces_) {
-      const Operation::Item& item = o.items[piece.item];
-      std::byte* const output = item.output + piece.begin * size;
-      const int64_t bytes = piece.elements * size;
-      for (int i = 1; i < n; ++i) {
-        const int p = other(i);
-        Copy(output + p * item.elements * size, Slot(window_of(p), c.rounds) + piece.at, bytes);
-      }
-      Copy(output + me * item.elements * size, item.input + piece.begin * size, bytes);
+  STRETTO_RETURN_IF_ERROR(Meet(c));
+  if (!gathers) return AddParts(c, o, Slot(window, c.rounds));
+  for (const CopyPiece& piece : pieces_) {
+    const Operation::Item& item = o.items[piece.item];
+    std::byte* const output = item.output + piece.begin * size;
+    const int64_t bytes = piece.elements * size;
+    for (int i = 1; i < n; ++i) {
+      const int p = other(i);
+      Copy(output + p * item.elements * size, Slot(window_of(p), c.rounds) + piece.at, bytes);
     }
-    STRETTO_RETURN_IF_ERROR(CopyAll());
-  } else {
-    STRETTO_RETURN_IF_ERROR(AddParts(c, o, Slot(window, c.rounds)));
+    Copy(output + me * item.elements * size, item.input + piece.begin * size, bytes);
   }
-  for (int i = 1; i < n; ++i) Write(At(window_of(other(i)), Flag::kFinished, me), c.rounds);
-  return Signal(native());
+  return CopyAll();
 }
 
 absl::Status CopyEngines::Enqueue(Channel* c, const Operation& o) {
@@ -206,9 +209,8 @@ bool CopyEngines::Idle(Clock::time_point end, const std::function<void()>& meanw
 void CopyEngines::EndWaits() {
   for (const Channel& c : channels_) {
     for (int p = 0; p < c.group.size(); ++p) {
-      for (const Flag flag : {Flag::kArrived, Flag::kFinished, Flag::kSpare}) {
-        Write(At(c.windows[static_cast<size_t>(c.group.index)], flag, p), c.rounds + kFarAhead);
-      }
+      std::byte* const window = c.windows[static_cast<size_t>(c.group.index)];
+      Write(At(window, Flag::kArrived, p), c.rounds + kFarAhead);
     }
     if (!Signal(apart_).ok()) return;
   }
@@ -223,12 +225,9 @@ bool CopyEngines::End(Clock::time_point end) {
 
 CopyEngines::~CopyEngines() {
   cudaSetDevice(stream_.device().index);
-  for (const Channel& c : channels_) {
-    std::byte* const window = c.windows[static_cast<size_t>(c.group.index)];
-    for (int p = 0; !ended_ && p < c.group.size(); ++p) {
-      if (p != c.group.index) Wait(At(window, Flag::kFinished, p), c.rounds);
-    }
-    if (!ended_ && !Signal(native()).ok()) ended_ = true;
+  for (Channel& c : channels_) {
+    ++c.rounds;  // a last one, of nothing
+    if (!ended_ && !Meet(c).ok()) ended_ = true;
   }
   if (!channels_.empty() && !Idle(Clock::now() + kFarewell, [] {})) {
     LogWarning("other ranks have not finished with the windows of the copy engines");
@@ -273,7 +272,7 @@ absl::Status CopyEngines::Open(Channel* c, std::string* handle) {
   STRETTO_ASSIGN_OR_RETURN(c->window, Arena::Create(stream_.device(), "copy window", kWindowBytes));
   c->windows[static_cast<size_t>(c->group.index)] = c->window.data();
   // A wait must be one that End can end, before any depends on it.
-  std::byte* const flag = At(c->window.data(), Flag::kSpare, 0);
+  std::byte* const flag = At(c->window.data(), Flag::kTrial, 0);
   Wait(flag, 1);
   STRETTO_RETURN_IF_ERROR(Signal(native()));
   Write(flag, 1);

@@ -28,13 +28,14 @@ namespace stretto {
 // and kSlots slots. An operation passes through it in rounds, which all ranks of the group count
 // alike; round c uses slot c % kSlots:
 //
-//   wait until every rank has finished round c - kSlots
 //   all-gather:      copy the own part into the own slot
 //   reduce-scatter:  copy part p into the slot of rank p, for each other rank p
-//   tell every rank "arrived c", and wait until every rank has said so
+//   tell every rank "round c has arrived", and wait until every rank has said so
 //   all-gather:      copy the parts from the others' slots to the output
 //   reduce-scatter:  add what lies in the own slot to the own part, in the order of the ranks
-//   tell every rank "finished c"
+//
+// Who says that round c has arrived has left round c - 1 behind. So nobody writes to a slot that is
+// still read: before round c everybody has said that of c - 1, and left c - 2 behind.
 //
 // Tensors themselves need not be mapped, nor lie at the same place on all ranks. All of it is
 // enqueued on the communication stream; the host waits for nothing. The stream's waits are for
@@ -82,7 +83,7 @@ class CopyEngines {
     uint32_t rounds = 0;
   };
   // In a window, one for each rank of the group, which writes it.
-  enum class Flag : uint8_t { kArrived, kFinished, kSpare };
+  enum class Flag : uint8_t { kArrived, kTrial };
   static std::byte* At(std::byte* window, Flag flag, int writer);
   static std::byte* Slot(std::byte* window, uint32_t round);
   // Of a slot, for one rank's part.
@@ -96,6 +97,9 @@ class CopyEngines {
   void Copy(std::byte* to, const std::byte* from, int64_t bytes);
   absl::Status CopyAll();
   absl::Status AddParts(const Channel& c, const Operation& o, const std::byte* slot);
+  // Says on all ranks of the group that this one's data of the round have arrived, and waits until
+  // all have said so.
+  absl::Status Meet(const Channel& c);
   absl::Status EnqueueRound(const Channel& c, const Operation& o);
   absl::Status Enqueue(Channel* c, const Operation& o);
 

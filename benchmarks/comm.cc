@@ -25,6 +25,7 @@ namespace {
 struct Options {
   std::string device = "auto", json, only;
   int64_t min_bytes = 1024, max_bytes = int64_t{256} << 20, factor = 4, repetitions = 11;
+  bool copy_engines = false;
 };
 
 class Bench {
@@ -95,6 +96,12 @@ absl::Status Run(World& world, const Options& o) {
   }
   Communicator comm(world);
   STRETTO_RETURN_IF_ERROR(comm.UseDevice(device));
+  if (o.copy_engines) {
+    STRETTO_ASSIGN_OR_RETURN(const std::string why, comm.UseCopyEngines(comm.all()));
+    if (!why.empty()) {
+      return absl::UnavailableError(absl::StrCat("the copy engines cannot be used: ", why));
+    }
+  }
   Results results = {.command = "comm", .device = DeviceName(device), .ranks = world.size()};
   if (world.rank() == 0) {
     std::printf("%s, %d ranks, %s\n%-16s %12s %12s %12s %12s %12s\n", results.device.c_str(),
@@ -120,6 +127,8 @@ int Comm(int argc, const char* const* argv) {
   arguments.Add("max-bytes", "N", "largest buffer", &o.max_bytes);
   arguments.Add("factor", "N", "between sizes", &o.factor);
   arguments.Add("repetitions", "N", "the median counts", &o.repetitions);
+  arguments.AddFlag("copy-engines", "all-gathers and reduce-scatters by the GPUs' copy engines",
+                    &o.copy_engines);
   arguments.Add("only", "TEXT", "operations with this in their name", &o.only);
   arguments.Add("json", "FILE", "also write the results there", &o.json);
   absl::Status parsed = arguments.Parse(argc, argv);

@@ -36,12 +36,23 @@ constexpr int kSaidSo = 3;  // exit status of a rank that was told what is wrong
 constexpr char kFullQueue[] = "stop with a full queue";  // the other one submits ahead, and waits
 constexpr char kLaunches[] = "stop under launches";      // ... launches more than the device takes
 constexpr char kSetup[] = "exit after ";  // ... so many milliseconds, of set-up or not
+// In front of one of those: gathers by copy engines, in place of NCCL's sums.
+constexpr char kCopied[] = "copied ";
 constexpr const char* kFaults[] = {
-    "exit",    "stop",           "stop under synchronize", kFullQueue,
-    kLaunches, "exit after 500", "exit after 1000",        "exit after 2000",
+    "exit",
+    "stop",
+    "stop under synchronize",
+    kFullQueue,
+    kLaunches,
+    "exit after 500",
+    "exit after 1000",
+    "exit after 2000",
+    "copied exit",
+    "copied stop under synchronize",
+    "copied stop with a full queue",
 };
 
-absl::Status Victim(World& world, const std::string& fault) {
+absl::Status Victim(World& world, const std::string& fault, bool copied) {
   const Device device = Device::Cuda(world.rank());
   STRETTO_ASSIGN_OR_RETURN(const Arena arena, Arena::Create(device, "test", 5 << 20));
   const Tensor data = Tensor::Of(arena.data(), DType::kF32, {1 << 20}, device);
@@ -54,6 +65,11 @@ absl::Status Victim(World& world, const std::string& fault) {
   }
   Communicator c(world);
   STRETTO_RETURN_IF_ERROR(c.UseDevice(device));
+  if (copied) {
+    STRETTO_ASSIGN_OR_RETURN(const std::string why, c.UseCopyEngines(c.all()));
+    if (!why.empty()) return absl::UnavailableError(why);
+  }
+  const Tensor half = data.Rows(world.rank() * (data.rows() / 2), data.rows() / 2);
   if (fault.starts_with(kSetup) && world.rank() == 1) std::this_thread::sleep_for(kTimeout);
   Ticket last = 0;
   for (int round = 0; round < 100; ++round) {
@@ -62,7 +78,8 @@ absl::Status Victim(World& world, const std::string& fault) {
       raise(SIGSTOP);
     }
     const Ticket ticket =
-        c.AllReduce(c.all(), data, ReduceOp::kMax, "grad bucket", stream->Record());
+        copied ? c.AllGather(c.all(), data, half, "grad bucket", stream->Record())
+               : c.AllReduce(c.all(), data, ReduceOp::kMax, "grad bucket", stream->Record());
     if (fault == "stop under synchronize") {
       STRETTO_RETURN_IF_ERROR(c.Wait(*stream, ticket));
       STRETTO_RETURN_IF_ERROR(stream->Synchronize());
@@ -80,18 +97,21 @@ absl::Status Victim(World& world, const std::string& fault) {
   return stream->Synchronize();
 }
 
-int VictimMain(const std::string& fault) {
+int VictimMain(std::string fault) {
+  const bool copied = fault.starts_with(kCopied);
+  if (copied) fault = fault.substr(sizeof(kCopied) - 1);
   SetLogLevel(LogLevel::kError);
   WorldOptions options;
   options.timeout = kTimeout;
   auto world = World::FromEnvironment(options);
-  const absl::Status status = world.ok() ? Victim(**world, fault) : world.status();
+  const absl::Status status = world.ok() ? Victim(**world, fault, copied) : world.status();
   const std::string message(status.message());
   std::fprintf(stderr, "  rank %s: %s\n", std::getenv("RANK"), message.c_str());
-  // all_reduce(all) seq 21 is the first one that rank 1 does not enter.
+  // Number 21 is the first one that rank 1 does not enter.
+  const std::string missed =
+      absl::StrCat(copied ? "all_gather" : "all_reduce", "(all) seq 21 [grad bucket]");
   const bool said = message.find("rank 1 ") != std::string::npos &&
-                    (fault.starts_with(kSetup) ||
-                     message.find("all_reduce(all) seq 21 [grad bucket]") != std::string::npos);
+                    (fault.starts_with(kSetup) || message.find(missed) != std::string::npos);
   std::fflush(stderr);
   // Rank 0 would wait for the other one to leave the control plane.
   _exit(said ? kSaidSo : 1);

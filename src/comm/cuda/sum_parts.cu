@@ -96,8 +96,9 @@ Kernel KernelFor(DType dtype, int ranks) {
 }  // namespace
 
 cudaError_t SumParts(const SumTable& table, DType dtype, cudaStream_t stream) {
-  KernelFor(dtype, table.ranks)<<<kBlocks, kThreads, 0, stream>>>(table);
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<SumTable*>(&table)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(KernelFor(dtype, table.ranks)), kBlocks,
+                          kThreads, arguments, 0, stream);
 }
 
 cudaError_t LoadSumParts() {

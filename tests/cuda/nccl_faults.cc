@@ -50,6 +50,7 @@ constexpr const char* kFaults[] = {
     "copied exit",
     "copied stop under synchronize",
     "copied stop with a full queue",
+    "copied stop under launches",
 };
 
 absl::Status Victim(World& world, const std::string& fault, bool copied) {

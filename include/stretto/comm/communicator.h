@@ -78,7 +78,7 @@ class Communicator {
   // with its group of that name. Takes kCopyEngineBytes of the device. Returns an empty string, or,
   // the same on all ranks, why it cannot be and everything goes on as before.
   absl::StatusOr<std::string> UseCopyEngines(const Group& g);
-  static constexpr int64_t kCopyEngineBytes = (int64_t{64} << 20) + 4096;  // for each group
+  static constexpr int64_t kCopyEngineBytes = int64_t{64} << 20;  // for each group
 
   // In place: every rank ends with the reduction. f64, f32, bf16, i32, i64.
   Ticket AllReduce(const Group& g, Tensor data, ReduceOp op, const std::string& label,

@@ -1,8 +1,12 @@
 #include "src/comm/cuda/copy_engines.h"
 
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <thread>
 
@@ -11,6 +15,7 @@
 #include "absl/strings/str_split.h"
 #include "src/comm/cuda/sum_parts.h"
 #include "src/comm/world_internal.h"
+#include "src/core/start_thread.h"
 #include "stretto/core/copy.h"
 #include "stretto/core/log.h"
 
@@ -20,6 +25,8 @@ namespace {
 constexpr auto kFarewell = std::chrono::seconds(10);  // until others have finished with a window
 constexpr auto kTrial = std::chrono::seconds(20);     // of a new channel, unless set-up has less
 constexpr auto kLook = std::chrono::milliseconds(1);
+constexpr size_t kFlagBytes = 4096;
+static_assert(CopyEngines::kMostRanks * CopyEngines::kMostRanks * sizeof(uint32_t) <= kFlagBytes);
 // A round that has not begun and yet is ahead of all that has, as flags compare.
 constexpr uint32_t kFarAhead = uint32_t{1} << 30;
 
@@ -32,12 +39,8 @@ absl::Status Called(const char* call, cudaError_t error) {
 
 }  // namespace
 
-std::byte* CopyEngines::At(std::byte* window, Flag flag, int writer) {
-  return window + (static_cast<int>(flag) * kMostRanks + writer) * int64_t{sizeof(uint32_t)};
-}
-
 std::byte* CopyEngines::Slot(std::byte* window, uint32_t round) {
-  return window + kFlagBytes + round % kSlots * kSlotBytes;
+  return window + round % kSlots * kSlotBytes;
 }
 
 int64_t CopyEngines::Room(const Operation& o) {
@@ -70,28 +73,27 @@ int64_t CopyEngines::Launches(const Operation& o) {
   return launches;
 }
 
-void CopyEngines::Write(std::byte* flag, uint32_t value) {
+void CopyEngines::Write(const Channel& c, int cell, uint32_t value) {
   CUstreamBatchMemOpParams& p = signals_.emplace_back();
   p = {};
   p.writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_32;
-  p.writeValue.address = reinterpret_cast<CUdeviceptr>(flag);
+  p.writeValue.address = c.device_flags + static_cast<CUdeviceptr>(cell) * sizeof(uint32_t);
   p.writeValue.value = value;
   p.writeValue.flags = CU_STREAM_WRITE_VALUE_DEFAULT;  // after all that the stream wrote before
 }
 
-void CopyEngines::Wait(std::byte* flag, uint32_t value) {
+void CopyEngines::Wait(const Channel& c, int cell, uint32_t value) {
   CUstreamBatchMemOpParams& p = signals_.emplace_back();
   p = {};
   p.waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
-  p.waitValue.address = reinterpret_cast<CUdeviceptr>(flag);
+  p.waitValue.address = c.device_flags + static_cast<CUdeviceptr>(cell) * sizeof(uint32_t);
   p.waitValue.value = value;
   p.waitValue.flags = CU_STREAM_WAIT_VALUE_GEQ;  // cyclic: rounds may pass 2^32
 }
 
-absl::Status CopyEngines::Signal(cudaStream_t stream) {
-  if (signals_.empty()) return absl::OkStatus();
+absl::Status CopyEngines::Signal() {
   const CUresult result =
-      batch_mem_op_(stream, static_cast<unsigned>(signals_.size()), signals_.data(), 0);
+      batch_mem_op_(native(), static_cast<unsigned>(signals_.size()), signals_.data(), 0);
   signals_.clear();
   if (result == CUDA_SUCCESS) return absl::OkStatus();
   return absl::InternalError(
@@ -140,13 +142,12 @@ absl::Status CopyEngines::AddParts(const Channel& c, const Operation& o, const s
 absl::Status CopyEngines::Meet(const Channel& c) {
   const int n = c.group.size(), me = c.group.index;
   for (int p = 0; p < n; ++p) {
-    if (p != me) Write(At(c.windows[static_cast<size_t>(p)], Flag::kArrived, me), c.rounds);
+    if (p != me) Write(c, Cell(p, me), c.rounds);
   }
-  std::byte* const window = c.windows[static_cast<size_t>(me)];
   for (int p = 0; p < n; ++p) {
-    if (p != me) Wait(At(window, Flag::kArrived, p), c.rounds);
+    if (p != me) Wait(c, Cell(me, p), c.rounds);
   }
-  return Signal(native());
+  return Signal();
 }
 
 absl::Status CopyEngines::EnqueueRound(const Channel& c, const Operation& o) {
@@ -197,30 +198,40 @@ absl::Status CopyEngines::Enqueue(Channel* c, const Operation& o) {
 
 absl::Status CopyEngines::Issue(const Operation& o) { return Enqueue(Of(*o.group), o); }
 
-bool CopyEngines::Idle(Clock::time_point end, const std::function<void()>& meanwhile) {
+bool CopyEngines::Idle(Clock::time_point end) {
   while (cudaStreamQuery(native()) == cudaErrorNotReady) {
     if (Clock::now() > end) return false;
-    meanwhile();
     std::this_thread::sleep_for(kLook);
   }
   return true;
 }
 
-void CopyEngines::EndWaits() {
-  for (const Channel& c : channels_) {
-    for (int p = 0; p < c.group.size(); ++p) {
-      std::byte* const window = c.windows[static_cast<size_t>(c.group.index)];
-      Write(At(window, Flag::kArrived, p), c.rounds + kFarAhead);
-    }
-    if (!Signal(apart_).ok()) return;
+void CopyEngines::EndWaits(const Channel& c) {
+  for (int p = 0; c.flags != nullptr && p < c.group.size(); ++p) {
+    std::atomic_ref<uint32_t>(c.flags[Cell(c.group.index, p)]).store(c.rounds + kFarAhead);
   }
 }
 
 bool CopyEngines::End(Clock::time_point end) {
   ended_ = true;
-  // Again and again: a rank that has not given up yet goes on to write its flags.
-  EndWaits();
-  return Idle(end, [this] { EndWaits(); });
+  return IdleWhile(end, [this] {
+    for (const Channel& c : channels_) EndWaits(c);
+  });
+}
+
+bool CopyEngines::IdleWhile(Clock::time_point end, const std::function<void()>& end_waits) {
+  end_waits();
+  // Again and again, since a rank that has not given up yet goes on to write its flags; and in a
+  // thread that makes no call of CUDA, which another call might hold up.
+  std::atomic<bool> done = false;
+  absl::StatusOr<std::thread> again = StartThread("the end of copies", [&] {
+    for (; !done; std::this_thread::sleep_for(kLook)) end_waits();
+  });
+  cudaSetDevice(stream_.device().index);
+  const bool idle = Idle(end);
+  done = true;
+  if (again.ok()) again->join();
+  return idle;
 }
 
 CopyEngines::~CopyEngines() {
@@ -229,17 +240,16 @@ CopyEngines::~CopyEngines() {
     ++c.rounds;  // a last one, of nothing
     if (!ended_ && !Meet(c).ok()) ended_ = true;
   }
-  if (!channels_.empty() && !Idle(Clock::now() + kFarewell, [] {})) {
+  if (!channels_.empty() && !Idle(Clock::now() + kFarewell)) {
     LogWarning("other ranks have not finished with the windows of the copy engines");
     End(Clock::now() + kFarewell);
   }
   for (Channel& c : channels_) Close(&c);
-  if (apart_ != nullptr) cudaStreamDestroy(apart_);
 }
 
 // What the GPU, the driver and this build need; once.
 absl::Status CopyEngines::Prepare() {
-  if (apart_ != nullptr) return absl::OkStatus();
+  if (batch_mem_op_ != nullptr) return absl::OkStatus();
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
   STRETTO_RETURN_IF_ERROR(
@@ -253,13 +263,9 @@ absl::Status CopyEngines::Prepare() {
                                                driver % 1000 / 10,
                                                ", and copies in batches need 12.8"));
   }
-  batch_mem_op_ = reinterpret_cast<decltype(&cuStreamBatchMemOp)>(function);
   STRETTO_RETURN_IF_ERROR(Called("loading the additions", LoadSumParts()));
-  int least = 0, greatest = 0;
-  STRETTO_RETURN_IF_ERROR(Called("cudaDeviceGetStreamPriorityRange",
-                                 cudaDeviceGetStreamPriorityRange(&least, &greatest)));
-  return Called("cudaStreamCreateWithPriority",
-                cudaStreamCreateWithPriority(&apart_, cudaStreamNonBlocking, greatest));
+  batch_mem_op_ = reinterpret_cast<decltype(&cuStreamBatchMemOp)>(function);
+  return absl::OkStatus();
 }
 
 absl::Status CopyEngines::Open(Channel* c, std::string* handle) {
@@ -271,20 +277,44 @@ absl::Status CopyEngines::Open(Channel* c, std::string* handle) {
   }
   STRETTO_ASSIGN_OR_RETURN(c->window, Arena::Create(stream_.device(), "copy window", kWindowBytes));
   c->windows[static_cast<size_t>(c->group.index)] = c->window.data();
-  // A wait must be one that End can end, before any depends on it.
-  std::byte* const flag = At(c->window.data(), Flag::kTrial, 0);
-  Wait(flag, 1);
-  STRETTO_RETURN_IF_ERROR(Signal(native()));
-  Write(flag, 1);
-  STRETTO_RETURN_IF_ERROR(Signal(apart_));
-  if (!Idle(Clock::now() + kTrial, [] {})) {
-    return absl::InternalError("a wait of the communication stream cannot be ended from another");
-  }
   cudaIpcMemHandle_t exported;
   STRETTO_RETURN_IF_ERROR(
       Called("cudaIpcGetMemHandle", cudaIpcGetMemHandle(&exported, c->window.data())));
   *handle = absl::BytesToHexString(
       absl::string_view(reinterpret_cast<const char*>(&exported), sizeof(exported)));
+  if (c->group.index > 0) return absl::OkStatus();
+  // The process and the address of the window are of no two groups at a time.
+  c->flags_name = absl::StrCat("/stretto-flags-", getpid(), "-",
+                               absl::Hex(reinterpret_cast<uintptr_t>(c->window.data())));
+  return MapFlags(/*create=*/true, c);
+}
+
+absl::Status CopyEngines::MapFlags(bool create, Channel* c) {
+  const auto failed = [&](const char* call) {
+    return absl::UnavailableError(
+        absl::StrCat(call, " of shared memory ", c->flags_name, " failed: ", std::strerror(errno)));
+  };
+  if (create) shm_unlink(c->flags_name.c_str());  // of a process that had this number before
+  const int file =
+      shm_open(c->flags_name.c_str(), create ? O_CREAT | O_EXCL | O_RDWR : O_RDWR, 0600);
+  if (file < 0) return failed("shm_open");
+  void* memory = MAP_FAILED;
+  const char* call = "ftruncate";
+  if (!create || ftruncate(file, kFlagBytes) == 0) {
+    call = "mmap";
+    memory = mmap(nullptr, kFlagBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  }
+  const absl::Status mapped = memory == MAP_FAILED ? failed(call) : absl::OkStatus();
+  close(file);
+  STRETTO_RETURN_IF_ERROR(mapped);
+  c->flags = static_cast<uint32_t*>(memory);
+  STRETTO_ASSIGN_OR_RETURN(
+      c->registration,
+      HostRegistration::Create(stream_.device(), static_cast<std::byte*>(memory), kFlagBytes));
+  void* device = nullptr;
+  STRETTO_RETURN_IF_ERROR(
+      Called("cudaHostGetDevicePointer", cudaHostGetDevicePointer(&device, memory, 0)));
+  c->device_flags = reinterpret_cast<CUdeviceptr>(device);
   return absl::OkStatus();
 }
 
@@ -294,9 +324,9 @@ absl::Status CopyEngines::MapPeers(const std::vector<std::string>& handles, Chan
   for (int p = 0; p < c->group.size(); ++p) {
     if (p == c->group.index) continue;
     const int rank = c->group.ranks[static_cast<size_t>(p)];
-    // "ok", the machine, the process, and the window.
+    // "ok", the machine, the process, the window, and of the first rank the flags.
     const std::vector<std::string> theirs = absl::StrSplit(handles[static_cast<size_t>(rank)], ' ');
-    if (theirs.size() != 4 || mine.size() != 4) return absl::InternalError("a handle is cut");
+    if (theirs.size() != 5 || mine.size() != 5) return absl::InternalError("a handle is cut");
     if (theirs[1] != mine[1]) {
       return absl::UnavailableError(
           absl::StrCat("ranks ", world_.rank(), " and ", rank, " are on different machines"));
@@ -314,6 +344,12 @@ absl::Status CopyEngines::MapPeers(const std::vector<std::string>& handles, Chan
         Called("cudaIpcOpenMemHandle",
                cudaIpcOpenMemHandle(&mapped, handle, cudaIpcMemLazyEnablePeerAccess)));
     c->windows[static_cast<size_t>(p)] = static_cast<std::byte*>(mapped);
+    if (p == 0) {
+      c->flags_name = theirs[4];
+      const absl::Status shared = MapFlags(/*create=*/false, c);
+      c->flags_name.clear();  // the first rank's to remove
+      STRETTO_RETURN_IF_ERROR(shared);
+    }
   }
   return absl::OkStatus();
 }
@@ -339,7 +375,13 @@ absl::Status CopyEngines::Try(Channel* c) {
   reduce.items = {{input.data, sum.data, kPart}};
   gather.op = CommOp::kAllGather;
   gather.items = {{sum.data, all.data, kPart}};
-  absl::Status used;
+  // A wait must be one that a store ends, before anything depends on that.
+  Wait(*c, Cell(c->group.index, c->group.index), kFarAhead);
+  absl::Status used = Signal();
+  if (cudaStreamQuery(native()) != cudaErrorNotReady) {
+    used.Update(absl::InternalError("the stream does not wait for a flag"));
+  }
+  std::atomic_ref<uint32_t>(c->flags[Cell(c->group.index, c->group.index)]).store(kFarAhead);
   // Often enough to come back to the first slot.
   for (int round = 0; round <= kSlots; ++round) {
     for (Operation* o : {&reduce, &gather}) {
@@ -348,8 +390,9 @@ absl::Status CopyEngines::Try(Channel* c) {
     }
   }
   const auto limit = std::min<std::chrono::milliseconds>(kTrial, SetupTimeout(world_.options()));
-  if (!used.ok() || !Idle(Clock::now() + limit, [] {})) {
-    End(Clock::now() + kTrial);  // before the arena's memory is freed, which waits for the device
+  if (!used.ok() || !Idle(Clock::now() + limit)) {
+    // Before the arena's memory is freed, which waits for the device.
+    IdleWhile(Clock::now() + kTrial, [c] { EndWaits(*c); });
     used.Update(absl::DeadlineExceededError("a first exchange by the copy engines did not end"));
     return used;
   }
@@ -369,6 +412,11 @@ void CopyEngines::Close(Channel* c) {
     if (cudaIpcCloseMemHandle(window) != cudaSuccess) cudaGetLastError();
   }
   c->windows.clear();
+  if (!c->flags_name.empty()) shm_unlink(c->flags_name.c_str());
+  c->flags_name.clear();
+  c->registration.reset();
+  if (c->flags != nullptr) munmap(c->flags, kFlagBytes);
+  c->flags = nullptr;
 }
 
 absl::StatusOr<std::string> CopyEngines::Add(const Group& group) {
@@ -393,19 +441,21 @@ absl::StatusOr<std::string> CopyEngines::Add(const Group& group) {
   std::vector<std::string> values;
   const absl::Status opened = alone ? absl::OkStatus() : Open(&c, &handle);
   absl::StatusOr<std::string> why = agree(
-      "windows", opened, absl::StrCat(world_.info().node, " ", getpid(), " ", handle), &values);
+      "windows", opened,
+      absl::StrCat(world_.info().node, " ", getpid(), " ", handle, " ", c.flags_name), &values);
   if (why.ok() && why->empty()) why = agree("mapping", MapPeers(values, &c), "", &values);
+  if (!c.flags_name.empty()) shm_unlink(c.flags_name.c_str());  // all have it, or none needs it
+  c.flags_name.clear();
   if (why.ok() && why->empty()) {
     why = agree("trial", alone ? absl::OkStatus() : Try(&c), "", &values);
   }
   if (why.ok() && why->empty() && !alone) return why;
-  Close(&c);
-  // Nobody frees a window that another rank maps, nor while the device waits, which would not end.
-  if (why.ok()) STRETTO_RETURN_IF_ERROR(world_.Barrier("closing the copy engines"));
-  if (!Idle(Clock::now() + kTrial, [] {})) {
+  if (!Idle(Clock::now() + kTrial)) {  // no memory is freed then, which would wait for the device
     return absl::InternalError("the communication stream does not come out of a wait");
   }
-  ended_ = false;
+  Close(&c);
+  // Nobody frees a window that another rank maps.
+  if (why.ok()) STRETTO_RETURN_IF_ERROR(world_.Barrier("closing the copy engines"));
   channels_.pop_back();
   return why;
 }

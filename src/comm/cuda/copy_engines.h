@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -24,9 +25,9 @@
 
 namespace stretto {
 
-// Each rank of a group has a window: memory of its GPU that the others' processes map, with flags
-// and kSlots slots. An operation passes through it in rounds, which all ranks of the group count
-// alike; round c uses slot c % kSlots:
+// Each rank of a group has a window: memory of its GPU, kSlots slots, that the others' processes
+// map. An operation passes through it in rounds, which all ranks of the group count alike; round c
+// uses slot c % kSlots:
 //
 //   all-gather:      copy the own part into the own slot
 //   reduce-scatter:  copy part p into the slot of rank p, for each other rank p
@@ -38,8 +39,9 @@ namespace stretto {
 // still read: before round c everybody has said that of c - 1, and left c - 2 behind.
 //
 // Tensors themselves need not be mapped, nor lie at the same place on all ranks. All of it is
-// enqueued on the communication stream; the host waits for nothing. The stream's waits are for
-// flags in its own GPU's memory, so whoever gives up can end them (End).
+// enqueued on the communication stream; the host waits for nothing. Flags lie in host memory that
+// the processes share, so whoever gives up ends its stream's waits by plain stores: that works
+// while another thread is in a call of CUDA that does not return.
 class CopyEngines {
  public:
   using Clock = std::chrono::steady_clock;
@@ -47,8 +49,7 @@ class CopyEngines {
   static constexpr int kSlots = 2;
   static constexpr int kMostRanks = 16;
   static constexpr int64_t kSlotBytes = int64_t{32} << 20;
-  static constexpr int64_t kFlagBytes = 4096;
-  static constexpr int64_t kWindowBytes = kFlagBytes + kSlots * kSlotBytes;
+  static constexpr int64_t kWindowBytes = kSlots * kSlotBytes;
   static_assert(kWindowBytes == Communicator::kCopyEngineBytes);
   // What one operation may enqueue: a queue of the device takes about 1024 launches, and a launch
   // into a full one would not return.
@@ -71,8 +72,8 @@ class CopyEngines {
   // What Issue enqueues, at most.
   int64_t Launches(const Operation& o);
   absl::Status Issue(const Operation& o);
-  // Ends what waits on the stream for other ranks, and waits for the stream's end until `end`.
-  // False: it has not come. Nothing but the destructor follows.
+  // From any thread: ends what waits on the stream for other ranks, and waits for the stream's end
+  // until `end`. False: it has not come. Nothing but the destructor follows.
   bool End(Clock::time_point end);
 
  private:
@@ -80,20 +81,24 @@ class CopyEngines {
     Group group;
     Arena window;
     std::vector<std::byte*> windows;  // by index in the group
+    // [waiting rank, writing rank]: how many rounds have arrived. As the host and as the GPU sees
+    // it.
+    uint32_t* flags = nullptr;
+    CUdeviceptr device_flags = 0;
+    std::optional<HostRegistration> registration;
+    std::string flags_name;  // while others may have to open it
     uint32_t rounds = 0;
   };
-  // In a window, one for each rank of the group, which writes it.
-  enum class Flag : uint8_t { kArrived, kTrial };
-  static std::byte* At(std::byte* window, Flag flag, int writer);
+  static int Cell(int waiting, int writing) { return waiting * kMostRanks + writing; }
   static std::byte* Slot(std::byte* window, uint32_t round);
   // Of a slot, for one rank's part.
   static int64_t Room(const Operation& o);
 
   Channel* Of(const Group& group);
   // Waits in, and writes to, the flags.
-  void Write(std::byte* flag, uint32_t value);
-  void Wait(std::byte* flag, uint32_t value);
-  absl::Status Signal(cudaStream_t stream);
+  void Write(const Channel& c, int cell, uint32_t value);
+  void Wait(const Channel& c, int cell, uint32_t value);
+  absl::Status Signal();
   void Copy(std::byte* to, const std::byte* from, int64_t bytes);
   absl::Status CopyAll();
   absl::Status AddParts(const Channel& c, const Operation& o, const std::byte* slot);
@@ -105,19 +110,21 @@ class CopyEngines {
 
   absl::Status Prepare();
   absl::Status Open(Channel* c, std::string* handle);
+  absl::Status MapFlags(bool create, Channel* c);
   absl::Status MapPeers(const std::vector<std::string>& handles, Channel* c);
   // Uses a channel once and looks at what arrived.
   absl::Status Try(Channel* c);
   void Close(Channel* c);
   // Whether the stream came to its end.
-  bool Idle(Clock::time_point end, const std::function<void()>& meanwhile);
-  void EndWaits();
+  bool Idle(Clock::time_point end);
+  // ... with waits ended again and again, as long as it takes.
+  bool IdleWhile(Clock::time_point end, const std::function<void()>& end_waits);
+  static void EndWaits(const Channel& c);
   cudaStream_t native() const { return static_cast<cudaStream_t>(stream_.native()); }
 
   World& world_;
   Stream& stream_;
   decltype(&cuStreamBatchMemOp) batch_mem_op_ = nullptr;
-  cudaStream_t apart_ = nullptr;  // ends waits of the other one
   bool ended_ = false;
   std::deque<Channel> channels_;
   // Of what is being enqueued.

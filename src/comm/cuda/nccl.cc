@@ -113,8 +113,8 @@ absl::Status Nccl::Check() {
 
 void Nccl::Abort() {
   if (copies_ != nullptr && !comms_.given_up()) {
-    // Waits stand between NCCL's kernels on the stream, so both are told before any is waited for.
-    comms_.SelectDevice().IgnoreError();
+    // Waits for flags stand between NCCL's kernels on the stream: both end before any is waited
+    // for.
     comms_.Tell();
     copies_->End(CopyEngines::Clock::now() + kLastCopies);
   }

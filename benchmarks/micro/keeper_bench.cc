@@ -24,6 +24,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "src/comm/socket.h"
+#include "stretto/core/exit_code.h"
 #include "stretto/snapshot/keeper.h"
 #include "stretto/snapshot/snapshotter.h"
 
@@ -67,6 +68,7 @@ class Bench {
       }
     }
     for (int n = 0; n < nodes_; ++n) keepers_.push_back(Fork(n));
+    for (int n = 0; n < nodes_; ++n) STRETTO_RETURN_IF_ERROR(WaitUntilItListens(n));
     STRETTO_RETURN_IF_ERROR(Train());
     ReadEvents();
     absl::PrintF("%-10s %8s %8s %8s\n", "snapshot", "encode", "GB/s", "commit");
@@ -84,6 +86,7 @@ class Bench {
     waitpid(keepers_[static_cast<size_t>(lost)], nullptr, 0);
     const double start = Now();
     keepers_[static_cast<size_t>(lost)] = Fork(lost);
+    STRETTO_RETURN_IF_ERROR(WaitUntilItListens(lost));
     seen_.clear();
     double restored = 0;
     STRETTO_RETURN_IF_ERROR(Restore(&restored));
@@ -179,6 +182,16 @@ class Bench {
     });
   }
 
+  absl::Status WaitUntilItListens(int node) const {
+    while (!stretto::AskKeeper(Socket(node), "bench").ok()) {
+      if (waitpid(keepers_[static_cast<size_t>(node)], nullptr, WNOHANG) != 0) {
+        return absl::UnavailableError(absl::StrCat("the keeper of node ", node, " has ended"));
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return absl::OkStatus();
+  }
+
   absl::Status WaitUntilIdle(int node) const {
     while (true) {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
@@ -234,6 +247,13 @@ class Bench {
 }  // namespace
 
 int main(int argc, char** argv) {
+  constexpr char kUsage[] =
+      "usage: stretto-keeper-bench [bytes of a node] [nodes] [parity] [threads of a keeper] "
+      "[snapshots]\n";
+  if (argc == 2 && std::strcmp(argv[1], "--help") == 0) {
+    std::fputs(kUsage, stdout);
+    return stretto::EndProgram(absl::OkStatus());
+  }
   const auto argument = [&](int i, int64_t otherwise) {
     return argc > i ? std::atoll(argv[i]) : otherwise;
   };
@@ -242,13 +262,9 @@ int main(int argc, char** argv) {
              threads = static_cast<int>(argument(4, 0));
   const int64_t snapshots = argument(5, 4);
   if (bytes < 4096 || nodes < 2 || parity < 1 || parity >= nodes || threads < 0 || snapshots < 1) {
-    absl::FPrintF(stderr,
-                  "usage: stretto-keeper-bench [bytes of a node] [nodes] [parity] [threads of a "
-                  "keeper] [snapshots]\n");
+    std::fputs(kUsage, stderr);
     return 1;
   }
   absl::PrintF("%d nodes of %d bytes, %d + %d\n", nodes, bytes, nodes - parity, parity);
-  const absl::Status status = Bench(bytes, nodes, parity, threads, snapshots).Run();
-  if (!status.ok()) absl::FPrintF(stderr, "%s\n", std::string(status.message()));
-  return status.ok() ? 0 : 1;
+  return stretto::EndProgram(Bench(bytes, nodes, parity, threads, snapshots).Run());
 }

@@ -60,6 +60,13 @@ class CpuLinear final : public LinearKernels {
     Activation()->GeluBackward(s, dpre, dpre, pre, false);
   }
 
+  void BackwardInputSwiglu(Stream& s, Tensor d_gate_up, Tensor dy, Tensor w,
+                           Tensor gate_up) const override {
+    const Tensor d_act = d_gate_up.Columns(0, w.dims[1]);
+    BackwardInput(s, d_act, dy, w, false);
+    Activation()->SwigluBackward(s, d_gate_up, d_act, gate_up, false);
+  }
+
   void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor w, bool acc) const override {
     ThreadPool* pool = &s.pool();
     s.Enqueue([=] {

@@ -89,10 +89,9 @@ struct SwigluBackwardBody {
       LoadVec(old_up, dx.At(row, f + column), n);
     }
     for (int i = 0; i < N; ++i) {
-      const float s = Sigmoid<T>(gate[i]);
-      const float d_gate = d[i] * up[i] * s * (gate[i] * (1.0f - s) + 1.0f);
-      up[i] = d[i] * gate[i] * s + old_up[i];
-      gate[i] = d_gate + old_gate[i];
+      const GateUp g = SwigluGradient<T>(d[i], {gate[i], up[i]}, {old_gate[i], old_up[i]});
+      gate[i] = g.gate;
+      up[i] = g.up;
     }
     StoreVec(dx.At(row, column), gate, n);
     StoreVec(dx.At(row, f + column), up, n);

@@ -9,11 +9,9 @@
 //
 // The warpgroups that multiply go through the ring at a distance, so that one keeps the tensor
 // cores busy while the other stores: the second starts when the ring is full.
-#include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <string_view>
 
+#include "kernels/cuda/gated_hopper.cuh"
 #include "kernels/cuda/gated_hopper.h"
 #include "kernels/cuda/hopper.cuh"
 #include "kernels/cuda/hopper_maps.h"
@@ -24,7 +22,6 @@ namespace stretto::cuda {
 namespace hopper {
 namespace {
 
-constexpr int kCluster = 2;         // thread blocks
 constexpr int kStages = 4;          // of the ring
 constexpr int kBuffers = 2;         // of a warp, for what it stores
 constexpr int kGatedConsumers = 2;  // warpgroups
@@ -39,23 +36,6 @@ struct GatedMaps {
   CUtensorMap w[2];  // gate, up: each ends where its half does
   CUtensorMap gate_up[2];
   CUtensorMap act;
-};
-
-// Tiles of a cluster, in the order in which they are taken: all columns of `group` rows of tiles,
-// then the next rows. Those that run together should share operands that the L2 cache holds.
-struct GatedTiles {
-  int rows, columns, group;
-  int blocks;  // of summed elements
-
-  struct Place {
-    int row, column;
-  };
-  __host__ __device__ int Count() const { return rows * columns; }
-  __device__ Place At(int tile) const {
-    const int first = tile / (group * columns) * group, rest = tile % (group * columns);
-    const int size = min(group, rows - first);
-    return {first + rest % size, rest / size};
-  }
 };
 
 struct GatedMemory {
@@ -95,8 +75,6 @@ __device__ void StoreWarp(uint8_t* buffer, const uint32_t (&values)[16], const C
   }
 }
 
-__device__ inline float LowBf16(uint32_t pair) { return __uint_as_float(pair << 16); }
-__device__ inline float HighBf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 __device__ inline float Gated(float gate, float up) {
   return up * (gate * Sigmoid<__nv_bfloat16>(gate));
 }
@@ -214,15 +192,6 @@ struct GatedCall {
   MappedMatrix x, w, gate_up, act;
 };
 
-int64_t Parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-// As many rows of tiles as keep the tokens' side of a group, which is read for each of its columns,
-// within a quarter of the L2 cache.
-int GatedGroup(const GatedCall& call, int tile_rows) {
-  const int64_t bytes = int64_t{tile_rows} * call.inner * 2;
-  return static_cast<int>(std::clamp<int64_t>((int64_t{14} << 20) / bytes, 4, 32));
-}
-
 // False where the driver refuses a map.
 bool MakeGatedMaps(const GatedCall& call, GatedMaps* maps) {
   const auto half = [&](MappedMatrix m, int64_t rows, int64_t elements) {
@@ -244,29 +213,9 @@ bool MakeGatedMaps(const GatedCall& call, GatedMaps* maps) {
 bool LaunchGated(cudaStream_t stream, const GatedCall& call, int multiprocessors) {
   GatedMaps maps;
   if (!MakeGatedMaps(call, &maps)) return false;
-  const auto parts = [](int64_t n, int64_t size) { return static_cast<int>(Parts(n, size)); };
-  GatedTiles tiles;
-  tiles.rows = parts(call.tokens, kCluster * kGatedRows);
-  tiles.columns = parts(call.columns, kGatedColumns);
-  tiles.group = GatedGroup(call, kCluster * kGatedRows);
-  tiles.blocks = parts(call.inner, kTileWidth);
-  const auto kernel = &GatedKernel;
-  constexpr int kBytes = MemoryBytes<GatedMemory>();
-  static_assert(kBytes <= 227 * 1024);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = kCluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(
-      std::min(tiles.Count(), std::max(multiprocessors / kCluster, 1)) * kCluster));
-  config.blockDim = dim3(kGatedThreads);
-  config.dynamicSmemBytes = kBytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, maps, tiles);
+  LaunchClusters<GatedMemory>(
+      stream, &GatedKernel, kGatedThreads, multiprocessors, maps,
+      GatedTiles::Of(call.tokens, kGatedRows, call.columns, kGatedColumns, call.inner, kTileWidth));
   return true;
 }
 
@@ -275,33 +224,20 @@ bool LaunchGated(cudaStream_t stream, const GatedCall& call, int multiprocessors
 
 namespace {
 
-// The stride of a single row need not be one that maps take.
-hopper::MappedMatrix Mapped(const Tensor& t) {
-  const int64_t stride = t.dims[0] > 1 ? t.row_stride : hopper::Parts(t.dims[1], 8) * 8;
-  return {t.data, t.dims[0], t.dims[1], stride};
-}
-
 bool Serves(const Tensor& act, const Tensor& gate_up, const Tensor& x, const Tensor& w) {
-  const char* const variable = std::getenv("STRETTO_GATED");
-  const std::string_view choice = variable == nullptr ? "" : variable;
-  if (choice == "separate") return false;
-  if (act.dtype != DType::kBF16 || act.elements() == 0 || x.dims[1] == 0) return false;
-  if (act.dims[1] % 8 != 0) return false;
-  for (const Tensor& t : {act, gate_up, x, w}) {
-    if (!RowsAligned(t) || t.dims[0] > INT32_MAX / 2 || t.dims[1] > INT32_MAX / 2) return false;
-  }
-  const int64_t tiles = hopper::Parts(act.dims[0], hopper::kGatedRows) *
-                        hopper::Parts(act.dims[1], hopper::kGatedColumns);
-  if (tiles > INT32_MAX / 2 || (choice != "own" && tiles < Multiprocessors())) return false;
-  return hopper::IsHopper() && hopper::EncodeTiled() != nullptr;
+  return act.dtype == DType::kBF16 && act.elements() > 0 && x.dims[1] > 0 && act.dims[1] % 8 == 0 &&
+         hopper::TilesServe({act, gate_up, x, w},
+                            hopper::Parts(act.dims[0], hopper::kGatedRows) *
+                                hopper::Parts(act.dims[1], hopper::kGatedColumns));
 }
 
 }  // namespace
 
 bool GatedLinear(Stream& s, Tensor act, Tensor gate_up, Tensor x, Tensor w) {
   if (!Serves(act, gate_up, x, w)) return false;
-  const hopper::GatedCall call = {act.dims[0], act.dims[1],     x.dims[1],  Mapped(x),
-                                  Mapped(w),   Mapped(gate_up), Mapped(act)};
+  const hopper::GatedCall call = {act.dims[0],        act.dims[1],       x.dims[1],
+                                  hopper::Mapped(x),  hopper::Mapped(w), hopper::Mapped(gate_up),
+                                  hopper::Mapped(act)};
   if (!hopper::LaunchGated(Native(s), call, Multiprocessors())) {
     return false;
   }

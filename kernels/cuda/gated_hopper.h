@@ -1,5 +1,5 @@
-// A linear layer and the gate behind it in one kernel, on the tensor cores of compute
-// capability 9.0.
+// A linear layer and the gate behind it in one kernel, and the gradients of a gate and of the
+// linear layer behind it in another, on the tensor cores of compute capability 9.0.
 #ifndef STRETTO_KERNELS_CUDA_GATED_HOPPER_H_
 #define STRETTO_KERNELS_CUDA_GATED_HOPPER_H_
 
@@ -16,6 +16,10 @@ namespace stretto::cuda {
 // where there is a tile for each multiprocessor, for the kernel does not cut the summed dimension.
 // False, with nothing enqueued, where it does not serve.
 bool GatedLinear(Stream& s, Tensor act, Tensor gate_up, Tensor x, Tensor w);
+
+// LinearKernels::BackwardInputSwiglu, likewise: d_gate_up is what SwigluBackward makes of dy w in
+// bf16, to the bit.
+bool GatedLinearBackward(Stream& s, Tensor d_gate_up, Tensor dy, Tensor w, Tensor gate_up);
 
 }  // namespace stretto::cuda
 

@@ -211,10 +211,18 @@ __device__ void Pin(float (&x)[N]) {
 }
 
 // What products know of a tile in shared memory: its address, 1024 bytes between groups of eight
-// rows, 128-byte swizzle. Valid for either direction of the summed dimension.
-__device__ inline uint64_t Descriptor(uint32_t address) {
+// rows, 128-byte swizzle. Valid for either direction of the summed dimension; `apart`: where it is
+// summed down its rows, the bytes between tiles whose columns follow each other.
+__device__ inline uint64_t Descriptor(uint32_t address, int apart = 16) {
+  return (static_cast<uint64_t>(address & 0x3ffff) >> 4) |
+         (static_cast<uint64_t>(apart >> 4) << 16) | (uint64_t{1024 >> 4} << 32) |
+         (uint64_t{1} << 62);
+}
+// The same of a tile that is half as wide: rows of 64 bytes in the 64-byte swizzle, summed along
+// them.
+__device__ inline uint64_t NarrowDescriptor(uint32_t address) {
   return (static_cast<uint64_t>(address & 0x3ffff) >> 4) | (uint64_t{1} << 16) |
-         (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+         (uint64_t{512 >> 4} << 32) | (uint64_t{2} << 62);
 }
 // Bytes from one step of 16 summed elements to the next: along a row, and down the rows.
 inline constexpr int kStepAlong = 32;
@@ -251,7 +259,8 @@ __device__ inline void Multiply(float (&d)[64], uint64_t a, uint64_t b, bool add
 }
 
 // d [64 x 256] = (add ? d : 0) + a [64 x 16] b [256 x 16]^T, likewise; b's rows follow each other
-// over tiles that do.
+// over tiles that do. kDown: b is [16 x 256] and summed down its rows, in tiles side by side.
+template <bool kDown = false>
 __device__ inline void Multiply(float (&d)[128], uint64_t a, uint64_t b, bool add) {
   asm volatile(
       "{\n"
@@ -267,7 +276,7 @@ __device__ inline void Multiply(float (&d)[128], uint64_t a, uint64_t b, bool ad
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, "
       "%127}, "
-      "%128, %129, p, 1, 1, 0, 0;\n"
+      "%128, %129, p, 1, 1, 0, %131;\n"
       "}\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]),
         "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]),
@@ -288,7 +297,7 @@ __device__ inline void Multiply(float (&d)[128], uint64_t a, uint64_t b, bool ad
         "+f"(d[110]), "+f"(d[111]), "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]),
         "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119]), "+f"(d[120]), "+f"(d[121]),
         "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(static_cast<int>(kDown)));
 }
 
 // d [64 x 64] = (add ? d : 0) + a [64 x 16] b [64 x 16]^T, likewise.

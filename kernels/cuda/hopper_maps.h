@@ -32,14 +32,17 @@ struct MappedMatrix {
   int64_t rows, columns, stride;
 };
 
-// Boxes of `box_rows` rows of 64 columns, in the 128-byte swizzle. The data begins at a multiple of
-// 16 bytes, and so does every row. False: the driver refuses.
-inline bool MakeMap(CUtensorMap* map, const MappedMatrix& m, int box_rows) {
+// Boxes of `box_rows` rows of 64 columns, in the 128-byte swizzle, or of 32 in the 64-byte swizzle.
+// The data begins at a multiple of 16 bytes, and so does every row. False: the driver refuses.
+inline bool MakeMap(CUtensorMap* map, const MappedMatrix& m, int box_rows, int box_columns = 64) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(m.stride) * 2};
-  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(box_rows)}, step[] = {1, 1};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns),
+                            static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t step[] = {1, 1};
   return EncodeTiled()(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, m.data, sizes, strides, box, step,
-                       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                       CU_TENSOR_MAP_INTERLEAVE_NONE,
+                       box_columns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }

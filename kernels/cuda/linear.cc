@@ -139,6 +139,14 @@ class CudaLinear final : public LinearKernels {
     matmul.RunEpilogue(p, separate);
   }
 
+  void BackwardInputSwiglu(Stream& s, Tensor d_gate_up, Tensor dy, Tensor w,
+                           Tensor gate_up) const override {
+    if (GatedLinearBackward(s, d_gate_up, dy, w, gate_up)) return;
+    const Tensor d_act = d_gate_up.Columns(0, w.dims[1]);
+    BackwardInput(s, d_act, dy, w, false);
+    Activation()->SwigluBackward(s, d_gate_up, d_act, gate_up, false);
+  }
+
   void BackwardWeight(Stream& s, Tensor dw, Tensor db, Tensor dy, Tensor x,
                       bool acc) const override {
     Matmul matmul(s, "LinearBackwardWeight");

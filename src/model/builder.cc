@@ -12,8 +12,8 @@ Strategies LocalStrategies() {
     return std::make_unique<internal::LinearLayer>(x, in, out, options, y);
   };
   s.gated_linear = [](SlotId x, int64_t in, int64_t features, const LinearOptions& options,
-                      SlotId* act) {
-    return std::make_unique<internal::GatedLinearLayer>(x, in, features, options, act);
+                      SlotId* act, SlotId* gate_up) {
+    return std::make_unique<internal::GatedLinearLayer>(x, in, features, options, act, gate_up);
   };
   s.attention = [](SlotId qkv, const AttentionOptions& options, SlotId* o) {
     return std::make_unique<internal::LocalAttentionLayer>(qkv, options, o);
@@ -47,18 +47,20 @@ SlotId Builder::Linear(const std::string& name, Role role, SlotId x, int64_t in,
   return y;
 }
 
-SlotId Builder::GatedLinear(const std::string& name, const std::string& act, SlotId x, int64_t in,
-                            int64_t features, double init_std) {
+std::pair<SlotId, SlotId> Builder::GatedLinear(const std::string& name, const std::string& act,
+                                               SlotId x, int64_t in, int64_t features,
+                                               double init_std) {
   const LinearOptions options = {.init_std = init_std, .features = {.parts = {features, features}}};
-  SlotId y;
   if (!strategies_.gated_linear) {
-    y = Swiglu(act, Linear(name, Role::kColumn, x, in, 2 * features, options));
+    const SlotId y = Swiglu(act, Linear(name, Role::kColumn, x, in, 2 * features, options));
     if (status_.ok()) graph_.layer_timing.back().included_in = name;
-  } else {
-    Add(name, strategies_.gated_linear(x, in, features, options, &y)).IgnoreError();
-    if (status_.ok()) graph_.layer_timing.back().includes = act;
+    return {y, SlotId()};
   }
-  return y;
+  std::pair<SlotId, SlotId> out;
+  Add(name, strategies_.gated_linear(x, in, features, options, &out.first, &out.second))
+      .IgnoreError();
+  if (status_.ok()) graph_.layer_timing.back().includes = act;
+  return out;
 }
 
 SlotId Builder::Norm(const std::string& name, SlotId x, const NormOptions& options) {

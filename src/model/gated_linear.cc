@@ -10,11 +10,11 @@ absl::Status GatedLinearLayer::Declare(Builder& b) {
   }
   STRETTO_RETURN_IF_ERROR(DeclareLinearInput(b, options_, x_));
   const bool shard = b.IsShard(x_);
-  gate_up_ = b.Saved("y", 2 * features_, b.dtype(), kInBackwardInput,
-                     {.recomputed_if_dropped = true, .recompute_source = true, .shard = shard});
-  *act_out_ = act_ =
-      b.Output("act", features_, {.grad_uses = kInBackwardInput, .cheap = true, .shard = shard});
-  d_gate_up_ = b.Scratch("dy", 2 * features_, b.dtype(), kInBackwardInput | kInBackwardWeight);
+  *gate_up_out_ = gate_up_ =
+      b.Output("y", 2 * features_,
+               {.recompute_source = true, .recomputed_if_dropped = true, .shard = shard});
+  *act_out_ = act_ = b.Output(
+      "act", features_, {.grad_uses = 0, .cheap = true, .swiglu_of = gate_up_, .shard = shard});
   DeclareLinearParameters(b, in_, 2 * features_, options_, shard, &weight_, nullptr);
   return absl::OkStatus();
 }
@@ -30,13 +30,12 @@ void GatedLinearLayer::Recompute(Run& run, Frame& frame) const {
 }
 
 void GatedLinearLayer::BackwardInput(Run& run, Frame& frame) const {
-  const Tensor dy = frame.Value(d_gate_up_);
-  ops::SwigluBackward(run.ops(), dy, frame.Grad(act_), frame.Value(gate_up_), false);
+  const Tensor dy = frame.Grad(gate_up_);
   LinearBackwardInput(run, frame, options_, x_, dy, run.Parameter(weight_), {0, dy.rows()});
 }
 
 void GatedLinearLayer::BackwardWeight(Run& run, Frame& frame) const {
-  LinearBackwardWeight(run, weight_, {}, frame.Value(d_gate_up_), frame.Value(x_));
+  LinearBackwardWeight(run, weight_, {}, frame.Grad(gate_up_), frame.Value(x_));
 }
 
 }  // namespace stretto::internal

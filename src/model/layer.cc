@@ -91,6 +91,15 @@ absl::Status Builder::CheckGraph() const {
           ", which writes it and itself changes a slot from outside of that block, so that neither "
           "can be computed again; put a copy between them"));
     }
+    if (s.gelu_of >= 0 || s.swiglu_of >= 0) {
+      for (const SlotInfo::Reader& r : s.readers) {
+        if (!r.writes_grad) continue;
+        return absl::InvalidArgumentError(absl::StrCat(
+            "layer ", graph_.layer_names[r.layer], " sends a gradient to slot ", s.name,
+            ", which is an activation that its reader differentiates through; name what it was "
+            "made from in gelu_input or swiglu_input"));
+      }
+    }
     if (s.share_with < 0) continue;
     const SlotInfo& output = graph_.slots[s.share_with];
     if (output.producer != s.share_layer || output.width != s.width || output.dtype != s.dtype ||
@@ -129,6 +138,10 @@ bool Builder::IsShard(SlotId slot) const { return slot.valid() && graph_.slots[s
 
 bool Builder::IsGeluOf(SlotId slot, SlotId pre) const {
   return slot.valid() && pre.valid() && graph_.slots[slot.value].gelu_of == pre.value;
+}
+
+bool Builder::IsSwigluOf(SlotId slot, SlotId gate_up) const {
+  return slot.valid() && gate_up.valid() && graph_.slots[slot.value].swiglu_of == gate_up.value;
 }
 
 bool Builder::KeptByProducer(SlotId slot) const {
@@ -180,6 +193,7 @@ SlotId Builder::Output(const std::string& name, int64_t width, const OutputOptio
   s.recompute_source = options.recompute_source;
   s.recomputed_if_dropped = options.recomputed_if_dropped;
   s.gelu_of = options.gelu_of.value;
+  s.swiglu_of = options.swiglu_of.value;
   s.grad_changed_by_producer = options.grad_changed_by_producer;
   s.shard = options.shard && graph_.tokens.ranks > 1;
   graph_.slots.push_back(std::move(s));

@@ -17,10 +17,11 @@ namespace stretto::internal {
 // For Declare.
 void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOptions& options,
                              bool shard, ParamId* weight, ParamId* bias);
-// Reads x, or what gelu made x from (LinearOptions::gelu_input), as LinearBackwardInput does. For
-// Declare; INVALID_ARGUMENT when x is not made so.
+// Reads x, and what gelu or SwiGLU made x from (LinearOptions::gelu_input, swiglu_input), as
+// LinearBackwardInput does. For Declare; INVALID_ARGUMENT when x is not made so.
 absl::Status DeclareLinearInput(Builder& b, const LinearOptions& options, SlotId x);
-// Into the gradient of x, or of what gelu made x from: dy [tokens, out] w [out, in]. Of these rows.
+// Into the gradient of x, or of what gelu or SwiGLU made x from: dy [tokens, out] w [out, in]. Of
+// these rows.
 void LinearBackwardInput(Run& run, Frame& frame, const LinearOptions& options, SlotId x,
                          const Tensor& dy, const Tensor& w, Range rows);
 // Into the gradients of `weight` [out, in] and, where valid, `bias` [out]: of dy [tokens, out] and
@@ -28,7 +29,8 @@ void LinearBackwardInput(Run& run, Frame& frame, const LinearOptions& options, S
 void LinearBackwardWeight(Run& run, ParamId weight, ParamId bias, const Tensor& dy,
                           const Tensor& x);
 
-// y = x w^T + bias, with gelu behind it or in front of it fused in (LinearOptions).
+// y = x w^T + bias, with gelu behind it or in front of it, or SwiGLU in front of it, fused in
+// (LinearOptions).
 class LinearLayer : public Layer {
  public:
   LinearLayer(SlotId x, int64_t in, int64_t out, const LinearOptions& options, SlotId* y)
@@ -48,13 +50,19 @@ class LinearLayer : public Layer {
   ParamId weight_, bias_;
 };
 
-// gate_up = x w^T and act = silu(gate) * up with gate_up = [gate | up], as one operation. The
-// parameter is the one that a linear layer of this name would have; no bias.
+// gate_up = x w^T and act = silu(gate) * up with gate_up = [gate | up], as one operation. Gradients
+// come to gate_up, from the reader of act (LinearOptions::swiglu_input). The parameter is the one
+// that a linear layer of this name would have; no bias.
 class GatedLinearLayer : public Layer {
  public:
   GatedLinearLayer(SlotId x, int64_t in, int64_t features, const LinearOptions& options,
-                   SlotId* act)
-      : x_(x), in_(in), features_(features), options_(options), act_out_(act) {}
+                   SlotId* act, SlotId* gate_up)
+      : x_(x),
+        in_(in),
+        features_(features),
+        options_(options),
+        act_out_(act),
+        gate_up_out_(gate_up) {}
   const char* kind() const override { return "gated_linear"; }
   absl::Status Declare(Builder& b) override;
   void Forward(Run& run, Frame& frame) const override;
@@ -63,10 +71,10 @@ class GatedLinearLayer : public Layer {
   void BackwardWeight(Run& run, Frame& frame) const override;
 
  private:
-  SlotId x_, gate_up_, act_, d_gate_up_;
+  SlotId x_, gate_up_, act_;
   int64_t in_, features_;
   LinearOptions options_;
-  SlotId* act_out_;
+  SlotId *act_out_, *gate_up_out_;
   ParamId weight_;
 };
 

@@ -19,14 +19,26 @@ void DeclareLinearParameters(Builder& b, int64_t in, int64_t out, const LinearOp
                        .partial_gradient = shard});
 }
 
+namespace {
+
+// What an activation, whose derivative belongs to the layer, made the layer's input from.
+SlotId Activated(const LinearOptions& options) {
+  return options.swiglu_input.valid() ? options.swiglu_input : options.gelu_input;
+}
+
+}  // namespace
+
 absl::Status DeclareLinearInput(Builder& b, const LinearOptions& options, SlotId x) {
-  const SlotId pre = options.gelu_input;
+  const SlotId pre = Activated(options);
   if (!pre.valid()) {
     b.Reads(x, kInForward | kInBackwardWeight);
     return absl::OkStatus();
   }
-  if (!b.IsGeluOf(x, pre)) {
+  if (options.gelu_input.valid() && !b.IsGeluOf(x, options.gelu_input)) {
     return absl::InvalidArgumentError("its input is not gelu of the slot named in gelu_input");
+  }
+  if (options.swiglu_input.valid() && !b.IsSwigluOf(x, options.swiglu_input)) {
+    return absl::InvalidArgumentError("its input is not SwiGLU of the slot named in swiglu_input");
   }
   b.Reads(x, kInForward | kInBackwardWeight, /*writes_grad=*/false);
   b.Reads(pre, kInBackwardInput);
@@ -35,11 +47,13 @@ absl::Status DeclareLinearInput(Builder& b, const LinearOptions& options, SlotId
 
 void LinearBackwardInput(Run& run, Frame& frame, const LinearOptions& options, SlotId x,
                          const Tensor& dy, const Tensor& w, Range rows) {
-  const SlotId pre = options.gelu_input;
+  const SlotId pre = Activated(options);
   const Tensor dx = frame.Grad(pre.valid() ? pre : x);
   if (!dx.present()) return;
   const auto cut = [rows](const Tensor& t) { return t.Rows(rows.first, rows.count); };
-  if (pre.valid()) {
+  if (options.swiglu_input.valid()) {
+    ops::LinearBackwardInputSwiglu(run.ops(), cut(dx), cut(dy), w, cut(frame.Value(pre)));
+  } else if (pre.valid()) {
     ops::LinearBackwardInputGelu(run.ops(), cut(dx), cut(dy), w, cut(frame.Value(pre)));
   } else {
     ops::LinearBackwardInput(run.ops(), cut(dx), cut(dy), w, frame.AccumulateGrad(x));

@@ -81,16 +81,15 @@ absl::StatusOr<Model> BuildModel(const ModelConfig& config, const ModelOptions& 
     out.features = {.groups = c.kv_heads, .members = c.heads / c.kv_heads};
     branch = b.Linear(block + "attn.out", Role::kRow, o, heads, c.hidden, out);
     std::tie(x, n) = b.AddNorm(block + "mlp_norm", x, branch, norm);
-    SlotId inner, pre;
+    SlotId inner;
+    LinearOptions down = into_residual;
     if (c.gated_mlp()) {
-      inner =
+      std::tie(inner, down.swiglu_input) =
           b.GatedLinear(block + "mlp.gate_up", block + "mlp.act", n, c.hidden, c.ffn, c.init_std);
     } else {
-      pre = b.Linear(block + "mlp.up", Role::kColumn, n, c.hidden, c.ffn,
-                     {.bias = true, .init_std = c.init_std, .gelu_output = &inner});
+      down.gelu_input = b.Linear(block + "mlp.up", Role::kColumn, n, c.hidden, c.ffn,
+                                 {.bias = true, .init_std = c.init_std, .gelu_output = &inner});
     }
-    LinearOptions down = into_residual;
-    down.gelu_input = pre;
     branch = b.Linear(block + "mlp.down", Role::kRow, inner, c.ffn, c.hidden, down);
     b.EndBlock();
   }

@@ -58,6 +58,20 @@ void LinearBackwardInputGelu(Context c, Tensor dpre, Tensor dy, Tensor w, Tensor
   if (check.ok()) c.kernels->linear->BackwardInputGelu(*c.stream, dpre, dy, w, pre);
 }
 
+void LinearBackwardInputSwiglu(Context c, Tensor d_gate_up, Tensor dy, Tensor w, Tensor gate_up) {
+  Check check(c, "LinearBackwardInputSwiglu",
+              {{"d_gate_up", d_gate_up}, {"dy", dy}, {"w", w}, {"gate_up", gate_up}});
+  check.Supported(dy.dtype)
+      .That(IsMatrix(dy) && IsMatrix(w), "dy must be [tokens, out] and w [out, f]")
+      .That(Is(w, dy.dtype, {dy.dims[1], w.dims[1]}), "w must be [out, f] of dy's type")
+      .That(Is(gate_up, dy.dtype, {dy.dims[0], 2 * w.dims[1]}),
+            "gate_up must be [tokens, 2 f] of dy's type")
+      .That(Like(d_gate_up, gate_up, dy.dtype), "d_gate_up must be like gate_up")
+      .That(!d_gate_up.present() || d_gate_up.data != gate_up.data,
+            "d_gate_up and gate_up must be two tensors");
+  if (check.ok()) c.kernels->linear->BackwardInputSwiglu(*c.stream, d_gate_up, dy, w, gate_up);
+}
+
 void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, bool acc) {
   const DType wide = AccumulateType(dy.dtype);
   Check check(c, "LinearBackwardWeight", {{"dw", dw}, {"db", db}, {"dy", dy}, {"x", x}});

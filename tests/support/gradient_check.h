@@ -152,10 +152,15 @@ class LayerGradientCheck {
     }
     // A value that is a function of another input follows it.
     for (int s : inputs_) {
-      const int pre = graph_.slots[s].gelu_of;
+      const bool gelu = graph_.slots[s].gelu_of >= 0;
+      const int pre = gelu ? graph_.slots[s].gelu_of : graph_.slots[s].swiglu_of;
       if (pre < 0 || std::find(inputs_.begin(), inputs_.end(), pre) == inputs_.end()) continue;
       const Tensor x = frame.Value({pre}), y = frame.Value({s});
-      for (int64_t i = 0; i < x.elements(); ++i) {
+      for (int64_t i = 0; !gelu && i < y.elements(); ++i) {
+        const int64_t f = y.dims[1], gate = i / f * 2 * f + i % f;
+        Set(y, i, Get(x, gate) / (1 + std::exp(-Get(x, gate))) * Get(x, gate + f));
+      }
+      for (int64_t i = 0; gelu && i < x.elements(); ++i) {
         const double v = Get(x, i);
         const double u = std::sqrt(2 / std::numbers::pi) * (v + 0.044715 * v * v * v);
         Set(y, i, 0.5 * v * (1 + std::tanh(u)));

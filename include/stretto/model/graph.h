@@ -106,6 +106,7 @@ struct SlotInfo {
   bool keep_to_end = false;               // readable after the last forward action
   int gelu_of =
       -1;  // the value is gelu of this slot's: who reads both may differentiate through it
+  int swiglu_of = -1;  // likewise silu(gate) * up of [gate | up]
   struct Reader {
     int layer;
     unsigned uses;

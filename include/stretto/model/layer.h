@@ -81,6 +81,9 @@ struct LinearOptions {
   SlotId* gelu_output = nullptr;
   // `x` is gelu of this slot.
   SlotId gelu_input;
+  // `x` is silu(gate) * up of this slot, [gate | up] (Builder::GatedLinear). The layer then sends
+  // the gradient straight there.
+  SlotId swiglu_input;
   // Of the features that the layer's role cuts: outputs of a column layer, inputs of a row layer.
   Features features;
 };
@@ -107,8 +110,9 @@ struct Strategies {
                                        const LinearOptions& options, SlotId* y)>
       linear;
   // As Builder::GatedLinear; empty: a column layer of `linear` and a layer for the activation.
+  // Where it is there, `linear` makes layers that know LinearOptions::swiglu_input.
   std::function<std::unique_ptr<Layer>(SlotId x, int64_t in, int64_t features,
-                                       const LinearOptions& options, SlotId* act)>
+                                       const LinearOptions& options, SlotId* act, SlotId* gate_up)>
       gated_linear;
   std::function<std::unique_ptr<Layer>(SlotId qkv, const AttentionOptions& options, SlotId* o)>
       attention;
@@ -144,9 +148,11 @@ class Builder {
   SlotId Linear(const std::string& name, Role role, SlotId x, int64_t in, int64_t out,
                 const LinearOptions& options = {});
   // silu(gate) * up, where [gate | up], of `features` each, is a column layer without a bias of x;
-  // `act`: the name of the activation's layer where it is one of its own.
-  SlotId GatedLinear(const std::string& name, const std::string& act, SlotId x, int64_t in,
-                     int64_t features, double init_std = 0.02);
+  // `act`: the name of the activation's layer where it is one of its own. Returns it and what its
+  // one reader, a linear layer, is to name in swiglu_input: [gate | up], or nothing where the
+  // activation's layer sends the gradient there.
+  std::pair<SlotId, SlotId> GatedLinear(const std::string& name, const std::string& act, SlotId x,
+                                        int64_t in, int64_t features, double init_std = 0.02);
   SlotId Norm(const std::string& name, SlotId x, const NormOptions& options = {});
   // sum = x + branch and norm(sum), as one layer. Returns {sum, norm}.
   std::pair<SlotId, SlotId> AddNorm(const std::string& name, SlotId x, SlotId branch,
@@ -182,6 +188,7 @@ class Builder {
   bool IsShard(SlotId slot) const;  // see SlotInfo
   const TokenCut& tokens() const { return graph_.tokens; }
   bool IsGeluOf(SlotId slot, SlotId pre) const;
+  bool IsSwigluOf(SlotId slot, SlotId gate_up) const;
   // Whether the layer that writes `slot` reads it again in backward, so that it is there anyway.
   bool KeptByProducer(SlotId slot) const;
   bool IsCheap(SlotId slot) const;  // see SlotInfo
@@ -196,6 +203,7 @@ class Builder {
     bool recomputed_if_dropped = false;
     bool grad_changed_by_producer = false;
     SlotId gelu_of;      // see SlotInfo
+    SlotId swiglu_of;    // see SlotInfo
     bool shard = false;  // see SlotInfo
   };
   SlotId Output(const std::string& name, int64_t width, const OutputOptions& options);

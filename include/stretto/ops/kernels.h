@@ -44,6 +44,13 @@ class LinearKernels {
   virtual void BackwardInput(Stream& s, Tensor dx, Tensor dy, Tensor w, bool acc) const = 0;
   // dpre = gelu'(pre) * (dy w): the input of this layer is gelu(pre), pre [tokens, in].
   virtual void BackwardInputGelu(Stream& s, Tensor dpre, Tensor dy, Tensor w, Tensor pre) const = 0;
+  // d_gate_up = the gradient of gate_up = [gate | up], where dy w, rounded, is the gradient of
+  // silu(gate) * up, the input of this layer; as one operation.
+  virtual void BackwardInputSwiglu(Stream& s, Tensor d_gate_up,  // [tokens, 2 f]
+                                   Tensor dy,                    // [tokens, out]
+                                   Tensor w,                     // [out, f]
+                                   Tensor gate_up                // [tokens, 2 f]
+  ) const = 0;
   // dw (acc)= dy^T x, and db (acc)= column sums of dy when present. dw, db: f32 for f32 and bf16
   // operands, f64 for f64.
   virtual void BackwardWeight(Stream& s, Tensor dw, Tensor db, Tensor dy, Tensor x,

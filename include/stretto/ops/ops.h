@@ -27,6 +27,8 @@ void LinearSwiglu(Context c, Tensor act, Tensor gate_up, Tensor x, Tensor w);
 void LinearBackwardInput(Context c, Tensor dx, Tensor dy, Tensor w, bool acc);
 // dpre must not be pre.
 void LinearBackwardInputGelu(Context c, Tensor dpre, Tensor dy, Tensor w, Tensor pre);
+// d_gate_up and gate_up must be two tensors.
+void LinearBackwardInputSwiglu(Context c, Tensor d_gate_up, Tensor dy, Tensor w, Tensor gate_up);
 void LinearBackwardWeight(Context c, Tensor dw, Tensor db, Tensor dy, Tensor x, bool acc);
 void LinearBackwardBias(Context c, Tensor db, Tensor dy, bool acc);
 

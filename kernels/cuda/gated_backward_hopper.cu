@@ -19,6 +19,8 @@ namespace stretto::cuda {
 namespace hopper {
 namespace {
 
+constexpr int kDepth = 32;                            // summed elements of a block
+constexpr int kStages = 6;                            // of the ring
 constexpr int kConsumers = 2;                         // warpgroups that multiply
 constexpr int kWarps = kConsumers * kWarpgroup / 32;  // that multiply
 constexpr int kStorers = 3;                           // warps, behind one that copies
@@ -47,8 +49,6 @@ struct BackwardArguments {
   BackwardGates gates;
 };
 
-// kDepth: 64, or 32 for twice as many stages.
-template <int kDepth, int kStages>
 struct BackwardMemory {
   uint8_t dy[kStages][kBackwardRows * kDepth * 2];
   uint8_t w[kStages][kBoxes][kDepth * kRowBytes];
@@ -82,9 +82,8 @@ __device__ inline Corner CornerOf(const GatedTiles& tiles, int tile, uint32_t ra
 }
 
 // Copies operands, by one thread.
-template <int kDepth, int kStages>
-__device__ void CopyTiles(BackwardMemory<kDepth, kStages>& memory, const BackwardMaps& maps,
-                          const GatedTiles& tiles, int first, int step, uint32_t rank) {
+__device__ void CopyTiles(BackwardMemory& memory, const BackwardMaps& maps, const GatedTiles& tiles,
+                          int first, int step, uint32_t rank) {
   constexpr int kMine = kBoxes / kCluster;
   Ring<kStages> ring;
   for (int tile = first; tile < tiles.Count(); tile += step) {
@@ -106,9 +105,8 @@ __device__ void CopyTiles(BackwardMemory<kDepth, kStages>& memory, const Backwar
 }
 
 // Multiplies for 64 rows of each tile, and leaves d_act; `group`: which 64.
-template <int kDepth, int kStages>
-__device__ void MultiplyTiles(BackwardMemory<kDepth, kStages>& memory, const GatedTiles& tiles,
-                              int first, int step, int group) {
+__device__ void MultiplyTiles(BackwardMemory& memory, const GatedTiles& tiles, int first, int step,
+                              int group) {
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   // Who tells which block of the cluster that a place is free.
   const uint32_t told = threadIdx.x % kWarpgroup / 32;
@@ -214,9 +212,9 @@ __device__ inline void StoreGradients(const uint8_t* d_act, GatesOfLane& x, cons
 
 // The pieces of warp number `storer` of those that store. What it reads of gate_up is on its way
 // while the piece before is worked on.
-template <class Memory>
-__device__ void StoreTiles(Memory& memory, const BackwardGates& gates, const GatedTiles& tiles,
-                           int first, int step, uint32_t rank, int storer) {
+__device__ void StoreTiles(BackwardMemory& memory, const BackwardGates& gates,
+                           const GatedTiles& tiles, int first, int step, uint32_t rank,
+                           int storer) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   Corner corner = CornerOf(tiles, first, rank);
   Piece next = {0, storer, 0, 0};
@@ -254,12 +252,10 @@ __device__ void StoreTiles(Memory& memory, const BackwardGates& gates, const Gat
   }
 }
 
-template <int kDepth, int kStages>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     GatedBackwardKernel(const __grid_constant__ BackwardArguments arguments,
                         const GatedTiles tiles) {
-  using M = BackwardMemory<kDepth, kStages>;
-  M& memory = SharedMemory<M>();
+  BackwardMemory& memory = SharedMemory<BackwardMemory>();
   if (threadIdx.x == 0) memory.InitBarriers();
   SyncCluster();
   const uint32_t rank = ClusterRank();
@@ -288,7 +284,6 @@ struct GatedBackwardCall {
 
 // False, with nothing enqueued, where the driver refuses a map; the launch's error is for the
 // caller to look for.
-template <int kDepth, int kStages>
 bool LaunchGatedBackward(cudaStream_t stream, const GatedBackwardCall& call, int multiprocessors) {
   BackwardArguments arguments = {};
   if (!MakeMap(&arguments.maps.dy, call.dy, kBackwardRows, kDepth) ||
@@ -301,10 +296,10 @@ bool LaunchGatedBackward(cudaStream_t stream, const GatedBackwardCall& call, int
                      call.d_gate_up.stride,
                      static_cast<int>(call.tokens),
                      static_cast<int>(call.columns)};
-  LaunchClusters<BackwardMemory<kDepth, kStages>>(
-      stream, &GatedBackwardKernel<kDepth, kStages>, kBackwardThreads, multiprocessors, arguments,
-      GatedTiles::Of(call.tokens, kBackwardRows, call.columns, kBackwardColumns, call.inner,
-                     kDepth));
+  LaunchClusters<BackwardMemory>(stream, &GatedBackwardKernel, kBackwardThreads, multiprocessors,
+                                 arguments,
+                                 GatedTiles::Of(call.tokens, kBackwardRows, call.columns,
+                                                kBackwardColumns, call.inner, kDepth));
   return true;
 }
 
@@ -326,7 +321,7 @@ bool GatedLinearBackward(Stream& s, Tensor d_gate_up, Tensor dy, Tensor w, Tenso
                                           hopper::Mapped(w),
                                           hopper::Mapped(gate_up),
                                           hopper::Mapped(d_gate_up)};
-  if (!hopper::LaunchGatedBackward<32, 6>(Native(s), call, Multiprocessors())) return false;
+  if (!hopper::LaunchGatedBackward(Native(s), call, Multiprocessors())) return false;
   Launched(s, "LinearBackwardInputSwiglu");
   return true;
 }

@@ -342,6 +342,22 @@ TEST(Builder, RefusesBlocksThatAreNotOneAfterTheOther) {
               ::testing::HasSubstr("a block has not ended after layer a;"));
 }
 
+TEST(Builder, RefusesReadersThatDoNotDifferentiateThroughActivations) {
+  const auto gated = [](Builder& b) { return b.GatedLinear("up", "act", b.Input("x", 8), 8, 6); };
+  EXPECT_EQ(Refusal([&](Builder& b) {
+              const auto [act, gate_up] = gated(b);
+              b.Linear("down", Role::kRow, act, 6, 8, {.swiglu_input = gate_up});
+            }),
+            "");
+  EXPECT_THAT(Refusal([&](Builder& b) { b.Linear("down", Role::kRow, gated(b).first, 6, 8); }),
+              ::testing::HasSubstr("layer down sends a gradient to slot up.act"));
+  EXPECT_THAT(Refusal([&](Builder& b) {
+                const auto [act, gate_up] = gated(b);
+                b.Linear("down", Role::kRow, act, 6, 8, {.swiglu_input = act});
+              }),
+              ::testing::HasSubstr("its input is not SwiGLU of the slot named in swiglu_input"));
+}
+
 TEST(Builder, RefusesDeclarationsOutsideOfLayers) {
   EXPECT_THAT(Refusal([](Builder& b) { b.Reads(b.Input("x", 4), kInForward); }),
               ::testing::HasSubstr("the reader of a slot belongs to no layer"));

@@ -148,9 +148,9 @@ class Builder {
   SlotId Linear(const std::string& name, Role role, SlotId x, int64_t in, int64_t out,
                 const LinearOptions& options = {});
   // silu(gate) * up, where [gate | up], of `features` each, is a column layer without a bias of x;
-  // `act`: the name of the activation's layer where it is one of its own. Returns it and what its
-  // one reader, a linear layer, is to name in swiglu_input: [gate | up], or nothing where the
-  // activation's layer sends the gradient there.
+  // `act`: the name of the activation's layer where it is one of its own. Returns the product and
+  // what its one reader, a linear layer, is to name in swiglu_input: [gate | up], or nothing where
+  // the activation's layer sends the gradient there.
   std::pair<SlotId, SlotId> GatedLinear(const std::string& name, const std::string& act, SlotId x,
                                         int64_t in, int64_t features, double init_std = 0.02);
   SlotId Norm(const std::string& name, SlotId x, const NormOptions& options = {});

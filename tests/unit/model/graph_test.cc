@@ -273,8 +273,8 @@ TEST(Builder, SaysWhoseTimeIncludesALayer) {
     if (apart) strategies.gated_linear = nullptr;
     Builder b(DType::kF32, std::move(strategies));
     const SlotId x = b.StageInput("from", 8);
-    const SlotId inner = b.GatedLinear("both", "gate", x, 8, 6);
-    b.StageOutput("to", x, b.Linear("fc", Role::kRow, inner, 6, 8));
+    const auto [act, gate_up] = b.GatedLinear("both", "gate", x, 8, 6);
+    b.StageOutput("to", x, b.Linear("fc", Role::kRow, act, 6, 8, {.swiglu_input = gate_up}));
     const absl::StatusOr<Graph> graph = b.Finish();
     ASSERT_TRUE(graph.ok()) << graph.status();
     std::string text;

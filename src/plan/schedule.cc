@@ -25,22 +25,47 @@ Order GPipe(int rank, int micro_batches) {
   return order;
 }
 
-// Rank r runs ahead by as many forwards as there are ranks behind it. With `split` the weight half
-// of a micro-batch follows r backward inputs later: the last rank, which holds the fewest
-// activations in 1F1B, postpones the most, and no rank holds more than the first.
-Order OneF1B(int ranks, int rank, int micro_batches, bool split) {
+// Rank r runs ahead by as many forwards as there are ranks behind it.
+int Ahead(int ranks, int rank, int micro_batches) {
+  return std::min(micro_batches, ranks - 1 - rank);
+}
+
+Order OneF1B(int ranks, int rank, int micro_batches) {
   Order order;
-  const int ahead = std::min(micro_batches, ranks - 1 - rank);
+  const int ahead = Ahead(ranks, rank, micro_batches);
   for (int m = 0; m < ahead; ++m) order.push_back({StageWork::kForward, rank, m});
-  int weights = 0;
   for (int m = 0; m < micro_batches; ++m) {
     if (m + ahead < micro_batches) order.push_back({StageWork::kForward, rank, m + ahead});
-    order.push_back({split ? StageWork::kBackwardInput : StageWork::kBackward, rank, m});
-    if (split && m >= rank) order.push_back({StageWork::kBackwardWeight, rank, weights++});
+    order.push_back({StageWork::kBackward, rank, m});
   }
-  while (split && weights < micro_batches) {
-    order.push_back({StageWork::kBackwardWeight, rank, weights++});
+  return order;
+}
+
+// 1F1B whose rank r postpones the weight halves of its first r micro-batches: the last rank, which
+// holds the fewest activations in 1F1B, postpones the most, and no rank holds more than the first.
+// In the middle, where every rank is busy, backward is whole. Those before wait for the last
+// micro-batches again, behind each of which the oldest weight half comes. Nobody waits for rank 0.
+Order ZeroBubbleH1(int ranks, int rank, int micro_batches) {
+  Order order;
+  const int ahead = Ahead(ranks, rank, micro_batches);
+  for (int m = 0; m < ahead; ++m) order.push_back({StageWork::kForward, rank, m});
+  std::deque<StageAction> postponed;
+  const auto weight = [&] {
+    order.push_back(postponed.front());
+    postponed.pop_front();
+  };
+  for (int m = 0; m < micro_batches; ++m) {
+    if (m + ahead < micro_batches) order.push_back({StageWork::kForward, rank, m + ahead});
+    const bool begins = m < rank, ends = m >= micro_batches - (ranks - 1);
+    if (rank == 0 || (!begins && !ends)) {
+      order.push_back({StageWork::kBackward, rank, m});
+      continue;
+    }
+    order.push_back({StageWork::kBackwardInput, rank, m});
+    postponed.push_back({StageWork::kBackwardWeight, rank, m});
+    if (!begins) weight();
   }
+  while (!postponed.empty()) weight();
   return order;
 }
 
@@ -250,8 +275,10 @@ absl::StatusOr<Schedule> MakeSchedule(ScheduleKind kind, int ranks, int chunks, 
         order = GPipe(rank, micro_batches);
         break;
       case ScheduleKind::kOneF1B:
+        order = OneF1B(ranks, rank, micro_batches);
+        break;
       case ScheduleKind::kZeroBubbleH1:
-        order = OneF1B(ranks, rank, micro_batches, kind == ScheduleKind::kZeroBubbleH1);
+        order = ZeroBubbleH1(ranks, rank, micro_batches);
         break;
       case ScheduleKind::kInterleaved:
         order = Interleaved(ranks, chunks, rank, RoundUp(micro_batches, ranks));

@@ -108,6 +108,22 @@ TEST(Schedule, WovenUnitsAreAForwardAndABackwardOfDifferentMicroBatches) {
   EXPECT_GT(units, 1000);
 }
 
+// Weight halves are run apart where that fills a bubble, at a step's ends: backward as a whole is
+// faster (docs/parallelism.md).
+TEST(Schedule, ZeroBubbleRunsBackwardAsAWholeInTheMiddle) {
+  ForAll([](const Schedule& s) {
+    if (s.kind != ScheduleKind::kZeroBubbleH1) return;
+    for (int rank = 0; rank < s.ranks; ++rank) {
+      int whole = 0;
+      for (const StageAction& a : s.of_rank[static_cast<size_t>(rank)]) {
+        whole += a.work == StageWork::kBackward ? 1 : 0;
+      }
+      const int apart = rank == 0 ? 0 : rank + s.ranks - 1;
+      EXPECT_EQ(whole, std::max(0, s.micro_batches - apart)) << "rank " << rank;
+    }
+  });
+}
+
 TEST(Schedule, AnExample) {
   const Schedule s = MakeSchedule(ScheduleKind::kOneF1B, 2, 1, 3).value();
   using W = StageWork;
@@ -119,6 +135,12 @@ TEST(Schedule, AnExample) {
               ElementsAre(StageAction{W::kForward, 1, 0}, StageAction{W::kBackward, 1, 0},
                           StageAction{W::kForward, 1, 1}, StageAction{W::kBackward, 1, 1},
                           StageAction{W::kForward, 1, 2}, StageAction{W::kBackward, 1, 2}));
+  EXPECT_THAT(
+      MakeSchedule(ScheduleKind::kZeroBubbleH1, 2, 1, 3)->of_rank[1],
+      ElementsAre(StageAction{W::kForward, 1, 0}, StageAction{W::kBackwardInput, 1, 0},
+                  StageAction{W::kForward, 1, 1}, StageAction{W::kBackward, 1, 1},
+                  StageAction{W::kForward, 1, 2}, StageAction{W::kBackwardInput, 1, 2},
+                  StageAction{W::kBackwardWeight, 1, 0}, StageAction{W::kBackwardWeight, 1, 2}));
   EXPECT_THAT(MakeSchedule(ScheduleKind::kVShaped, 3, 2, 1)->rank_of_stage,
               ElementsAre(0, 1, 2, 2, 1, 0));
   EXPECT_THAT(MakeSchedule(ScheduleKind::kInterleaved, 3, 2, 1)->rank_of_stage,

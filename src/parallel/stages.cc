@@ -73,7 +73,8 @@ struct ModelStages::Stage {
   StageMemory memory;
   StageParts parts;
   std::vector<Slot> slots;
-  ListParts list;
+  ListParts list, whole;
+  std::vector<uint8_t> apart;    // by item of the program
   int backwards_left = 0;        // in this program
   std::vector<StageWork> works;  // of this stage in the program, in its order
   size_t next = 0;               // among them
@@ -103,12 +104,22 @@ absl::Status ModelStages::Use(const std::vector<StageParts>& parts) {
   for (size_t i = 0; i < stages_.size(); ++i) {
     Stage& stage = stages_[i];
     stage.parts = parts[i];
-    if (stage.parts.layout->bytes() > stage.memory.frame_bytes) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "a frame of stage ", stage.memory.stage, " needs ", stage.parts.layout->bytes(),
-          " bytes, there are ", stage.memory.frame_bytes));
+    for (const auto& [list, cut] :
+         {std::pair(&stage.parts.list, &stage.list), std::pair(&stage.parts.whole, &stage.whole)}) {
+      if (list->actions == nullptr) continue;
+      if (list->layout->bytes() > stage.memory.frame_bytes) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("a frame of stage ", stage.memory.stage, " needs ", list->layout->bytes(),
+                         " bytes, there are ", stage.memory.frame_bytes));
+      }
+      *cut = PartsOf(*list->actions);
     }
-    stage.list = PartsOf(*stage.parts.actions);
+    const DataParallel* const parameters = stage.parts.parameters;
+    if (stage.parts.whole.actions != nullptr && parameters != nullptr && parameters->zero() > 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("stage ", stage.memory.stage, " has two lists of actions, and ZeRO-",
+                       parameters->zero(), " plans its buckets for one; give it one"));
+    }
   }
   return absl::OkStatus();
 }
@@ -122,6 +133,7 @@ void ModelStages::SetBatches(const RankProgram& program, std::span<const PackedB
     stage.backwards_left = 0;
     stage.works.clear();
     stage.next = 0;
+    FindHalves(program.actions(), stage.memory.stage, program.program().items.size(), &stage.apart);
     for (const ProgramAction& a : program.actions()) {
       if (a.stage == stage.memory.stage) stage.works.push_back(a.work);
       if (a.stage == stage.memory.stage &&
@@ -160,14 +172,18 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   Stage& stage = *found;
   const StageParts& p = stage.parts;
   const bool forward = action.work == StageWork::kForward;
-  const auto [first, end] = stage.list.Of(action.work);
+  const bool whole =
+      p.whole.actions != nullptr && stage.apart[static_cast<size_t>(action.item)] == 0;
+  const ActionList& actions = *(whole ? p.whole : p.list).actions;
+  const FrameLayout& layout = *(whole ? p.whole : p.list).layout;
+  const auto [first, end] = (whole ? stage.whole : stage.list).Of(action.work);
   const bool done = action.work == StageWork::kBackward ||
                     action.work == StageWork::kBackwardWeight ||
-                    (forward && end == p.actions->actions.size());
+                    (forward && end == actions.actions.size());
   ActionHooks* hooks = nullptr;
   if (p.parameters != nullptr && p.local) {
-    hooks = p.parameters->local_hooks(*p.run, p.actions->training);
-  } else if (p.parameters != nullptr && !p.actions->training) {
+    hooks = p.parameters->local_hooks(*p.run, actions.training);
+  } else if (p.parameters != nullptr && !actions.training) {
     hooks = p.parameters->evaluation_hooks(*p.run);
   } else if (p.parameters != nullptr) {
     // Gradients leave with the last weight half of the step on this stage.
@@ -178,38 +194,38 @@ absl::Status ModelStages::Run(const ProgramAction& action, Tensor in, Tensor out
   // meanwhile.
   ++stage.next;
   const auto gather_for_next = [&] {
-    if (p.parameters == nullptr || p.local || !p.actions->training) return;
+    if (p.parameters == nullptr || p.local || !actions.training) return;
     if (stage.next >= stage.works.size()) return;
     p.parameters->GatherFor(stage.list.Of(stage.works[stage.next]).first);
   };
   if (Empty(action.item)) {
-    if (hooks != nullptr) FollowHooks(*p.actions, first, end, *hooks);
+    if (hooks != nullptr) FollowHooks(actions, first, end, *hooks);
     gather_for_next();
     return absl::OkStatus();
   }
   STRETTO_ASSIGN_OR_RETURN(Slot* const slot, SlotOf(stage, forward ? -1 : action.item));
   if (forward) {
     const PackedBatch& batch = BatchOf(action.item);
-    if (batch.tokens() > p.layout->token_capacity) {
+    if (batch.tokens() > layout.token_capacity) {
       return absl::InternalError(absl::StrCat("a micro-batch has ", batch.tokens(),
                                               " tokens, the frame was planned for ",
-                                              p.layout->token_capacity));
+                                              layout.token_capacity));
     }
     slot->item = action.item;
-    slot->frame.emplace(p.graph, p.actions, p.layout, slot->memory, stream_.device());
+    slot->frame.emplace(p.graph, &actions, &layout, slot->memory, stream_.device());
     STRETTO_ASSIGN_OR_RETURN(slot->frame->tokens, slot->feeder->Feed(batch));
     if (const RingViews* const ring = slot->frame->tokens.ring) {
       for (const RingViews::Place& place : ring->places) {
-        if (place.tokens <= p.layout->token_capacity) continue;
+        if (place.tokens <= layout.token_capacity) continue;
         return absl::InternalError(
             absl::StrCat("a rank that shares a micro-batch has ", place.tokens,
-                         " tokens of it, the frame was planned for ", p.layout->token_capacity));
+                         " tokens of it, the frame was planned for ", layout.token_capacity));
       }
     }
   }
   Frame& frame = *slot->frame;
   frame.boundary = {in, out};
-  ExecuteSome(*p.graph, *p.actions, first, end, *p.run, frame, hooks, replays_);
+  ExecuteSome(*p.graph, actions, first, end, *p.run, frame, hooks, replays_);
   if (done) slot->item = -1;
   gather_for_next();
   return absl::OkStatus();

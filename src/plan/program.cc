@@ -121,6 +121,16 @@ absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeli
   return program;
 }
 
+void FindHalves(const std::vector<ProgramAction>& actions, int stage, size_t items,
+                std::vector<uint8_t>* apart) {
+  apart->assign(items, 0);
+  for (const ProgramAction& a : actions) {
+    if (a.stage == stage && a.work == StageWork::kBackwardWeight) {
+      (*apart)[static_cast<size_t>(a.item)] = 1;
+    }
+  }
+}
+
 bool EndsTogether(const Program& program, int pipeline) {
   const auto last_of = [&](int p) {
     for (size_t i = program.items.size(); i-- > 0;) {

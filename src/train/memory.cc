@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "stretto/comm/communicator.h"
@@ -240,6 +241,29 @@ int64_t SnapshotBytes(const RunPlan& plan, const TrainConfig& config, int dp, in
   return bytes;
 }
 
+// Over the tensor axis, of all micro-batches on a stage.
+int64_t TensorBytes(const TrainConfig& config, const RunPlan& plan, int place,
+                    const StagePlan& stage) {
+  std::vector<uint8_t> halves;
+  FindHalves(plan.step.of_rank[static_cast<size_t>(place)], stage.stage, plan.step.items.size(),
+             &halves);
+  int64_t bytes = 0;
+  size_t first = 0;  // micro-batch
+  for (const MicroBatches& m : MicroBatchesOf(config)) {
+    int64_t whole = 0;
+    if (stage.whole) {
+      // Those that a program of fewer items does not have come in its middle.
+      const size_t end = std::min(first + static_cast<size_t>(m.count), halves.size());
+      whole = m.count;
+      for (; first < end; ++first) whole -= halves[first];
+      bytes += Times(whole, ExchangedBytes(stage.model.graph, stage.whole->actions, m.tokens));
+    }
+    bytes +=
+        Times(m.count - whole, ExchangedBytes(stage.model.graph, stage.train_actions, m.tokens));
+  }
+  return bytes;
+}
+
 }  // namespace
 
 absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) {
@@ -277,11 +301,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       MakeSchedule(plan.step.kind, plan.step.pipeline_ranks,
                    plan.step.stages / plan.step.pipeline_ranks, counts.front()));
   const std::vector<int> in_flight = FramesInFlight(schedule);
-  // Weight halves come last where the schedule runs any of them apart.
-  bool halves = false;
-  for (const ProgramAction& a : plan.step.of_rank[static_cast<size_t>(place)]) {
-    halves |= a.work == StageWork::kBackwardWeight;
-  }
+  const std::vector<ProgramAction>& actions = plan.step.of_rank[static_cast<size_t>(place)];
   const PartCosts costs = CostsOf(config);
   STRETTO_ASSIGN_OR_RETURN(
       plan.blocks, CutBlocks(config.model.layers, plan.step.stages, costs.block, 0, costs.head));
@@ -307,6 +327,10 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
       options.part = part;
       STRETTO_ASSIGN_OR_RETURN(stage.model, BuildModel(config.model, options));
       if (s > 0) stage.copy = stage.model.tied;
+      // Weight halves come last where the schedule runs any of them apart.
+      const bool halves = absl::c_any_of(actions, [&](const ProgramAction& a) {
+        return a.stage == s && a.work == StageWork::kBackwardWeight;
+      });
       stage.train_actions =
           TrainingActions(stage.model.graph, recompute, halves, config.parallel.tp_overlap);
       stage.evaluation_actions = EvaluationActions(stage.model.graph);
@@ -321,6 +345,13 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
                                    .bucket_bytes = config.parallel.bucket_bytes,
                                    .pieces = plan.step.stages > 1,
                                    .halves = halves});
+      if (halves && stage.buckets.zero == 1) {
+        StagePlan::Whole& whole = stage.whole.emplace();
+        whole.actions = TrainingActions(stage.model.graph, recompute, /*defer_weights=*/false,
+                                        config.parallel.tp_overlap);
+        STRETTO_ASSIGN_OR_RETURN(
+            whole.frame, PlanFrame(stage.model.graph, whole.actions, plan.micro_batch_tokens));
+      }
       stage.frames = std::max(1, in_flight[static_cast<size_t>(s)]);
     }
     part.first_block = part.end_block;
@@ -344,10 +375,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
     const PartialGradients::Costs partial = PartialGradients::CostsOf(graph, dp, dp_index);
     partial_bytes += partial.memory;
     plan.tensor_bytes_sent += partial.sent;
-    for (const MicroBatches& m : MicroBatchesOf(config)) {
-      plan.tensor_bytes_sent +=
-          Times(m.count, ExchangedBytes(graph, stage.train_actions, m.tokens));
-    }
+    plan.tensor_bytes_sent += TensorBytes(config, plan, place, stage);
     update.state += of_update.state;
     update.table += of_update.table;
     activations += stage.frames * stage.frame_bytes();

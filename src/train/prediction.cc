@@ -61,14 +61,14 @@ absl::StatusOr<std::vector<std::vector<const LayerCost*>>> CostsOfLayers(const G
   return costs;
 }
 
-absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const LinkCost& tensor,
-                          int64_t tokens, int64_t length, StageSeconds::Sizes* sizes) {
-  const Graph& graph = stage.model.graph;
+absl::Status LayerSeconds(const Graph& graph, const ActionList& actions, const DeviceCost& cost,
+                          const LinkCost& tensor, int64_t tokens, int64_t length,
+                          StageSeconds::Sizes* sizes) {
   const double share = graph.tokens.ranks;
   const double pairs = 0.5 * static_cast<double>(tokens) * static_cast<double>(length + 1);
   STRETTO_ASSIGN_OR_RETURN(const auto of_layer, CostsOfLayers(graph, cost));
-  sizes->exchange.assign(stage.train_actions.actions.size(), 0);
-  for (const PlannedExchange& e : ExchangesOf(graph, stage.train_actions, tokens)) {
+  sizes->exchange.assign(actions.actions.size(), 0);
+  for (const PlannedExchange& e : ExchangesOf(graph, actions, tokens)) {
     const OperationCost& operation = e.info->sum ? tensor.reduce_scatter : tensor.all_gather;
     const int64_t bytes = e.rows * e.info->width * SizeOf(e.info->dtype) * (graph.tokens.ranks - 1);
     sizes->exchange[e.action] += operation.Seconds(graph.tokens.ranks, bytes);
@@ -78,13 +78,13 @@ absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const 
   std::vector<uint8_t> keeps_product(graph.layers.size(), 0);
   for (size_t i = 0; i < graph.slots.size(); ++i) {
     const SlotInfo& slot = graph.slots[i];
-    if (!slot.recompute_source || stage.train_actions.dropped[i]) continue;
+    if (!slot.recompute_source || actions.dropped[i]) continue;
     keeps_product[Index(slot.producer)] =
         absl::c_any_of(graph.parameters, [&](const ParameterInfo& p) {
           return p.spec.shape.size() > 1 && absl::c_linear_search(p.layers, slot.producer);
         });
   }
-  for (const Action& action : stage.train_actions.actions) {
+  for (const Action& action : actions.actions) {
     const auto l = Index(action.layer);
     const bool exchange = action.kind == ActionKind::kStartInput ||
                           action.kind == ActionKind::kFinishInput ||
@@ -103,21 +103,34 @@ absl::Status LayerSeconds(const StagePlan& stage, const DeviceCost& cost, const 
   return absl::OkStatus();
 }
 
+absl::StatusOr<StageSeconds::List> ListSeconds(const TrainConfig& config, const Graph& graph,
+                                               const ActionList& actions, const DeviceCost& cost,
+                                               const Links& links, int64_t samples) {
+  const int64_t length = config.data.sequence_length, micro = config.batch.micro;
+  const int64_t rest = samples % micro > 0 ? samples % micro : micro;
+  StageSeconds::List list = {.actions = &actions, .parts = PartsOf(actions)};
+  for (const auto& [sizes, count] : {std::pair(&list.full, micro), std::pair(&list.rest, rest)}) {
+    STRETTO_RETURN_IF_ERROR(
+        LayerSeconds(graph, actions, cost, *links.tensor, count * length, length, sizes));
+  }
+  list.finishes_apart.assign(graph.layers.size(), 0);
+  for (const Action& action : actions.actions) {
+    if (action.kind == ActionKind::kFinishInput) list.finishes_apart[Index(action.layer)] = 1;
+  }
+  return list;
+}
+
 absl::StatusOr<StageSeconds> SecondsOf(const TrainConfig& config, const StagePlan& stage,
                                        const DeviceCost& cost, const Links& links,
                                        int64_t samples) {
   StageSeconds s;
   const Graph& graph = stage.model.graph;
-  const int64_t length = config.data.sequence_length, micro = config.batch.micro;
   s.plan = &stage;
-  s.list = PartsOf(stage.train_actions);
-  STRETTO_RETURN_IF_ERROR(
-      LayerSeconds(stage, cost, *links.tensor, micro * length, length, &s.full));
-  const int64_t rest = samples % micro > 0 ? samples % micro : micro;
-  STRETTO_RETURN_IF_ERROR(LayerSeconds(stage, cost, *links.tensor, rest * length, length, &s.rest));
-  s.finishes_apart.assign(graph.layers.size(), 0);
-  for (const Action& action : stage.train_actions.actions) {
-    if (action.kind == ActionKind::kFinishInput) s.finishes_apart[Index(action.layer)] = 1;
+  STRETTO_ASSIGN_OR_RETURN(s.list,
+                           ListSeconds(config, graph, stage.train_actions, cost, links, samples));
+  if (stage.whole) {
+    STRETTO_ASSIGN_OR_RETURN(
+        s.whole, ListSeconds(config, graph, stage.whole->actions, cost, links, samples));
   }
   s.layer_buckets.resize(graph.layers.size());
   for (size_t b = 0; b < stage.buckets.buckets.size(); ++b) {

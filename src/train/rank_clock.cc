@@ -36,6 +36,8 @@ void RankClock::Begin(const Program& program, int rank, size_t first, size_t cou
   for (Stage& stage : stages_) {
     stage.works.clear();
     stage.next = 0;
+    FindHalves(program.of_rank[Index(rank)], stage.seconds.plan->stage, program.items.size(),
+               &stage.apart);
     stage.backwards_left = 0;
     for (const ProgramAction& a : program.of_rank[Index(rank)]) {
       if (a.stage != stage.seconds.plan->stage) continue;
@@ -105,7 +107,8 @@ void RankClock::WaitFor(double* finish, double* exposed) {
   *finish = 0;
 }
 
-void RankClock::Layer(Stage& stage, const Action& action, double seconds, double exchange) {
+void RankClock::Layer(Stage& stage, const Action& action, bool finishes_apart, double seconds,
+                      double exchange) {
   const auto l = Index(action.layer);
   const auto start = [&] {
     const double serial = (1 - links_.hidden) * exchange;
@@ -129,7 +132,7 @@ void RankClock::Layer(Stage& stage, const Action& action, double seconds, double
       break;
     case ActionKind::kBackwardInput:
       WaitFor(&stage.input[l], &tensor_);
-      if (stage.seconds.finishes_apart[l] != 0) waited = 0;
+      if (finishes_apart) waited = 0;
       break;
     case ActionKind::kForward:
     case ActionKind::kRecompute:
@@ -233,10 +236,13 @@ void RankClock::Do(Stage& stage, const BucketEvent& event, bool last) {
 
 void RankClock::Run(Stage& stage, const ProgramAction& action) {
   const StageSeconds& s = stage.seconds;
-  const StageSeconds::Sizes& sizes = first_ + Index(action.item) + 1 == count_ ? s.rest : s.full;
+  const StageSeconds::List& list =
+      s.whole && stage.apart[Index(action.item)] == 0 ? *s.whole : s.list;
+  const StageSeconds::Sizes& sizes =
+      first_ + Index(action.item) + 1 == count_ ? list.rest : list.full;
   const BucketTimeline& timeline = s.plan->buckets.training;
-  const std::vector<Action>& actions = s.plan->train_actions.actions;
-  const auto [first, end] = s.list.Of(action.work);
+  const std::vector<Action>& actions = list.actions->actions;
+  const auto [first, end] = list.parts.Of(action.work);
   const bool last = EndsBackward(action.work) && stage.backwards_left == 1 && !more_;
   if (EndsBackward(action.work)) --stage.backwards_left;
   ++stage.next;
@@ -247,7 +253,8 @@ void RankClock::Run(Stage& stage, const ProgramAction& action) {
     if (zero_ > 1) {
       for (const BucketEvent& event : timeline.before[i]) Do(stage, event, last);
     }
-    Layer(stage, actions[i], sizes.layer[i], sizes.exchange[i]);
+    Layer(stage, actions[i], list.finishes_apart[Index(actions[i].layer)] != 0, sizes.layer[i],
+          sizes.exchange[i]);
     if (zero_ > 1) {
       for (const BucketEvent& event : timeline.after[i]) Do(stage, event, last);
     } else if (links_.dp > 1 && last && overlap_ &&
@@ -258,7 +265,7 @@ void RankClock::Run(Stage& stage, const ProgramAction& action) {
     }
   }
   if (zero_ == 3 && stage.next < stage.works.size()) {
-    GatherFor(stage, s.list.Of(stage.works[stage.next]).first, &now_);
+    GatherFor(stage, s.list.parts.Of(stage.works[stage.next]).first, &now_);
   }
 }
 }  // namespace stretto::train_internal

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "stretto/model/graph.h"
@@ -28,13 +29,19 @@ struct Links {
 // Seconds of what a stage does, on a full micro-batch and on the step's last one.
 struct StageSeconds {
   const StagePlan* plan = nullptr;
-  ListParts list;
-  // By action.
+  // Of one list of actions.
   struct Sizes {
-    std::vector<double> layer, exchange;
-  } full, rest;
-  // By layer: whether its sum of inputs' gradients is waited for in an action of its own.
-  std::vector<uint8_t> finishes_apart;
+    std::vector<double> layer, exchange;  // by action
+  };
+  struct List {
+    const ActionList* actions = nullptr;
+    ListParts parts;
+    Sizes full, rest;
+    // By layer: whether its sum of inputs' gradients is waited for in an action of its own.
+    std::vector<uint8_t> finishes_apart;
+  };
+  List list;
+  std::optional<List> whole;  // StageParts::whole
   // Of one collective, by bucket.
   std::vector<double> reduce, gather;
   // Without rotating buffers (ZeRO-1 gradients, ZeRO-1 and 2 parameters).
@@ -91,6 +98,7 @@ class RankClock {
     StageSeconds seconds;
     std::vector<StageWork> works;
     size_t next = 0;
+    std::vector<uint8_t> apart;  // by item
     int backwards_left = 0;
     std::vector<double> reduced, gathered;  // by bucket, when: 0: nothing is on its way
     // By layer: when what other ranks send is there (TrainingActions).
@@ -125,7 +133,8 @@ class RankClock {
   // An action of a layer with what it exchanges over the tensor axis, which takes `exchange`
   // seconds of its own. What starts and ends apart is held up by computation as little as other
   // collectives are; the rest is waited for, piece by piece.
-  void Layer(Stage& stage, const Action& action, double seconds, double exchange);
+  void Layer(Stage& stage, const Action& action, bool finishes_apart, double seconds,
+             double exchange);
 
   void GatherParameters();
   void WaitParameters(Stage& stage);

@@ -228,9 +228,12 @@ namespace {
 int64_t WaitsOfStep(const RunPlan& plan) {
   int64_t waits = 16;  // for scalars, tied values, magnitudes of FP8
   for (const StagePlan& stage : plan.stages) {
-    auto each = static_cast<int64_t>(  // in a micro-batch
-        ExchangesOf(stage.model.graph, stage.train_actions, plan.micro_batch_tokens).size());
-    each += RingWaits(stage.model.graph, stage.train_actions, plan.rings.ranks);
+    const auto waits_in = [&](const ActionList& list) {  // in a micro-batch
+      const auto exchanges = ExchangesOf(stage.model.graph, list, plan.micro_batch_tokens).size();
+      return static_cast<int64_t>(exchanges) + RingWaits(stage.model.graph, list, plan.rings.ranks);
+    };
+    int64_t each = waits_in(stage.train_actions);
+    if (stage.whole) each = std::max(each, waits_in(stage.whole->actions));
     for (const auto* events : {&stage.buckets.training.before, &stage.buckets.training.after}) {
       for (const std::vector<BucketEvent>& e : *events) each += static_cast<int64_t>(e.size());
     }

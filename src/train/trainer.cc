@@ -30,10 +30,15 @@ absl::Status Trainer::Impl::RunBatches(std::span<const PackedBatch> batches, boo
   for (size_t i = 0; i < stages.size(); ++i) {
     const StagePlan& of_stage = plan.stages[i];
     Stage& stage = stages[i];
+    StageList list = {&of_stage.evaluation_actions, &of_stage.evaluation_frame}, whole;
+    if (training) {
+      list = {&of_stage.train_actions, &of_stage.train_frame};
+      if (of_stage.whole) whole = {&of_stage.whole->actions, &of_stage.whole->frame};
+    }
     parts[i] = {
         .graph = &of_stage.model.graph,
-        .actions = training ? &of_stage.train_actions : &of_stage.evaluation_actions,
-        .layout = training ? &of_stage.train_frame : &of_stage.evaluation_frame,
+        .list = list,
+        .whole = whole,
         .run = training ? &*stage.run : &*stage.evaluation_run,
         .parameters = hooks || zero() > 1 ? stage.dp.get() : nullptr,
         .local = !hooks,

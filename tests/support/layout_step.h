@@ -9,11 +9,13 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/algorithm/container.h"
 #include "absl/strings/str_cat.h"
 #include "stretto/parallel/bucket_plan.h"
 #include "stretto/parallel/context.h"
@@ -52,6 +54,8 @@ struct StepOptions {
   bool overlap = true;  // also see TrainingActions
   // How parameters and gradients are kept.
   bool prefetch = true, poison = true;
+  // Whether stages that run weight halves apart have two lists; by default as the trainer has it.
+  std::optional<bool> two_lists;
   int64_t bucket_bytes = 1000;
   // Tests spoil the actions, or the plan of the buckets, here.
   std::function<void(ActionList&)> change = [](ActionList&) {};
@@ -153,8 +157,13 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
   const Tensor total = Tensor::Of(totals, DType::kF64, {2});
   struct Stage {
     Model model;
-    ActionList actions;
-    FrameLayout frame;
+    ActionList actions, whole;
+    FrameLayout frame, whole_frame;
+    int64_t frame_bytes = 0;
+    std::vector<uint8_t> apart;  // by item
+    const ActionList& ListOf(size_t item) const {
+      return whole.actions.empty() || apart[item] != 0 ? actions : whole;
+    }
     BucketPlan buckets;
     Arena memory;
     std::unique_ptr<DataParallel> parameters;
@@ -169,9 +178,7 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
       TensorStrategies(layout.tp, tp.index, layout.pieces, ContextStrategies(rings.ranks));
   if (options.layers) options.layers(strategies);
   int64_t ring_bytes = 0;
-  // As the trainer has it.
-  const bool halves =
-      layout.kind == ScheduleKind::kZeroBubbleH1 || layout.kind == ScheduleKind::kVShaped;
+  const RankProgram rank_program(program, pp.index);
   ModelPart part;
   for (int s = 0; s < program.stages; ++s) {
     part.end_block = part.first_block + blocks[static_cast<size_t>(s)];
@@ -182,10 +189,20 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
                                                                  .strategies = strategies,
                                                                  .part = part}));
       const Graph& graph = stage->model.graph;
-      stage->actions =
-          TrainingActions(graph, options.recompute, /*defer_weights=*/halves, options.overlap);
-      options.change(stage->actions);
-      STRETTO_ASSIGN_OR_RETURN(stage->frame, PlanFrame(graph, stage->actions, capacity));
+      // As the trainer has it.
+      FindHalves(rank_program.actions(), s, program.items.size(), &stage->apart);
+      const bool halves = absl::c_linear_search(stage->apart, 1);
+      const bool two_lists =
+          halves && options.two_lists.value_or(layout.zero == 1 || layout.dp == 1);
+      const auto make = [&](bool defer, ActionList* list, FrameLayout* frame) -> absl::Status {
+        *list = TrainingActions(graph, options.recompute, defer, options.overlap);
+        options.change(*list);
+        STRETTO_ASSIGN_OR_RETURN(*frame, PlanFrame(graph, *list, capacity));
+        stage->frame_bytes = std::max(stage->frame_bytes, frame->bytes());
+        return absl::OkStatus();
+      };
+      STRETTO_RETURN_IF_ERROR(make(/*defer=*/halves, &stage->actions, &stage->frame));
+      if (two_lists) STRETTO_RETURN_IF_ERROR(make(false, &stage->whole, &stage->whole_frame));
       stage->buckets = PlanBuckets(graph, stage->actions, EvaluationActions(graph),
                                    {.zero = layout.zero,
                                     .ranks = layout.dp,
@@ -207,18 +224,21 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
       stage->run->SetContextAxis(&context);
       stage->parameters->Attach(stage->run.get(), total);
       stage->parameters->BeginStep(*stage->run);
-      parts.push_back(
-          {&graph, &stage->actions, &stage->frame, stage->run.get(), stage->parameters.get()});
+      parts.push_back({.graph = &graph,
+                       .list = {&stage->actions, &stage->frame},
+                       .run = stage->run.get(),
+                       .parameters = stage->parameters.get()});
+      if (two_lists) parts.back().whole = {&stage->whole, &stage->whole_frame};
       const int frames = std::max(1, in_flight[static_cast<size_t>(s)]);
       // NaN, so that reading what nothing wrote shows.
       STRETTO_ASSIGN_OR_RETURN(
-          stage->memory, Arena::Create(Device::Cpu(), "frames", frames * stage->frame.bytes() + 8));
-      std::fill_n(reinterpret_cast<double*>(stage->memory.data()),
-                  frames * stage->frame.bytes() / 8, std::numeric_limits<double>::quiet_NaN());
-      memory.push_back({s, stage->memory.data(), stage->frame.bytes(), frames});
-      for (const PackedBatch& b : mine) {
-        out.planned_bytes += ExchangedBytes(graph, stage->actions, b.tokens());
-        ring_bytes += RingBytes(graph, stage->actions, b.ring);
+          stage->memory, Arena::Create(Device::Cpu(), "frames", frames * stage->frame_bytes + 8));
+      std::fill_n(reinterpret_cast<double*>(stage->memory.data()), frames * stage->frame_bytes / 8,
+                  std::numeric_limits<double>::quiet_NaN());
+      memory.push_back({s, stage->memory.data(), stage->frame_bytes, frames});
+      for (size_t i = 0; i < mine.size(); ++i) {
+        out.planned_bytes += ExchangedBytes(graph, stage->ListOf(i), mine[i].tokens());
+        ring_bytes += RingBytes(graph, stage->ListOf(i), mine[i].ring);
       }
       out.planned_bytes += PartialGradients::CostsOf(graph, dp.size(), dp.index).sent;
       stages.push_back(std::move(stage));
@@ -232,7 +252,6 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
                            PipelineExecutor::Create(comm, pp, *stream, BuffersOf(program, pp.index),
                                                     CutRows(capacity, layout.tp, 0).part,
                                                     config.hidden, options.dtype, budget));
-  const RankProgram rank_program(program, pp.index);
   worker->SetBatches(rank_program, mine);
   STRETTO_RETURN_IF_ERROR(executor->Run(rank_program, *worker));
   for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) {
@@ -250,13 +269,20 @@ inline absl::StatusOr<StepOutcome> StepUnder(World& world, const ModelConfig& co
                                              ring_bytes, " were planned"))));
   double around = static_cast<double>(ring_bytes);
   absl::Status in_order;
-  if (layout.pp == 1 && layout.tp > 1) {
+  if (layout.tp > 1) {
     std::vector<PlannedExchange> planned;
-    for (const PackedBatch& b : mine) {
-      if (b.sequences() == 0) continue;
-      const auto more =
-          ExchangesOf(stages.front()->model.graph, stages.front()->actions, b.tokens());
-      planned.insert(planned.end(), more.begin(), more.end());
+    for (const ProgramAction& a : rank_program.actions()) {
+      const auto item = static_cast<size_t>(a.item);
+      if (item >= mine.size() || mine[item].sequences() == 0) continue;
+      for (size_t i = 0; i < stages.size(); ++i) {
+        if (memory[i].stage != a.stage) continue;
+        const ActionList& list = stages[i]->ListOf(item);
+        const auto [first, end] = PartsOf(list).Of(a.work);
+        for (const PlannedExchange& e :
+             ExchangesOf(stages[i]->model.graph, list, mine[item].tokens())) {
+          if (e.action >= first && e.action < end) planned.push_back(e);
+        }
+      }
     }
     in_order = SameOrder(comm.recorder(), tp, planned);
   }

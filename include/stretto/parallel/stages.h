@@ -44,12 +44,21 @@ struct StageMemory {
   int frames = 1;
 };
 
+// Forward first, then backward (TrainingActions, EvaluationActions), and a frame for them.
+struct StageList {
+  const ActionList* actions = nullptr;
+  const FrameLayout* layout = nullptr;
+};
+
 // What one stage runs with. The objects outlive the worker.
 struct StageParts {
-  const Graph* graph = nullptr;         // of this part of the model
-  const ActionList* actions = nullptr;  // forward first, then backward; weight halves last where
-                                        // the program runs them apart (TrainingActions)
-  const FrameLayout* layout = nullptr;
+  const Graph* graph = nullptr;  // of this part of the model
+  StageList list;                // weight halves last where the program runs them apart
+  // Optional: for micro-batches whose backward the program runs as a whole, each W close to its B.
+  // They have frames of their own in the same memory: where W come last, their scratch may lie
+  // where a value lay that B has read by then. With ZeRO-1 alone: the buckets of ZeRO-2 and 3 come
+  // and go by the actions of one list.
+  StageList whole;
   Run* run = nullptr;
   DataParallel* parameters = nullptr;  // null: no hooks
   bool local = false;                  // hooks that exchange nothing (DataParallel::local_hooks)
@@ -65,7 +74,7 @@ class ModelStages : public StageWorker {
   ~ModelStages() override;
 
   // What the stages run from now on, in their order; between programs only. INVALID_ARGUMENT when a
-  // frame does not fit its memory.
+  // frame does not fit its memory, or when a stage has two lists with ZeRO-2 or 3.
   absl::Status Use(const std::vector<StageParts>& parts);
   // What the items of the next program are: batches[first + i] is this rank's share of item i. They
   // stay as they are until the work is done. Items behind the last batch, and those whose batch has

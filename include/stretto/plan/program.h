@@ -77,6 +77,11 @@ absl::StatusOr<Program> MakeProgram(ScheduleKind kind, int pipelines, int pipeli
 // what its ranks do with them, in the same places of the one order.
 Program PipelineOf(const Program& program, int pipeline);
 
+// By item: whether `actions` run its two backward halves on `stage` apart. `apart` gets one entry
+// for each of `items` items.
+void FindHalves(const std::vector<ProgramAction>& actions, int stage, size_t items,
+                std::vector<uint8_t>* apart);
+
 // Whether the last item of a pipeline is the last one of all pipelines that share it (true without
 // items). Only then may what all pipelines do together at the end of a step, such as adding up
 // gradients, begin while that item still communicates: where operations of a rank run one after the

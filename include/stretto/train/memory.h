@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,9 +32,19 @@ struct StagePlan {
   Model model;
   ActionList train_actions, evaluation_actions;
   FrameLayout train_frame, evaluation_frame;
+  // Where the step runs weight halves apart, with ZeRO-1: for its micro-batches whose backward it
+  // runs as a whole (StageParts::whole).
+  struct Whole {
+    ActionList actions;
+    FrameLayout frame;
+  };
+  std::optional<Whole> whole;
   BucketPlan buckets;
   int frames = 1;  // micro-batches in flight at most
-  int64_t frame_bytes() const { return std::max(train_frame.bytes(), evaluation_frame.bytes()); }
+  int64_t frame_bytes() const {
+    const int64_t one = std::max(train_frame.bytes(), evaluation_frame.bytes());
+    return whole ? std::max(one, whole->frame.bytes()) : one;
+  }
   // The copy of a table that another stage updates (tied embeddings); invalid: there is none.
   ParamId copy;
 };

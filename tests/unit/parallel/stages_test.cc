@@ -214,6 +214,36 @@ TEST(StagesComparison, SeesAMissingMicroBatch) {
   EXPECT_GT(CompareSteps(*part, *whole).worst, 1e-3);
 }
 
+// Frames are filled with NaN before, so a value that was overwritten before its last reader shows.
+TEST(TwoLists, GiveTheBitsOfOne) {
+  const ModelConfig config = SevenBlocks("qwen3", false);
+  for (const Layout& layout : {Layout{.pp = 2, .kind = ScheduleKind::kZeroBubbleH1},
+                               Layout{.pp = 3, .kind = ScheduleKind::kZeroBubbleH1},
+                               Layout{.pp = 2, .kind = ScheduleKind::kVShaped, .chunks = 2},
+                               Layout{.pp = 2, .tp = 2, .kind = ScheduleKind::kZeroBubbleH1}}) {
+    for (const Recompute recompute : {Recompute::kNone, Recompute::kBlock}) {
+      SCOPED_TRACE(layout.Name() + " " + Name(recompute));
+      const auto run = [&](bool two_lists) {
+        return StepOf(config, layout, {.recompute = recompute, .two_lists = two_lists});
+      };
+      const StepOutcome one = run(false), two = run(true);
+      EXPECT_EQ(two.loss, one.loss);
+      EXPECT_EQ(two.gradients, one.gradients);
+    }
+  }
+}
+
+TEST(TwoLists, AreRefusedWhereBucketsComeAndGoByOne) {
+  const ModelConfig config = SevenBlocks("qwen3", false);
+  for (const int zero : {2, 3}) {
+    const Layout layout = {.dp = 2, .pp = 2, .kind = ScheduleKind::kZeroBubbleH1, .zero = zero};
+    const auto outcome = StepOnThreads(config, layout, {.two_lists = true},
+                                       UnevenBatches(config.vocabulary, layout.dp));
+    EXPECT_THAT(std::string(outcome.status().message()),
+                HasSubstr(absl::StrCat("stage 1 has two lists of actions, and ZeRO-", zero)));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Layouts, Stages,
     ::testing::Values(

@@ -176,6 +176,28 @@ TEST(PredictStep, ATensorAxisHidesWhatTravelsUnderProducts) {
   EXPECT_NEAR(Predict(config, 2, cost).tensor, serial.tensor, 1e-6 * serial.tensor);
 }
 
+// What is waited for where weights' halves are apart, at a step's ends, does not grow with the
+// step.
+TEST(PredictStep, ZeroBubbleHidesWhatOneF1BHidesInTheMiddle) {
+  const auto tensor = [](const char* schedule, int zero, int64_t samples) {
+    TrainConfig config = Small();
+    config.parallel.pp = config.parallel.tp = config.parallel.dp = 2;
+    config.parallel.zero = zero;
+    config.parallel.schedule = schedule;
+    config.batch.global = samples;
+    CostModel cost = Planted(config);
+    cost.parts->machine = Link(0, kBytesPerSecond);
+    cost.parts->hidden = 1;
+    return Predict(config, 8, cost).tensor;
+  };
+  const double few = tensor("zb-h1", 1, 32) - tensor("1f1b", 1, 32);
+  const double many = tensor("zb-h1", 1, 128) - tensor("1f1b", 1, 128);
+  EXPECT_GT(few, 0);
+  EXPECT_NEAR(many, few, 1e-6 * few);
+  // With ZeRO-2 one list of actions is there for both.
+  EXPECT_GT(tensor("zb-h1", 2, 128) - tensor("1f1b", 2, 128), 2 * few);
+}
+
 // A product is not made again where only the activation behind it is dropped.
 TEST(PredictStep, AnActivationIsRecomputedWithoutItsProduct) {
   TrainConfig config = Small();

@@ -213,7 +213,9 @@ TEST(TensorTrainerStart, InitialWeightsReachEveryRank) {
 TEST(TensorTrainerTraffic, IsThatOfThePlan) {
   for (const char* recompute : {"none", "norms", "block"}) {
     for (const Layout& layout : {Layout{.tp = 2, .pieces = 2}, Layout{.dp = 2, .tp = 3},
-                                 Layout{.dp = 2, .pp = 2, .tp = 2, .pieces = 3}, Layout{.tp = 8}}) {
+                                 Layout{.dp = 2, .pp = 2, .tp = 2, .pieces = 3}, Layout{.tp = 8},
+                                 Layout{.pp = 2, .tp = 2, .schedule = "zb-h1"},
+                                 Layout{.pp = 2, .tp = 2, .schedule = "v-shaped"}}) {
       const ScratchDirectory directory;
       // With 8 ranks some of the 5 key heads are on two.
       const bool copies = layout.tp > 5;

@@ -19,7 +19,7 @@ namespace stretto::cuda {
 namespace hopper {
 namespace {
 
-constexpr int kDepth = 32;                            // summed elements of a block
+constexpr int kDepth = 32;                            // summed elements of a block: 64 bytes a row
 constexpr int kStages = 6;                            // of the ring
 constexpr int kConsumers = 2;                         // warpgroups that multiply
 constexpr int kWarps = kConsumers * kWarpgroup / 32;  // that multiply
@@ -114,9 +114,6 @@ __device__ void MultiplyTiles(BackwardMemory& memory, const GatedTiles& tiles, i
   const auto release = [&](int place) {
     if (tells) ArriveAt(&memory.empty[place], told);
   };
-  const auto left_at = [](uint32_t address) {
-    return kDepth == kTileWidth ? Descriptor(address) : NarrowDescriptor(address);
-  };
   const uint32_t dy = SharedAddress(memory.dy) + group * 64 * kDepth * 2;
   const uint32_t w = SharedAddress(memory.w);
   const uint32_t d_act = SharedAddress(memory.d_act[warp]);
@@ -127,7 +124,8 @@ __device__ void MultiplyTiles(BackwardMemory& memory, const GatedTiles& tiles, i
     int before = 0;  // the place whose products are on their way
     for (int k = 0; k < tiles.blocks; ++k) {
       Wait(&memory.full[ring.place], ring.parity);
-      const uint64_t left = left_at(dy + ring.place * static_cast<int>(sizeof(memory.dy[0])));
+      const uint64_t left =
+          NarrowDescriptor(dy + ring.place * static_cast<int>(sizeof(memory.dy[0])));
       const uint64_t right =
           Descriptor(w + ring.place * static_cast<int>(sizeof(memory.w[0])), kDepth * kRowBytes);
       FenceProducts();

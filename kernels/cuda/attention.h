@@ -10,10 +10,6 @@
 
 namespace stretto::cuda {
 
-// What Attention() runs on and why, as a sentence for people ("cuDNN 9.19.0"). Never null; the text
-// lives as long as the program.
-const char* AttentionBackendNote();
-
 // cuDNN, opened as Attention() does.
 LibraryInfo DescribeCudnn();
 

@@ -12,7 +12,6 @@
 namespace stretto::cuda {
 
 const AttentionKernels* Attention() { return PlainAttention(); }
-const char* AttentionBackendNote() { return "own kernels: built without cuDNN"; }
 LibraryInfo DescribeCudnn() {
   return {.name = "cuDNN",
           .problem =
@@ -26,6 +25,7 @@ LibraryInfo DescribeCudnn() {
 #else
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstdint>
 #include <exception>
@@ -37,6 +37,7 @@ LibraryInfo DescribeCudnn() {
 #include "kernels/cuda/cudnn_plans.h"
 #include "kernels/cuda/dynamic_library.h"
 #include "kernels/cuda/launch.h"
+#include "stretto/core/log.h"
 
 namespace stretto::cuda {
 namespace {
@@ -59,6 +60,15 @@ struct Call {
   int64_t sequences() const { return shape.cu_q.rows() - 1; }
 };
 
+// Says once of each pass why own kernels run it, which nothing but its time would show.
+void TellRefusal(bool backward) {
+  static std::atomic<bool> told[2];
+  if (CudnnRefusal().empty() || told[backward ? 1 : 0].exchange(true)) return;
+  LogWarning(absl::StrCat("attention's ", backward ? "backward" : "forward",
+                          " pass runs on own kernels, maybe several times slower, where ",
+                          Cudnn().note, " refuses it: ", CudnnRefusal()));
+}
+
 bool SameRows(const Tensor& a, const Tensor& b) { return a.row_stride == b.row_stride; }
 
 // Whether the call is of a kind that cuDNN has.
@@ -80,7 +90,9 @@ class CudnnAttention final : public AttentionKernels {
   void Forward(Stream& s, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
                const AttentionShape& shape) const override {
     const Call call = {q, k, v, o, lse, {}, {}, {}, {}, shape};
-    if (!Run(s, call)) PlainAttention()->Forward(s, o, lse, q, k, v, shape);
+    if (Run(s, call)) return;
+    TellRefusal(/*backward=*/false);
+    PlainAttention()->Forward(s, o, lse, q, k, v, shape);
   }
   void Backward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o, Tensor o,
                 Tensor lse, Tensor q, Tensor k, Tensor v,
@@ -91,6 +103,7 @@ class CudnnAttention final : public AttentionKernels {
         Run(s, call)) {
       return;
     }
+    TellRefusal(/*backward=*/true);
     PlainAttention()->Backward(s, dq, dk, dv, delta, d_o, o, lse, q, k, v, shape);
   }
   void Merge(Stream& s, Tensor o, Tensor lse, Tensor part, Tensor part_lse, Tensor cu,
@@ -101,20 +114,21 @@ class CudnnAttention final : public AttentionKernels {
  private:
   // False when our own kernels have to do it; what was written until then is overwritten.
   static bool Run(Stream& s, const Call& call) {
+    CudnnRefusal().clear();
     try {
       if (!Takes(call)) return false;
       int device = 0;
       if (cudaGetDevice(&device) != cudaSuccess) return false;
       cudnnContext* const handle = CudnnHandle(s, device);
       if (handle == nullptr) {
-        CudnnRefused(call.backward(), "no handle could be made for the device");
+        CudnnRefusal() = "no handle could be made for the device";
         return false;
       }
       return RunOn(s, call, handle, device);
     } catch (const std::exception& e) {
-      CudnnRefused(call.backward(), e.what());
+      CudnnRefusal() = e.what();
     } catch (...) {
-      CudnnRefused(call.backward(), "an unknown exception");
+      CudnnRefusal() = "an unknown exception";
     }
     return false;
   }
@@ -151,13 +165,13 @@ class CudnnAttention final : public AttentionKernels {
     key.tokens = dense ? 0 : RoundUp(c.q.rows(), 1024);
     key.scale = std::bit_cast<uint64_t>(c.shape.scale);
 
-    if (!dense) {  // offsets are 32 bits
-      for (const int64_t row : {key.q_row, key.o_row, key.dq_row}) {
-        if (c.q.rows() * row > INT32_MAX) return false;
-      }
-      for (const int64_t row : {key.k_row, key.v_row, key.dk_row, key.dv_row}) {
-        if (c.k.rows() * row > INT32_MAX) return false;
-      }
+    const int64_t reach =
+        std::max(c.q.rows() * std::max({key.q_row, key.o_row, key.dq_row}),
+                 c.k.rows() * std::max({key.k_row, key.v_row, key.dk_row, key.dv_row}));
+    if (!dense && reach > INT32_MAX) {
+      CudnnRefusal() = absl::StrCat("packed sequences of ", c.q.rows(), " queries and ", c.k.rows(),
+                                    " keys reach ", reach, " elements, more than 32 bits count");
+      return false;
     }
     if (!c.backward()) return RunCut(s, c, key, {key.batch, key.kv_heads}, handle);
 
@@ -179,9 +193,9 @@ class CudnnAttention final : public AttentionKernels {
       if (kv_heads < key.kv_heads && attempt({1, kv_heads})) return true;
     }
     if (tries == 4) {
-      CudnnRefused(true, absl::StrCat("sequences of ", key.length, " tokens need ",
-                                      BackwardBytes(key.Single()),
-                                      " bytes of workspace, the stream has ", s.workspace().bytes));
+      CudnnRefusal() =
+          absl::StrCat("sequences of ", key.length, " tokens need ", BackwardBytes(key.Single()),
+                       " bytes of workspace, the stream has ", s.workspace().bytes);
     }
     return false;
   }
@@ -229,7 +243,7 @@ class CudnnAttention final : public AttentionKernels {
                        cut.batch, key.length, head * (c.q.dims[1] / kv_heads), key.heads);
           p[kStats] = stats;
         }
-        if (!ExecuteCudnn(*plan, handle, p, rest, c.backward())) return false;
+        if (!ExecuteCudnn(*plan, handle, p, rest)) return false;
       }
     }
     // Not left to the library, which does not promise it.

@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <atomic>
 #include <bit>
 #include <exception>
 #include <map>
@@ -65,9 +64,6 @@ CudnnLibrary OpenCudnn() {
   fe::cudnn_dlhandle = handle;
   return {version, name, FileOf(symbol)};
 }
-
-// What AttentionBackendNote() says since the first refusal.
-std::atomic<const char*> refusal{nullptr};
 
 // Handles are bound to the device that was current when they were made, and may be used by one
 // thread at a time. They are never destroyed (the driver may be gone by then), but a thread leaves
@@ -242,18 +238,9 @@ const CudnnLibrary& Cudnn() {
   return library;
 }
 
-void CudnnRefused(bool backward, const std::string& why) {
-  if (refusal.load() != nullptr) return;
-  auto* text =
-      new std::string(absl::StrCat(Cudnn().note, "; own kernels for what it refuses, first a ",
-                                   backward ? "backward" : "forward", " pass: ", why));
-  const char* none = nullptr;
-  if (!refusal.compare_exchange_strong(none, text->c_str())) delete text;
-}
-
-const char* AttentionBackendNote() {
-  if (const char* text = refusal.load()) return text;
-  return Cudnn().note.c_str();
+std::string& CudnnRefusal() {
+  static thread_local std::string why;
+  return why;
 }
 
 cudnnContext* CudnnHandle(Stream& s, int device) {
@@ -285,19 +272,19 @@ const CudnnPlan* FindCudnnPlan(const AttentionKey& key, cudnnHandle_t handle) {
     }
     if (!why.empty()) {
       plan.graph.reset();
-      CudnnRefused(key.backward != 0, why);
+      CudnnRefusal() = why;
     }
   }
   return plan.graph == nullptr ? nullptr : &plan;
 }
 
 bool ExecuteCudnn(const CudnnPlan& plan, cudnnHandle_t handle, const CudnnPointers& pointers,
-                  void* workspace, bool backward) {
+                  void* workspace) {
   std::array<void*, kOperands> ordered;
   int n = 0;
   for (const int64_t uid : plan.operands) ordered[n++] = pointers[uid];
   fe::error_t error = plan.graph->execute(handle, ordered.data(), n, workspace);
-  if (error.is_bad()) CudnnRefused(backward, error.get_message());
+  if (error.is_bad()) CudnnRefusal() = error.get_message();
   return error.is_good();
 }
 

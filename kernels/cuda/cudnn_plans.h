@@ -23,8 +23,8 @@ struct CudnnLibrary {
 };
 // Opened when it is first asked for.
 const CudnnLibrary& Cudnn();
-// Remembers the first refusal of the process, for AttentionBackendNote().
-void CudnnRefused(bool backward, const std::string& why);
+// Why cuDNN refused last what this thread asked of it.
+std::string& CudnnRefusal();
 
 // This thread's handle for the device, which must be the current one, set to the stream; null when
 // cuDNN refuses. What is called here and below may throw.
@@ -63,11 +63,11 @@ struct CudnnPlan {
 };
 
 // The plan for a key, built when it is first asked for; plans stay. Null when cuDNN refuses, and
-// so does every later call.
+// so does every later call; only the first one says why (CudnnRefusal).
 const CudnnPlan* FindCudnnPlan(const AttentionKey& key, cudnnContext* handle);
 // False when cuDNN refuses.
 bool ExecuteCudnn(const CudnnPlan& plan, cudnnContext* handle, const CudnnPointers& pointers,
-                  void* workspace, bool backward);
+                  void* workspace);
 
 }  // namespace stretto::cuda
 

@@ -99,6 +99,15 @@ absl::Status Builder::CheckGraph() const {
             ", which is an activation that its reader differentiates through; name what it was "
             "made from in gelu_input or swiglu_input"));
       }
+      // Who differentiates through an activation writes that gradient and does not add to it.
+      const SlotInfo& source = graph_.slots[std::max(s.gelu_of, s.swiglu_of)];
+      const auto writers = std::count_if(source.readers.begin(), source.readers.end(),
+                                         [](const SlotInfo::Reader& r) { return r.writes_grad; });
+      if (writers > 1) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(writers, " layers send a gradient to slot ", source.name, ", which slot ",
+                         s.name, " is an activation of; one layer may, give the others a copy"));
+      }
     }
     if (s.share_with < 0) continue;
     const SlotInfo& output = graph_.slots[s.share_with];

@@ -358,6 +358,23 @@ TEST(Builder, RefusesReadersThatDoNotDifferentiateThroughActivations) {
               ::testing::HasSubstr("its input is not SwiGLU of the slot named in swiglu_input"));
 }
 
+TEST(Builder, RefusesTwoGradientsBehindAnActivation) {
+  EXPECT_THAT(Refusal([](Builder& b) {
+                const auto [act, gate_up] = b.GatedLinear("up", "act", b.Input("x", 8), 8, 6);
+                b.Linear("down", Role::kRow, act, 6, 8, {.swiglu_input = gate_up});
+                b.Linear("aside", Role::kRow, act, 6, 8, {.swiglu_input = gate_up});
+              }),
+              ::testing::HasSubstr("2 layers send a gradient to slot up.y, which slot up.act is"));
+  EXPECT_THAT(Refusal([](Builder& b) {
+                SlotId act;
+                const SlotId pre =
+                    b.Linear("up", Role::kColumn, b.Input("x", 8), 8, 6, {.gelu_output = &act});
+                b.Linear("down", Role::kRow, act, 6, 8, {.gelu_input = pre});
+                b.Linear("aside", Role::kRow, pre, 6, 8);
+              }),
+              ::testing::HasSubstr("2 layers send a gradient to slot up.y, which slot up.gelu is"));
+}
+
 TEST(Builder, RefusesDeclarationsOutsideOfLayers) {
   EXPECT_THAT(Refusal([](Builder& b) { b.Reads(b.Input("x", 4), kInForward); }),
               ::testing::HasSubstr("the reader of a slot belongs to no layer"));

@@ -252,11 +252,13 @@ int64_t WaitsOfStep(const RunPlan& plan) {
 absl::Status Trainer::Impl::SetUpCopyEngines() {
   for (const Group* axis : {&dp_group, &tp_group}) {
     if (axis->size() == 1) continue;
-    STRETTO_RETURN_IF_ERROR(budget.Reserve(MemoryOf(stream->device()),
-                                           absl::StrCat("copy window of ", axis->name),
-                                           Communicator::kCopyEngineBytes));
+    const Resource memory = MemoryOf(stream->device());
+    const std::string owner = absl::StrCat("copy window of ", axis->name);
+    STRETTO_RETURN_IF_ERROR(budget.Reserve(memory, owner, Communicator::kCopyEngineBytes));
     STRETTO_ASSIGN_OR_RETURN(const std::string why, comm->UseCopyEngines(*axis));
-    if (!why.empty() && world.rank() == 0) {
+    if (why.empty()) continue;
+    budget.Release(memory, owner);
+    if (world.rank() == 0) {
       LogWarning(absl::StrCat("parallel.copy_engines: not on axis ", axis->name, ", which NCCL's ",
                               "kernels serve: ", why));
     }

@@ -64,6 +64,8 @@ Keeper::Impl::~Impl() {
   work.reset();
   if (connector.joinable()) connector.join();
   if (spiller.joinable()) spiller.join();
+  // Who reads may have stopped reading.
+  for (const Server& server : servers) shutdown(server.fd->get(), SHUT_RDWR);
   for (Server& server : servers) server.thread.join();
   if (unix_socket.valid()) unlink(options.socket.c_str());
   slots.reset();  // its names are the next one's as soon as that has the lock
@@ -242,10 +244,11 @@ void Keeper::Impl::Greet(Connection& c, wire::Reader& frame) {
     auto fd = std::make_shared<net::Fd>(std::move(c.fd));
     c.broken = true;
     absl::StatusOr<std::thread> thread = StartThread("a reader of snapshots", [this, fd, done] {
-      Serve(std::move(*fd));
+      Serve(*fd);
+      shutdown(fd->get(), SHUT_RDWR);  // the descriptor is closed where the thread is joined
       *done = true;
     });
-    if (thread.ok()) servers.push_back({*std::move(thread), done});
+    if (thread.ok()) servers.push_back({*std::move(thread), fd, done});
     return;
   }
   if (role == KeeperRole::kKeeper) {
@@ -312,7 +315,7 @@ void Keeper::Impl::Handle(Connection& c, wire::Reader& frame) {
 }
 
 // Reads of other keepers and of trainers elsewhere, until they leave.
-void Keeper::Impl::Serve(net::Fd fd) {
+void Keeper::Impl::Serve(const net::Fd& fd) {
   std::string frame;
   while (!stop) {
     pollfd wait = {fd.get(), POLLIN, 0};

@@ -94,7 +94,7 @@ struct Keeper::Impl {
   void Flush(Connection& c);
   void Handle(Connection& c, wire::Reader& frame);
   void Greet(Connection& c, wire::Reader& frame);
-  void Serve(net::Fd fd);  // a reader, in a thread of its own
+  void Serve(const net::Fd& fd);  // a reader, in a thread of its own
   absl::Status Answer(const net::Fd& fd, const SnapshotId& id, SlotState least, int32_t what,
                       int64_t offset, int64_t size);
   void Send(Connection& c, wire::Writer& frame);
@@ -165,6 +165,7 @@ struct Keeper::Impl {
   std::atomic<bool> connecting = false;
   struct Server {
     std::thread thread;
+    std::shared_ptr<net::Fd> fd;
     std::shared_ptr<std::atomic<bool>> done;
   };
   std::list<Server> servers;

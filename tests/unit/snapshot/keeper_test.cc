@@ -293,6 +293,46 @@ TEST_F(Keepers, ASilentPortIsNotWaitedForLong) {
   EXPECT_THAT(Message(status), HasSubstr("has not answered within 3 s"));
 }
 
+// A peer that hangs would hold up the end of a keeper for as long as an answer may take.
+TEST_F(Keepers, EndsWhileAReaderDoesNotRead) {
+  columns_ = 54001;
+  Start(1);
+  ASSERT_TRUE(TrainTo(1, 6).ok());
+  const int64_t step = Committed();
+  SnapshotId id;
+  for (const SlotMemory* slot : SlotsOf(0)) {
+    if (const auto header = slot->ReadHeader(); header.ok() && header->id.epoch == step) {
+      id = header->id;
+    }
+  }
+  ASSERT_EQ(id.epoch, step);
+  {
+    auto reader = snapshot_internal::SlotReader::Connect(options_[0].peers[0], "secret", job_,
+                                                         net::After(std::chrono::seconds(10)));
+    ASSERT_TRUE(reader.ok()) << reader.status();
+    // More than lies between sockets.
+    for (int i = 0; i < 64; ++i) {
+      ASSERT_TRUE(reader
+                      ->Request(id, SlotState::kCommitted, snapshot_internal::kWholeShard, 0,
+                                snapshot_internal::kMostReadBytes)
+                      .ok());
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));  // until they are full
+    std::atomic<bool> ended = false;
+    std::thread end([&] {
+      Lose(0);
+      ended = true;
+    });
+    const net::Deadline deadline = net::After(std::chrono::seconds(20));
+    while (!ended && net::Clock::now() < deadline) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    EXPECT_TRUE(ended);
+    reader->Interrupt();
+    end.join();
+  }
+}
+
 // STRETTO_KEEPER may name anything that listens.
 TEST_F(Keepers, AStrangerIsNamedWithItsAddress) {
   for (const std::string greeting : {"HTTP/1.1 400 Bad Request\r\n\r\n", ""}) {

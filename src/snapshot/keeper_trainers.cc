@@ -17,6 +17,9 @@ using snapshot_internal::NodeManifest;
 using snapshot_internal::RankPart;
 using snapshot_internal::Restorable;
 
+// Bytes of a rank that a keeper makes room for: no sum over ranks overflows.
+constexpr int64_t kMostCapacity = int64_t{1} << 44;
+
 void Keeper::Impl::HandleTrainer(Connection& c, Kind kind, wire::Reader& frame) {
   switch (kind) {
     case Kind::kClaim: {
@@ -87,7 +90,7 @@ void Keeper::Impl::Attach(Connection& c, wire::Reader& frame) {
   const auto capacity = frame.Int<int64_t>();
   const auto number = frame.Int<uint64_t>();
   if (!frame.ok() || c.run == 0 || part.rank < 0 || part.rank >= part.world_size || local < 1 ||
-      capacity < 0 || number == 0) {
+      capacity < 0 || capacity > kMostCapacity || number == 0) {
     c.broken = true;
     return;
   }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <random>
 #include <thread>
 
 #include "absl/strings/escaping.h"
@@ -283,9 +284,10 @@ absl::Status CopyEngines::Open(Channel* c, std::string* handle) {
   *handle = absl::BytesToHexString(
       absl::string_view(reinterpret_cast<const char*>(&exported), sizeof(exported)));
   if (c->group.index > 0) return absl::OkStatus();
-  // The process and the address of the window are of no two groups at a time.
-  c->flags_name = absl::StrCat("/stretto-flags-", getpid(), "-",
-                               absl::Hex(reinterpret_cast<uintptr_t>(c->window.data())));
+  // Containers may share memory and not the numbers of their processes.
+  std::random_device random;
+  c->flags_name =
+      absl::StrCat("/stretto-flags-", getpid(), "-", absl::Hex(random()), "-", absl::Hex(random()));
   return MapFlags(/*create=*/true, c);
 }
 
@@ -294,7 +296,6 @@ absl::Status CopyEngines::MapFlags(bool create, Channel* c) {
     return absl::UnavailableError(
         absl::StrCat(call, " of shared memory ", c->flags_name, " failed: ", std::strerror(errno)));
   };
-  if (create) shm_unlink(c->flags_name.c_str());  // of a process that had this number before
   const int file =
       shm_open(c->flags_name.c_str(), create ? O_CREAT | O_EXCL | O_RDWR : O_RDWR, 0600);
   if (file < 0) return failed("shm_open");

@@ -309,7 +309,7 @@ absl::StatusOr<int> Main(int argc, char** argv) {
     return absl::InvalidArgumentError(absl::StrCat(
         "--keepers must be 0 (none) to as many as --ranks, ", ranks, ", not ", keepers));
   }
-  if (with_parity && (keepers == 0 || parity < -1 || parity >= keepers)) {
+  if (with_parity && (keepers == 0 || parity < -1 || parity > keepers)) {
     return absl::InvalidArgumentError(
         keepers == 0 ? std::string("--parity goes with --keepers, which is missing")
                      : absl::StrCat("--parity must be at least 0 and less than --keepers, ",

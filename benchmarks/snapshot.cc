@@ -32,7 +32,7 @@ namespace stretto::bench {
 namespace {
 
 constexpr double kMostWarmUp = 300;  // seconds until both slots have been filled
-constexpr double kPatience = 600;    // seconds for a snapshot to become durable
+constexpr double kPatience = 300;    // seconds for a snapshot to become durable
 
 struct Options {
   int64_t steps = 20, keepers = 1;
@@ -225,6 +225,7 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
     double asked = start;
     Durable durable;
     bool enough = false;
+    absl::Status spilled;
     while (!enough) {
       STRETTO_RETURN_IF_ERROR(trainer.Step().status());
       if (first_snapshot == 0 && trainer.snapshot_stats()->captured > 0) {
@@ -232,6 +233,11 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
         // The keeper writes the first that is committed.
         if (world.rank() == 0 && !options.spill.empty()) {
           durable.spilled = Until(asked, [&] { return HoldsCheckpoint(options.spill); });
+          if (!durable.spilled) {
+            spilled = absl::ResourceExhaustedError(
+                absl::StrCat("no snapshot was in ", options.spill, " within ", kPatience,
+                             " s; the keeper's lines above say why: a full disk, or a slower one"));
+          }
         }
       }
       asked = Now();
@@ -242,6 +248,7 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
       STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
                                world.AllGather(absl::StrCat("warm ", warm_up), mine ? "1" : "0"));
       enough = std::count(all.begin(), all.end(), "1") == world.size();
+      STRETTO_RETURN_IF_ERROR(world.Agree(absl::StrCat("writing ", warm_up), spilled));
       // Small models are faster than their keepers' set-up.
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }

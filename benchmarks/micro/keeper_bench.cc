@@ -8,6 +8,7 @@
 // seal to COMMITTED everywhere; "rebuild" from the order to PROTECTED. GB/s are of the bytes that
 // a keeper then reads (docs/snapshots.md).
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,6 +22,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "src/comm/socket.h"
@@ -31,6 +33,8 @@
 namespace {
 
 using stretto::Tensor;
+
+constexpr double kPatience = 120;  // seconds from one snapshot to the next
 
 double Now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -104,6 +108,7 @@ class Bench {
   pid_t Fork(int node) {
     const pid_t child = fork();
     if (child != 0) return child;
+    prctl(PR_SET_PDEATHSIG, SIGTERM);  // however this program ends
     stretto::KeeperOptions options;
     options.job = absl::StrCat("keeper-bench-", getppid());
     options.token = "bench";
@@ -164,6 +169,7 @@ class Bench {
   absl::Status Train() {
     return WithState([&](stretto::World& world, auto& tensors,
                          stretto::Snapshotter& snapshots) -> absl::Status {
+      double progress = Now();
       for (int64_t step = 1; static_cast<int64_t>(steps_.size()) < snapshots_; ++step) {
         for (auto& tensor : tensors) tensor[0] = static_cast<float>(step);
         STRETTO_RETURN_IF_ERROR(world.Barrier("step"));
@@ -175,6 +181,11 @@ class Bench {
           STRETTO_ASSIGN_OR_RETURN(const std::string text, stretto::AskKeeper(Socket(0), "bench"));
           const bool there = text.find(absl::StrCat("COMMITTED step ", step, " ")) != text.npos;
           if (there) steps_.push_back(step);
+          if (there) progress = Now();
+          if (Now() - progress > kPatience) {
+            return absl::ResourceExhaustedError(absl::StrCat(
+                "no snapshot was committed within ", kPatience, " s; the keeper says: ", text));
+          }
         }
         STRETTO_RETURN_IF_ERROR(world.Barrier("counted"));
       }
@@ -254,16 +265,42 @@ int main(int argc, char** argv) {
     std::fputs(kUsage, stdout);
     return stretto::EndProgram(absl::OkStatus());
   }
-  const auto argument = [&](int i, int64_t otherwise) {
-    return argc > i ? std::atoll(argv[i]) : otherwise;
+  struct Argument {
+    const char* name;
+    int64_t value, least, most;
   };
-  const int64_t bytes = argument(1, int64_t{256} << 20);
-  const auto nodes = static_cast<int>(argument(2, 2)), parity = static_cast<int>(argument(3, 1)),
-             threads = static_cast<int>(argument(4, 0));
-  const int64_t snapshots = argument(5, 4);
-  if (bytes < 4096 || nodes < 2 || parity < 1 || parity >= nodes || threads < 0 || snapshots < 1) {
+  Argument arguments[] = {{"bytes of a node", int64_t{256} << 20, 4096, int64_t{1} << 40},
+                          {"nodes", 2, 2, 16},
+                          {"parity", 1, 1, 15},
+                          {"threads of a keeper", 0, 0, 64},
+                          {"snapshots", 4, 1, 1000}};
+  if (argc > 6) {
     std::fputs(kUsage, stderr);
-    return 1;
+    return stretto::kExitUsage;
+  }
+  for (int i = 1; i < argc; ++i) {
+    Argument& a = arguments[i - 1];
+    if (absl::SimpleAtoi(argv[i], &a.value) && a.value >= a.least && a.value <= a.most) continue;
+    absl::FPrintF(stderr, "%s must be a number of %d to %d, not '%s'\n", a.name, a.least, a.most,
+                  argv[i]);
+    return stretto::kExitUsage;
+  }
+  const int64_t bytes = arguments[0].value, snapshots = arguments[4].value;
+  const auto nodes = static_cast<int>(arguments[1].value);
+  const auto parity = static_cast<int>(arguments[2].value);
+  const auto threads = static_cast<int>(arguments[3].value);
+  if (parity >= nodes) {
+    absl::FPrintF(stderr, "parity must be less than nodes, %d, not %d\n", nodes, parity);
+    return stretto::kExitUsage;
+  }
+  // State, and in each keeper two slots and their parity.
+  const double needed = static_cast<double>(bytes) * nodes * (3 + 2 * parity);
+  const double there =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  if (needed > there) {
+    absl::FPrintF(stderr, "%d nodes of %d bytes need %.1f GB of memory, this machine has %.1f GB\n",
+                  nodes, bytes, needed / 1e9, there / 1e9);
+    return stretto::kExitUsage;
   }
   absl::PrintF("%d nodes of %d bytes, %d + %d\n", nodes, bytes, nodes - parity, parity);
   return stretto::EndProgram(Bench(bytes, nodes, parity, threads, snapshots).Run());

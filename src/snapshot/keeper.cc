@@ -203,7 +203,7 @@ void Keeper::Impl::Greet(Connection& c, wire::Reader& frame) {
   const auto role = frame.Int<KeeperRole>();
   const std::string token = frame.Text(), job = frame.Text();
   absl::Status refused;
-  if (!ours || !frame.ok()) {
+  if (!ours || !frame.ok() || role < KeeperRole::kKeeper || role > KeeperRole::kReader) {
     c.broken = true;  // not one of us
     return;
   }

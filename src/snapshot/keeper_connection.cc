@@ -93,10 +93,13 @@ absl::StatusOr<std::string> AskKeeper(const std::string& keeper_at, const std::s
   wire::Writer out;
   out.Int(KeeperKind::kStatus);
   STRETTO_RETURN_IF_ERROR(snapshot_internal::SendFrame(keeper.fd, out, net::After(kPatience)));
-  STRETTO_ASSIGN_OR_RETURN(const std::string answer,
-                           snapshot_internal::ReceiveAnswer(keeper.fd, net::After(kPatience)));
-  wire::Reader in = snapshot_internal::ReaderOn(answer);
-  return in.Text();
+  const absl::StatusOr<std::string> answer =
+      snapshot_internal::ReceiveAnswer(keeper.fd, net::After(kPatience));
+  if (!answer.ok()) return snapshot_internal::Explain(answer.status(), keeper_at, kPatience);
+  wire::Reader in = snapshot_internal::ReaderOn(*answer);
+  std::string text = in.Text();
+  if (!in.ok()) return snapshot_internal::Explain(absl::DataLossError(""), keeper_at, kPatience);
+  return text;
 }
 
 }  // namespace stretto

@@ -231,15 +231,16 @@ bool KeeperSlots::Prepare(int slot, const Capacities& ranks, int64_t parity_byte
         }
         const std::lock_guard<std::mutex> done(mutex_);
         const std::string error(status.message());
-        if (!status.ok() && error != error_) LogWarning(absl::StrCat("no snapshots: ", error));
-        error_ = error;
-        places_[slot].making = false;
+        Place& made = places_[slot];
+        if (!status.ok() && error != made.error) LogWarning(absl::StrCat("no snapshots: ", error));
+        made.error = error;
+        made.making = false;
       });
   if (maker.ok()) {
     place.maker = *std::move(maker);
   } else {
     place.making = false;
-    error_ = std::string(maker.status().message());
+    place.error = std::string(maker.status().message());
   }
   return false;
 }
@@ -287,7 +288,10 @@ void KeeperSlots::EndFill(int slot) {
 
 std::string KeeperSlots::error() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  return error_;
+  for (const Place& place : places_) {
+    if (!place.error.empty()) return place.error;
+  }
+  return "";
 }
 
 void KeeperSlots::WriteHeaders(Place& place) {

@@ -112,6 +112,7 @@ class KeeperSlots {
     bool making = false;
     bool filling = false;
     SnapshotId filled;  // for which BeginFill was, and nothing else since
+    std::string error;  // why it could not be made last; empty: it could
     std::thread maker;
   };
   absl::Status Make(int slot, const Capacities& ranks, bool touch);
@@ -135,7 +136,6 @@ class KeeperSlots {
   std::array<std::mutex, kSlots> parity_mutexes_;
   mutable std::mutex mutex_;
   std::array<Place, kSlots> places_;
-  std::string error_;
   std::atomic<int64_t> made_ = 0;
 };
 

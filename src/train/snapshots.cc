@@ -1,13 +1,18 @@
 // A run's snapshots in the memory of keepers (stretto/snapshot/snapshotter.h): found, restored,
 // told of.
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <functional>
 #include <string>
+#include <thread>
 #include <utility>
+#include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/log.h"
 #include "stretto/snapshot/slot.h"
@@ -20,13 +25,17 @@ std::string Variable(const char* name) {
   return value == nullptr ? "" : value;
 }
 
+// Of this rank.
+std::string KeeperAt(const TrainConfig& config) {
+  return config.snapshot.keeper.empty() ? Variable("STRETTO_KEEPER") : config.snapshot.keeper;
+}
+
 }  // namespace
 
 absl::StatusOr<bool> Trainer::Impl::RestoreSnapshot(int64_t newest) {
   if (config.snapshot.every == 0) return false;
   SnapshotterOptions options;
-  options.keeper =
-      config.snapshot.keeper.empty() ? Variable("STRETTO_KEEPER") : config.snapshot.keeper;
+  options.keeper = KeeperAt(config);
   options.token = Variable("STRETTO_JOB_TOKEN");
   options.timeout =
       std::chrono::milliseconds(static_cast<int64_t>(config.runtime.timeout_seconds * 1000));
@@ -120,18 +129,51 @@ void Trainer::Impl::Update(double lr) {
   WaitForSnapshot(-1);  // what follows the update writes the rest
 }
 
+namespace {
+
+// The newest step of which the keepers hold a snapshot of all ranks, as this rank's keeper says
+// within a few seconds; -1: none.
+int64_t NewestCommitted(const std::string& keeper) {
+  constexpr std::chrono::seconds kPatience(2);
+  int64_t newest = -1;
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  while (newest < 0 && std::chrono::steady_clock::now() < end) {
+    const absl::StatusOr<std::string> status = AskKeeper(keeper, Variable("STRETTO_JOB_TOKEN"));
+    if (!status.ok()) return -1;
+    for (const absl::string_view line : absl::StrSplit(*status, '\n')) {
+      const std::vector<absl::string_view> words = absl::StrSplit(line, ' ');
+      int64_t step = -1;
+      if (words.size() > 4 && words[2] == "COMMITTED" && absl::SimpleAtoi(words[4], &step)) {
+        newest = std::max(newest, step);
+      }
+    }
+    if (newest < 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  return newest;
+}
+
+}  // namespace
+
 void Trainer::Impl::FinishSnapshots() {
   if (snapshots == nullptr) return;
   snapshots->Wait();
   const SnapshotStats stats = snapshots->stats();
   if (world.rank() != 0 || stats.captured + stats.passed_over == 0) return;
+  const int64_t newest = NewestCommitted(KeeperAt(config));
+  if (stats.captured > 0 && newest < 0) {
+    LogWarning(
+        "none of the snapshots is COMMITTED: the keepers do not hold one of all ranks; their logs "
+        "and stretto-keeper --ask say why");
+  }
   LogInfo(absl::StrFormat(
       "%d snapshots taken and %d passed over: one every %.1f steps; the host waited %.3f s for "
-      "copies to be enqueued",
+      "copies to be enqueued; %s",
       stats.captured, stats.passed_over,
       static_cast<double>(config.snapshot.every * (stats.captured + stats.passed_over)) /
           static_cast<double>(std::max<int64_t>(1, stats.captured)),
-      stats.waited_seconds));
+      stats.waited_seconds,
+      newest < 0 ? "none is COMMITTED"
+                 : absl::StrCat("the newest that is COMMITTED is of step ", newest)));
 }
 
 }  // namespace stretto

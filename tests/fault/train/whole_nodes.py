@@ -284,7 +284,34 @@ def adopt(scratch):
         raise
     finally:
         nodes.kill()
+    too_small(scratch)
     print(f"the keeper that came again has taken step {step} over, and refused what was damaged")
+
+
+def too_small(scratch):
+    """One of two nodes has no memory for snapshots: the run says so, and its keeper not all the time."""
+    nodes = Nodes(KEEPER, scratch, f"small-{os.getpid()}", 2)
+    try:
+        if "the newest that is COMMITTED is of step" not in train(scratch, 2, f"{scratch}/room", 12,
+                                                                  nodes):
+            fail("a run with snapshots does not say which is the newest")
+        nodes.end()
+        nodes = Nodes(KEEPER, scratch, f"small-{os.getpid()}", 2)
+        nodes.keepers[1].kill()
+        nodes.keepers[1].wait()
+        nodes.options = ("--memory", "1000")
+        os.remove(f"{scratch}/keeper1.log")
+        nodes.keepers[1] = nodes.start(1)
+        text = train(scratch, 2, f"{scratch}/no-room", 12, nodes)
+        if "none of the snapshots is COMMITTED" not in text:
+            fail(f"a run without a snapshot says nothing of it:\n{text}")
+        with open(f"{scratch}/keeper1.log") as f:
+            told = f.read().count("no snapshots: ")
+        if not 1 <= told <= 4:
+            fail(f"the keeper without memory says so {told} times")
+        nodes.end()
+    finally:
+        nodes.kill()
 
 
 def disk(scratch):

@@ -333,6 +333,24 @@ TEST_F(Keepers, EndsWhileAReaderDoesNotRead) {
   }
 }
 
+// Also with the token: what is neither keeper, rank nor reader gets no answer, and the keeper stays.
+TEST_F(Keepers, OtherRolesAreNotLetIn) {
+  Start(1);
+  for (const int role : {0, 99}) {
+    const auto peer = snapshot_internal::ParseHostPort(options_[0].peers[0]);
+    ASSERT_TRUE(peer.ok()) << peer.status();
+    const net::Deadline deadline = net::After(std::chrono::seconds(10));
+    const auto fd = net::Connect(peer->host, peer->port, deadline);
+    ASSERT_TRUE(fd.ok()) << fd.status();
+    wire::Writer hello = snapshot_internal::Hello(
+        static_cast<snapshot_internal::KeeperRole>(role), "secret", job_);
+    ASSERT_TRUE(snapshot_internal::SendFrame(*fd, hello, deadline).ok());
+    const absl::Status answer = snapshot_internal::ReceiveAnswer(*fd, deadline).status();
+    EXPECT_TRUE(absl::IsUnavailable(answer)) << role << answer;
+  }
+  EXPECT_THAT(Status(0), HasSubstr("node 0 of 1"));
+}
+
 // STRETTO_KEEPER may name anything that listens.
 TEST_F(Keepers, AStrangerIsNamedWithItsAddress) {
   for (const std::string greeting : {"HTTP/1.1 400 Bad Request\r\n\r\n", ""}) {

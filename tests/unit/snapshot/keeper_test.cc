@@ -333,7 +333,8 @@ TEST_F(Keepers, EndsWhileAReaderDoesNotRead) {
   }
 }
 
-// Also with the token: what is neither keeper, rank nor reader gets no answer, and the keeper stays.
+// Also with the token: what is neither keeper, rank nor reader gets no answer, and the keeper
+// stays.
 TEST_F(Keepers, OtherRolesAreNotLetIn) {
   Start(1);
   for (const int role : {0, 99}) {
@@ -342,8 +343,8 @@ TEST_F(Keepers, OtherRolesAreNotLetIn) {
     const net::Deadline deadline = net::After(std::chrono::seconds(10));
     const auto fd = net::Connect(peer->host, peer->port, deadline);
     ASSERT_TRUE(fd.ok()) << fd.status();
-    wire::Writer hello = snapshot_internal::Hello(
-        static_cast<snapshot_internal::KeeperRole>(role), "secret", job_);
+    wire::Writer hello =
+        snapshot_internal::Hello(static_cast<snapshot_internal::KeeperRole>(role), "secret", job_);
     ASSERT_TRUE(snapshot_internal::SendFrame(*fd, hello, deadline).ok());
     const absl::Status answer = snapshot_internal::ReceiveAnswer(*fd, deadline).status();
     EXPECT_TRUE(absl::IsUnavailable(answer)) << role << answer;

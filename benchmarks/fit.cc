@@ -178,7 +178,7 @@ class Fitter {
       }
       std::sort(rounds.begin(), rounds.end(),
                 [](const auto& x, const auto& y) { return x.back() < y.back(); });
-      const std::vector<double>& chosen = rounds[Chosen(rounds.size())];
+      const std::vector<double>& chosen = rounds[(rounds.size() - 1) / (gpu_ ? 2 : 10)];
       const auto n = static_cast<double>(documents), t = static_cast<double>(tokens);
       for (size_t i = 0; i < samples.size(); ++i) {
         STRETTO_ASSIGN_OR_RETURN(const double mean, MeanOfAll(chosen[i]));
@@ -300,10 +300,8 @@ class Fitter {
     }
     return absl::OkStatus();
   }
-  // Of sorted times that of a run: on a GPU the median; on processors that others disturb the lower
-  // decile.
-  size_t Chosen(size_t count) const { return gpu_ ? (count - 1) / 2 : (count - 1) / 10; }
-  // Seconds of `work` on the slowest rank, when all begin together.
+  // Seconds of `work` on the slowest rank, when all begin together: on a GPU the median; on
+  // processors, which others disturb, the lower decile.
   template <class Work>
   absl::StatusOr<double> Together(const Work& work) {
     std::vector<double> seconds;
@@ -315,8 +313,7 @@ class Fitter {
       STRETTO_ASSIGN_OR_RETURN(const double slowest, LargestOfAll(comm_, Now() - start));
       if (round > 0) seconds.push_back(slowest);
     }
-    std::sort(seconds.begin(), seconds.end());
-    return seconds[Chosen(seconds.size())];
+    return gpu_ ? Median(std::move(seconds)) : LowerDecile(std::move(seconds));
   }
 
   const TrainConfig& config_;

@@ -15,7 +15,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
@@ -281,10 +280,9 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
       taken = std::count(all.begin(), all.end(), "1") == world.size();
     }
     if (world.rank() == 0) {
-      const std::string wanted = absl::StrCat("COMMITTED step ", trainer.step(), " ");
       durable.committed = Until(captured_at, [&] {
         const auto state = AskKeeper(Variable("STRETTO_KEEPER"), Variable("STRETTO_JOB_TOKEN"));
-        return state.ok() && absl::StrContains(*state, wanted);
+        return state.ok() && CommittedStep(*state) == trainer.step();
       });
     }
     STRETTO_RETURN_IF_ERROR(world.Barrier("durable all"));

@@ -1,9 +1,6 @@
 // Speed of keepers: how long snapshots take to encode, and a lost node to be rebuilt, with one
 // keeper a node, all on this machine, each in a process of its own and over TCP.
 //
-//   stretto-keeper-bench [bytes of a node = 268435456] [nodes = 2] [parity = 1]
-//                        [threads of a keeper, 0: as stretto-keeper] [snapshots = 4]
-//
 // "encode" is from the order to the node's PROTECTED, the slowest node's; "commit" from the last
 // seal to COMMITTED everywhere; "rebuild" from the order to PROTECTED. GB/s are of the bytes that
 // a keeper then reads (docs/snapshots.md).
@@ -22,13 +19,13 @@
 #include <thread>
 #include <vector>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "src/comm/socket.h"
 #include "stretto/core/exit_code.h"
 #include "stretto/snapshot/keeper.h"
 #include "stretto/snapshot/snapshotter.h"
+#include "tools/arguments.h"
 
 namespace {
 
@@ -170,6 +167,7 @@ class Bench {
     return WithState([&](stretto::World& world, auto& tensors,
                          stretto::Snapshotter& snapshots) -> absl::Status {
       double progress = Now();
+      absl::Status stuck;
       for (int64_t step = 1; static_cast<int64_t>(steps_.size()) < snapshots_; ++step) {
         for (auto& tensor : tensors) tensor[0] = static_cast<float>(step);
         STRETTO_RETURN_IF_ERROR(world.Barrier("step"));
@@ -179,15 +177,15 @@ class Bench {
         STRETTO_RETURN_IF_ERROR(world.Barrier("idle"));
         if (world.rank() == 0) {
           STRETTO_ASSIGN_OR_RETURN(const std::string text, stretto::AskKeeper(Socket(0), "bench"));
-          const bool there = text.find(absl::StrCat("COMMITTED step ", step, " ")) != text.npos;
+          const bool there = stretto::CommittedStep(text) == step;
           if (there) steps_.push_back(step);
           if (there) progress = Now();
           if (Now() - progress > kPatience) {
-            return absl::ResourceExhaustedError(absl::StrCat(
+            stuck = absl::ResourceExhaustedError(absl::StrCat(
                 "no snapshot was committed within ", kPatience, " s; the keeper says: ", text));
           }
         }
-        STRETTO_RETURN_IF_ERROR(world.Barrier("counted"));
+        STRETTO_RETURN_IF_ERROR(world.Agree("counting", stuck));
       }
       return absl::OkStatus();
     });
@@ -258,50 +256,42 @@ class Bench {
 }  // namespace
 
 int main(int argc, char** argv) {
-  constexpr char kUsage[] =
-      "usage: stretto-keeper-bench [bytes of a node] [nodes] [parity] [threads of a keeper] "
-      "[snapshots]\n";
-  if (argc == 2 && std::strcmp(argv[1], "--help") == 0) {
-    std::fputs(kUsage, stdout);
-    return stretto::EndProgram(absl::OkStatus());
-  }
-  struct Argument {
-    const char* name;
-    int64_t value, least, most;
+  int64_t bytes = int64_t{256} << 20, nodes = 2, parity = 1, threads = 0, snapshots = 4;
+  stretto::Arguments arguments(
+      "stretto-keeper-bench",
+      "Speed of keepers: encoding snapshots and rebuilding a lost node, with one keeper a node,\n"
+      "all on this machine and over TCP.",
+      "");
+  arguments.Add("bytes", "N", "of a node's snapshot", &bytes);
+  arguments.Add("nodes", "N", "keepers", &nodes);
+  arguments.Add("parity", "M", "parity blocks of their code", &parity);
+  arguments.Add("threads", "N", "of a keeper; 0: as stretto-keeper", &threads);
+  arguments.Add("snapshots", "N", "to measure", &snapshots);
+  absl::Status status = arguments.Parse(argc, argv);
+  if (arguments.help()) return stretto::EndProgram(stretto::PrintText(arguments.Help()));
+  const auto check = [&](const char* name, int64_t value, int64_t least, int64_t most) {
+    if (!status.ok() || (value >= least && value <= most)) return;
+    status = absl::InvalidArgumentError(
+        absl::StrCat("--", name, " must be ", least, " to ", most, ", not ", value));
   };
-  Argument arguments[] = {{"bytes of a node", int64_t{256} << 20, 4096, int64_t{1} << 40},
-                          {"nodes", 2, 2, 16},
-                          {"parity", 1, 1, 15},
-                          {"threads of a keeper", 0, 0, 64},
-                          {"snapshots", 4, 1, 1000}};
-  if (argc > 6) {
-    std::fputs(kUsage, stderr);
-    return stretto::kExitUsage;
-  }
-  for (int i = 1; i < argc; ++i) {
-    Argument& a = arguments[i - 1];
-    if (absl::SimpleAtoi(argv[i], &a.value) && a.value >= a.least && a.value <= a.most) continue;
-    absl::FPrintF(stderr, "%s must be a number of %d to %d, not '%s'\n", a.name, a.least, a.most,
-                  argv[i]);
-    return stretto::kExitUsage;
-  }
-  const int64_t bytes = arguments[0].value, snapshots = arguments[4].value;
-  const auto nodes = static_cast<int>(arguments[1].value);
-  const auto parity = static_cast<int>(arguments[2].value);
-  const auto threads = static_cast<int>(arguments[3].value);
-  if (parity >= nodes) {
-    absl::FPrintF(stderr, "parity must be less than nodes, %d, not %d\n", nodes, parity);
-    return stretto::kExitUsage;
-  }
+  check("bytes", bytes, 4096, int64_t{1} << 40);
+  check("nodes", nodes, 2, 16);
+  check("parity", parity, 1, nodes - 1);
+  check("threads", threads, 0, 64);
+  check("snapshots", snapshots, 1, 1000);
   // State, and in each keeper two slots and their parity.
-  const double needed = static_cast<double>(bytes) * nodes * (3 + 2 * parity);
+  const double needed = static_cast<double>(bytes * nodes * (3 + 2 * parity));
   const double there =
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
-  if (needed > there) {
-    absl::FPrintF(stderr, "%d nodes of %d bytes need %.1f GB of memory, this machine has %.1f GB\n",
-                  nodes, bytes, needed / 1e9, there / 1e9);
-    return stretto::kExitUsage;
+  if (status.ok() && needed > there) {
+    status = absl::InvalidArgumentError(
+        absl::StrFormat("%d nodes of %d bytes need %.1f GB of memory, this machine has %.1f GB; "
+                        "lower --bytes or --nodes",
+                        nodes, bytes, needed / 1e9, there / 1e9));
   }
+  if (!status.ok()) return stretto::EndProgram(status);
   absl::PrintF("%d nodes of %d bytes, %d + %d\n", nodes, bytes, nodes - parity, parity);
-  return stretto::EndProgram(Bench(bytes, nodes, parity, threads, snapshots).Run());
+  return stretto::EndProgram(Bench(bytes, static_cast<int>(nodes), static_cast<int>(parity),
+                                   static_cast<int>(threads), snapshots)
+                                 .Run());
 }

@@ -61,12 +61,12 @@ struct Call {
 };
 
 // Says once of each pass why own kernels run it, which nothing but its time would show.
-void TellRefusal(bool backward) {
+void TellRefusal(bool backward, const absl::Status& refused) {
   static std::atomic<bool> told[2];
-  if (CudnnRefusal().empty() || told[backward ? 1 : 0].exchange(true)) return;
+  if (told[backward ? 1 : 0].exchange(true)) return;
   LogWarning(absl::StrCat("attention's ", backward ? "backward" : "forward",
                           " pass runs on own kernels, maybe several times slower, where ",
-                          Cudnn().note, " refuses it: ", CudnnRefusal()));
+                          Cudnn().note, " refuses it: ", std::string(refused.message())));
 }
 
 bool SameRows(const Tensor& a, const Tensor& b) { return a.row_stride == b.row_stride; }
@@ -90,8 +90,7 @@ class CudnnAttention final : public AttentionKernels {
   void Forward(Stream& s, Tensor o, Tensor lse, Tensor q, Tensor k, Tensor v,
                const AttentionShape& shape) const override {
     const Call call = {q, k, v, o, lse, {}, {}, {}, {}, shape};
-    if (Run(s, call)) return;
-    TellRefusal(/*backward=*/false);
+    if (Ran(s, call)) return;
     PlainAttention()->Forward(s, o, lse, q, k, v, shape);
   }
   void Backward(Stream& s, Tensor dq, Tensor dk, Tensor dv, Tensor delta, Tensor d_o, Tensor o,
@@ -100,10 +99,9 @@ class CudnnAttention final : public AttentionKernels {
     const Call call = {q, k, v, o, lse, d_o, dq, dk, dv, shape};
     if (HopperAttentionBackward(s, dq, dk, dv, d_o, o, lse, q, k, v, shape,
                                 /*library_refused=*/false) ||
-        Run(s, call)) {
+        Ran(s, call)) {
       return;
     }
-    TellRefusal(/*backward=*/true);
     PlainAttention()->Backward(s, dq, dk, dv, delta, d_o, o, lse, q, k, v, shape);
   }
   void Merge(Stream& s, Tensor o, Tensor lse, Tensor part, Tensor part_lse, Tensor cu,
@@ -113,27 +111,30 @@ class CudnnAttention final : public AttentionKernels {
 
  private:
   // False when our own kernels have to do it; what was written until then is overwritten.
-  static bool Run(Stream& s, const Call& call) {
-    CudnnRefusal().clear();
+  static bool Ran(Stream& s, const Call& call) {
+    if (!Takes(call)) return false;
+    const absl::Status ran = Run(s, call);
+    if (!ran.ok()) TellRefusal(call.backward(), ran);
+    return ran.ok();
+  }
+  // UNIMPLEMENTED when cuDNN refuses.
+  static absl::Status Run(Stream& s, const Call& call) {
     try {
-      if (!Takes(call)) return false;
       int device = 0;
-      if (cudaGetDevice(&device) != cudaSuccess) return false;
+      if (cudaGetDevice(&device) != cudaSuccess) return absl::UnimplementedError("no device");
       cudnnContext* const handle = CudnnHandle(s, device);
       if (handle == nullptr) {
-        CudnnRefusal() = "no handle could be made for the device";
-        return false;
+        return absl::UnimplementedError("no handle could be made for the device");
       }
       return RunOn(s, call, handle, device);
     } catch (const std::exception& e) {
-      CudnnRefusal() = e.what();
+      return absl::UnimplementedError(e.what());
     } catch (...) {
-      CudnnRefusal() = "an unknown exception";
+      return absl::UnimplementedError("an unknown exception");
     }
-    return false;
   }
 
-  static bool RunOn(Stream& s, const Call& c, cudnnContext* handle, int device) {
+  static absl::Status RunOn(Stream& s, const Call& c, cudnnContext* handle, int device) {
     const int64_t version = Cudnn().version;
     const int64_t uniform = c.shape.uniform;
     // A sequence alone comes in any length, and the dense way builds a plan for each of them.
@@ -169,39 +170,40 @@ class CudnnAttention final : public AttentionKernels {
         std::max(c.q.rows() * std::max({key.q_row, key.o_row, key.dq_row}),
                  c.k.rows() * std::max({key.k_row, key.v_row, key.dk_row, key.dv_row}));
     if (!dense && reach > INT32_MAX) {
-      CudnnRefusal() = absl::StrCat("packed sequences of ", c.q.rows(), " queries and ", c.k.rows(),
-                                    " keys reach ", reach, " elements, more than 32 bits count");
-      return false;
+      return absl::UnimplementedError(absl::StrCat("packed sequences of ", c.q.rows(),
+                                                   " queries and ", c.k.rows(), " keys reach ",
+                                                   reach, " elements, more than 32 bits count"));
     }
     if (!c.backward()) return RunCut(s, c, key, {key.batch, key.kv_heads}, handle);
 
     // Fewer, larger executions first. Below the first that should fit, a few tries make up for what
     // the estimate does not know.
     int tries = 4;
+    absl::Status ran;  // the last try
     const auto attempt = [&](Cut cut) {
       AttentionKey part = key;
       part.batch = cut.batch;
       part.heads = key.heads / key.kv_heads * cut.kv_heads;
       part.kv_heads = cut.kv_heads;
       if (BackwardBytes(part) > s.workspace().bytes || tries-- <= 0) return false;
-      return RunCut(s, c, part, cut, handle);
+      ran = RunCut(s, c, part, cut, handle);
+      return ran.ok();
     };
     for (const int64_t batch : Divisors(key.batch)) {
-      if (attempt({batch, key.kv_heads})) return true;
+      if (attempt({batch, key.kv_heads})) return ran;
     }
     for (const int64_t kv_heads : Divisors(key.kv_heads)) {
-      if (kv_heads < key.kv_heads && attempt({1, kv_heads})) return true;
+      if (kv_heads < key.kv_heads && attempt({1, kv_heads})) return ran;
     }
-    if (tries == 4) {
-      CudnnRefusal() =
-          absl::StrCat("sequences of ", key.length, " tokens need ", BackwardBytes(key.Single()),
-                       " bytes of workspace, the stream has ", s.workspace().bytes);
-    }
-    return false;
+    if (tries < 4) return ran;
+    return absl::UnimplementedError(
+        absl::StrCat("sequences of ", key.length, " tokens need ", BackwardBytes(key.Single()),
+                     " bytes of workspace, the stream has ", s.workspace().bytes));
   }
 
   // Runs the call in parts of `cut`; `key` describes one part but for the workspace.
-  static bool RunCut(Stream& s, const Call& c, AttentionKey key, Cut cut, cudnnContext* handle) {
+  static absl::Status RunCut(Stream& s, const Call& c, AttentionKey key, Cut cut,
+                             cudnnContext* handle) {
     // Our scratch comes first in the workspace: boundaries, or statistics of one part.
     const Stream::Workspace workspace = s.workspace();
     RaggedIndex index;
@@ -220,9 +222,12 @@ class CudnnAttention final : public AttentionKernels {
       scratch = RoundUp(key.batch * key.heads * key.length * int64_t{sizeof(float)}, 256);
     }
     key.workspace = workspace.bytes - scratch;
-    if (key.workspace < 0) return false;
-    const CudnnPlan* plan = FindCudnnPlan(key, handle);
-    if (plan == nullptr) return false;
+    if (key.workspace < 0) {
+      return absl::UnimplementedError(
+          absl::StrCat("boundaries alone need ", scratch, " bytes of workspace"));
+    }
+    const CudnnPlan& plan = FindCudnnPlan(key, handle);
+    STRETTO_RETURN_IF_ERROR(plan.refused);
     std::byte* const rest = workspace.data + scratch;
 
     if (key.ragged != 0) FillRaggedIndex(s, index, c.shape);
@@ -235,7 +240,7 @@ class CudnnAttention final : public AttentionKernels {
           p[kLengthsK] = index.Lengths(g, /*keys=*/true);
           for (int i = 0; i < RaggedIndex::kOperands; ++i) p[kOffsetsQ + i] = index.Offsets(g, i);
           if (c.backward() && Cudnn().version < kCleanScratch) {
-            cudaMemsetAsync(rest, 0, static_cast<size_t>(plan->workspace), Native(s));
+            cudaMemsetAsync(rest, 0, static_cast<size_t>(plan.workspace), Native(s));
           }
         } else if (c.backward()) {
           auto* stats = reinterpret_cast<float*>(workspace.data);
@@ -243,7 +248,7 @@ class CudnnAttention final : public AttentionKernels {
                        cut.batch, key.length, head * (c.q.dims[1] / kv_heads), key.heads);
           p[kStats] = stats;
         }
-        if (!ExecuteCudnn(*plan, handle, p, rest)) return false;
+        STRETTO_RETURN_IF_ERROR(ExecuteCudnn(plan, handle, p, rest));
       }
     }
     // Not left to the library, which does not promise it.
@@ -252,7 +257,7 @@ class CudnnAttention final : public AttentionKernels {
       ClearLonely(s, c.q, c.k, c.backward() ? none : c.o, c.backward() ? none : c.lse, c.dq, c.dk,
                   c.dv, c.shape);
     }
-    return true;
+    return absl::OkStatus();
   }
 
   // The operands from row `row` and key-value head `kv_head` on.

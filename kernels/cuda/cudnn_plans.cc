@@ -238,11 +238,6 @@ const CudnnLibrary& Cudnn() {
   return library;
 }
 
-std::string& CudnnRefusal() {
-  static thread_local std::string why;
-  return why;
-}
-
 cudnnContext* CudnnHandle(Stream& s, int device) {
   static thread_local Handles handles;
   const cudnnHandle_t handle = handles.For(device);
@@ -251,7 +246,7 @@ cudnnContext* CudnnHandle(Stream& s, int device) {
   return set ? handle : nullptr;
 }
 
-const CudnnPlan* FindCudnnPlan(const AttentionKey& key, cudnnHandle_t handle) {
+const CudnnPlan& FindCudnnPlan(const AttentionKey& key, cudnnHandle_t handle) {
   static auto& mutex = *new std::mutex;
   static auto& plans = *new std::map<AttentionKey, CudnnPlan>;
   const std::lock_guard lock(mutex);
@@ -272,20 +267,19 @@ const CudnnPlan* FindCudnnPlan(const AttentionKey& key, cudnnHandle_t handle) {
     }
     if (!why.empty()) {
       plan.graph.reset();
-      CudnnRefusal() = why;
+      plan.refused = absl::UnimplementedError(why);
     }
   }
-  return plan.graph == nullptr ? nullptr : &plan;
+  return plan;
 }
 
-bool ExecuteCudnn(const CudnnPlan& plan, cudnnHandle_t handle, const CudnnPointers& pointers,
-                  void* workspace) {
+absl::Status ExecuteCudnn(const CudnnPlan& plan, cudnnHandle_t handle,
+                          const CudnnPointers& pointers, void* workspace) {
   std::array<void*, kOperands> ordered;
   int n = 0;
   for (const int64_t uid : plan.operands) ordered[n++] = pointers[uid];
   fe::error_t error = plan.graph->execute(handle, ordered.data(), n, workspace);
-  if (error.is_bad()) CudnnRefusal() = error.get_message();
-  return error.is_good();
+  return error.is_good() ? absl::OkStatus() : absl::UnimplementedError(error.get_message());
 }
 
 }  // namespace stretto::cuda

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/cuda/attention_cut.h"
+#include "stretto/core/status.h"
 #include "stretto/core/stream.h"
 
 struct cudnnContext;
@@ -23,8 +24,6 @@ struct CudnnLibrary {
 };
 // Opened when it is first asked for.
 const CudnnLibrary& Cudnn();
-// Why cuDNN refused last what this thread asked of it.
-std::string& CudnnRefusal();
 
 // This thread's handle for the device, which must be the current one, set to the stream; null when
 // cuDNN refuses. What is called here and below may throw.
@@ -56,18 +55,18 @@ enum CudnnOperand : int64_t {
 using CudnnPointers = std::array<void*, kOperands>;
 
 struct CudnnPlan {
-  struct Graph;                   // of the frontend
-  std::unique_ptr<Graph> graph;   // null: cuDNN refuses
+  struct Graph;          // of the frontend
+  absl::Status refused;  // why cuDNN does not do it; OK: it does
+  std::unique_ptr<Graph> graph;
   std::vector<int64_t> operands;  // in the order of execution
   int64_t workspace = 0;
 };
 
-// The plan for a key, built when it is first asked for; plans stay. Null when cuDNN refuses, and
-// so does every later call; only the first one says why (CudnnRefusal).
-const CudnnPlan* FindCudnnPlan(const AttentionKey& key, cudnnContext* handle);
-// False when cuDNN refuses.
-bool ExecuteCudnn(const CudnnPlan& plan, cudnnContext* handle, const CudnnPointers& pointers,
-                  void* workspace);
+// The plan for a key, built when it is first asked for; plans stay, and so do refusals.
+const CudnnPlan& FindCudnnPlan(const AttentionKey& key, cudnnContext* handle);
+// The plan is one that cuDNN does not refuse.
+absl::Status ExecuteCudnn(const CudnnPlan& plan, cudnnContext* handle,
+                          const CudnnPointers& pointers, void* workspace);
 
 }  // namespace stretto::cuda
 

@@ -437,21 +437,20 @@ Ticket Communicator::Receive(const Group& g, Tensor data, int peer, const std::s
 }
 
 int64_t Communicator::BytesSent(const std::string& group_name) const {
-  const auto lock = impl_->Lock();
-  int64_t bytes = 0;
-  for (const Impl::GroupState& state : impl_->groups) {
-    if (state.group.name == group_name) bytes += state.bytes_sent;
-  }
-  return bytes;
+  return impl_->Count(group_name, &Impl::GroupState::bytes_sent);
 }
 
 int64_t Communicator::BytesCopied(const std::string& group_name) const {
-  const auto lock = impl_->Lock();
-  int64_t bytes = 0;
-  for (const Impl::GroupState& state : impl_->groups) {
-    if (state.group.name == group_name) bytes += state.bytes_copied;
+  return impl_->Count(group_name, &Impl::GroupState::bytes_copied);
+}
+
+int64_t Communicator::Impl::Count(const std::string& name, int64_t GroupState::*bytes) {
+  const auto lock = Lock();
+  int64_t all = 0;
+  for (const GroupState& state : groups) {
+    if (state.group.name == name) all += state.*bytes;
   }
-  return bytes;
+  return all;
 }
 
 }  // namespace stretto

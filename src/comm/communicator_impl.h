@@ -80,6 +80,8 @@ struct Communicator::Impl {
   void Delay();
   std::function<void(const Operation&)> BeforePost();
   GroupState* Find(const Group& g);
+  // The sum over all groups of this name.
+  int64_t Count(const std::string& name, int64_t GroupState::*bytes);
   GroupState& AddGroup(const std::string& name, const RankList& ranks);
   // Checks the group and makes an operation; null after an error.
   Operation* New(CommOp op, const Group& g, const std::string& label, const Event& after,

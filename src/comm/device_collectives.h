@@ -34,12 +34,13 @@ class DeviceCollectives {
   // multiprocessors alone, as far as its ranks can reach each other's memory. Called as AddGroup.
   // Empty: it is so; otherwise why it cannot be, the same on all ranks, and nothing has changed.
   virtual absl::StatusOr<std::string> UseCopyEngines(const Group& group) = 0;
-  // How many launches Issue makes for one operation, at most.
-  virtual int64_t Launches(const Operation& o) = 0;
+  // Decides, once for each operation, what Issue does with it: sets `copied`, and returns how many
+  // launches that takes at most.
+  virtual int64_t Prepare(Operation* o) = 0;
   // Hands one collective, or any number of sends and receives that proceed together, to the device:
-  // an event recorded from then on comes after it. Sets `copied`. Waits for no other rank, except
-  // for the first message between two ranks that AddGroup has not connected, and then no longer
-  // than the world's time-out.
+  // an event recorded from then on comes after it. Waits for no other rank, except for the first
+  // message between two ranks that AddGroup has not connected, and then no longer than the world's
+  // time-out.
   virtual absl::Status Issue(std::span<Operation* const> batch) = 0;
   // An error that was noticed since, e.g. that a connection broke. Never blocks.
   virtual absl::Status Check() = 0;

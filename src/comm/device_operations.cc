@@ -13,7 +13,7 @@ int64_t Items(const Operation& o) {
 
 void DeviceOperations::Add(Operation* o) {
   o->device = Operation::OnDevice::kWaiting;
-  o->launches = kAround + collectives_->Launches(*o);
+  o->launches = kAround + collectives_->Prepare(o);
   waiting_.push_back(o);
 }
 

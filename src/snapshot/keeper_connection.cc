@@ -3,11 +3,15 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
+#include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
 #include "src/snapshot/keeper_wire.h"
 #include "stretto/snapshot/snapshotter.h"
 
@@ -100,6 +104,19 @@ absl::StatusOr<std::string> AskKeeper(const std::string& keeper_at, const std::s
   std::string text = in.Text();
   if (!in.ok()) return snapshot_internal::Explain(absl::DataLossError(""), keeper_at, kPatience);
   return text;
+}
+
+int64_t CommittedStep(const std::string& keeper_state) {
+  int64_t newest = -1;
+  for (const absl::string_view line : absl::StrSplit(keeper_state, '\n')) {
+    const std::vector<absl::string_view> words = absl::StrSplit(line, ' ');
+    int64_t step = -1;
+    if (words.size() > 4 && words[0] == "slot" && words[2] == Name(SlotState::kCommitted) &&
+        absl::SimpleAtoi(words[4], &step)) {
+      newest = std::max(newest, step);
+    }
+  }
+  return newest;
 }
 
 }  // namespace stretto

@@ -7,12 +7,9 @@
 #include <string>
 #include <thread>
 #include <utility>
-#include <vector>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
-#include "absl/strings/str_split.h"
 #include "src/train/trainer_impl.h"
 #include "stretto/core/log.h"
 #include "stretto/snapshot/slot.h"
@@ -140,13 +137,7 @@ int64_t NewestCommitted(const std::string& keeper) {
   while (newest < 0 && std::chrono::steady_clock::now() < end) {
     const absl::StatusOr<std::string> status = AskKeeper(keeper, Variable("STRETTO_JOB_TOKEN"));
     if (!status.ok()) return -1;
-    for (const absl::string_view line : absl::StrSplit(*status, '\n')) {
-      const std::vector<absl::string_view> words = absl::StrSplit(line, ' ');
-      int64_t step = -1;
-      if (words.size() > 4 && words[2] == "COMMITTED" && absl::SimpleAtoi(words[4], &step)) {
-        newest = std::max(newest, step);
-      }
-    }
+    newest = CommittedStep(*status);
     if (newest < 0) std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
   return newest;

@@ -103,6 +103,8 @@ class Snapshotter {
 // The keeper's state as text, one "name value" a line (tools, tests): "ready 1", "lost 0",
 // "slot 0 COMMITTED step 12 round 1".
 absl::StatusOr<std::string> AskKeeper(const std::string& keeper_at, const std::string& token);
+// The newest step of which such a text has a COMMITTED snapshot; -1: it has none.
+int64_t CommittedStep(const std::string& keeper_state);
 
 }  // namespace stretto
 

@@ -56,13 +56,10 @@ CopyEngines::Channel* CopyEngines::Of(const Group& group) {
   return nullptr;
 }
 
-bool CopyEngines::Takes(const Operation& o) {
+int64_t CopyEngines::Launches(const Operation& o) {
   const bool can =
       o.op == CommOp::kAllGather || (o.op == CommOp::kReduceScatter && CanSumParts(o.dtype));
-  return can && Of(*o.group) != nullptr && Launches(o) <= kMostLaunches;
-}
-
-int64_t CopyEngines::Launches(const Operation& o) {
+  if (!can || Of(*o.group) == nullptr) return 0;
   // A copy for each piece and other rank, and of an all-gather two within the rank.
   const int64_t of_piece = o.group->size() - 1 + (o.op == CommOp::kAllGather ? 2 : 0);
   const int64_t of_round = 2;  // flags, and a sum
@@ -71,7 +68,7 @@ int64_t CopyEngines::Launches(const Operation& o) {
   while (rounds.Next(&pieces_)) {
     launches += of_round + static_cast<int64_t>(pieces_.size()) * of_piece;
   }
-  return launches;
+  return launches <= kMostLaunches ? launches : 0;
 }
 
 void CopyEngines::Write(const Channel& c, int cell, uint32_t value) {

@@ -67,9 +67,8 @@ class CopyEngines {
   // on all ranks, and nothing has changed.
   absl::StatusOr<std::string> Add(const Group& group);
   bool empty() const { return channels_.empty(); }
-  // Whether Issue carries this operation out; the same on all ranks of its group.
-  bool Takes(const Operation& o);
-  // What Issue enqueues, at most.
+  // What Issue enqueues for this operation, at most; 0: it does not carry it out. The same on all
+  // ranks of its group.
   int64_t Launches(const Operation& o);
   absl::Status Issue(const Operation& o);
   // From any thread: ends what waits on the stream for other ranks, and waits for the stream's end

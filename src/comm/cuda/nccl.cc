@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -74,13 +75,16 @@ class Nccl final : public DeviceCollectives {
   Stream& stream() override { return comms_.stream(); }
   absl::Status AddGroup(const Group& group) override { return comms_.AddGroup(group); }
   absl::StatusOr<std::string> UseCopyEngines(const Group& group) override;
-  int64_t Launches(const Operation& o) override { return Copied(o) ? copies_->Launches(o) : 1; }
+  int64_t Prepare(Operation* o) override {
+    const int64_t copies = copies_ == nullptr ? 0 : copies_->Launches(*o);
+    o->copied = copies > 0;
+    return std::max<int64_t>(1, copies);
+  }
   absl::Status Issue(std::span<Operation* const> batch) override;
   absl::Status Check() override;
   void Abort() override;
 
  private:
-  bool Copied(const Operation& o) { return copies_ != nullptr && copies_->Takes(o); }
   absl::Status CopyOwn(const Operation& o);
   absl::Status CopyMessagesToOneself(std::span<Operation* const> batch);
   void Copy(std::byte* to, const std::byte* from, int64_t bytes) {
@@ -170,11 +174,8 @@ absl::Status Nccl::Issue(std::span<Operation* const> batch) {
   STRETTO_RETURN_IF_ERROR(comms_.SelectDevice());
   for (const Operation* o : batch) STRETTO_RETURN_IF_ERROR(CopyOwn(*o));
   STRETTO_RETURN_IF_ERROR(CopyMessagesToOneself(batch));
-  Operation& first = *batch.front();
-  if (Copied(first)) {
-    first.copied = true;
-    return copies_->Issue(first);
-  }
+  const Operation& first = *batch.front();
+  if (first.copied) return copies_->Issue(first);
   if (!Pairwise(first)) {
     const ncclComm_t comm = comms_.Of(*first.group);
     if (comm == nullptr || first.group->size() == 1) return absl::OkStatus();

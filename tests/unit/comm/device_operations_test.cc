@@ -20,7 +20,7 @@ class Held final : public DeviceCollectives {
   Stream& stream() override { return *stream_; }
   absl::Status AddGroup(const Group&) override { return absl::OkStatus(); }
   absl::StatusOr<std::string> UseCopyEngines(const Group&) override { return "not here"; }
-  int64_t Launches(const Operation&) override { return launches; }
+  int64_t Prepare(Operation*) override { return launches; }
   absl::Status Issue(std::span<Operation* const> batch) override {
     batches.push_back(static_cast<int>(batch.size()));
     const int number = ++issued_;

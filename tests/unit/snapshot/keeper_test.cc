@@ -14,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "src/snapshot/keeper_slots.h"
 #include "stretto/snapshot/checkpoint.h"
+#include "stretto/snapshot/snapshotter.h"
 #include "unit/snapshot/keepers.h"
 
 namespace stretto {
@@ -331,6 +332,14 @@ TEST_F(Keepers, EndsWhileAReaderDoesNotRead) {
     reader->Interrupt();
     end.join();
   }
+}
+
+TEST(KeeperState, SaysTheNewestCommittedStep) {
+  EXPECT_EQ(CommittedStep("ready 1\nslot 0 SEALED step 9 round 1\nslot 1 EMPTY step -1 round 0\n"),
+            -1);
+  EXPECT_EQ(CommittedStep("slot 0 COMMITTED step 8 round 3\nslot 1 COMMITTED step 12 round 3\n"),
+            12);
+  EXPECT_EQ(CommittedStep("trouble a COMMITTED step 7 b\n"), -1);
 }
 
 // Also with the token: what is neither keeper, rank nor reader gets no answer, and the keeper

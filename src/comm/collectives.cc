@@ -228,6 +228,7 @@ void Operation::Reset() {
   launches = 0;
   done = Event();
   reduce = ReduceOp::kSum;
+  adds = false;
   peer = -1;
   phases = phase = 0;
   record = trace = -1;

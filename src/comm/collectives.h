@@ -102,7 +102,8 @@ struct Operation {
   Event done;
   DType dtype = DType::kF32;
   ReduceOp reduce = ReduceOp::kSum;
-  int peer = -1;  // or the root
+  bool adds = false;  // a reduce-scatter on a device: to what its outputs hold
+  int peer = -1;      // or the root
   std::vector<Item> items;
   std::vector<int64_t> send_counts, send_begins, receive_counts, receive_begins;  // all-to-all
   Pattern patterns[2] = {};

@@ -282,7 +282,7 @@ Ticket Communicator::AllReduce(const Group& g, Tensor data, ReduceOp op, const s
 // Reduce-scatters or all-gathers as one operation: the smaller side of item i is one rank's part.
 Ticket Communicator::Impl::SubmitParts(CommOp op, const Group& g, std::span<const Tensor> outputs,
                                        std::span<const Tensor> inputs, const std::string& label,
-                                       const Event& after) {
+                                       const Event& after, bool adds) {
   const bool reduces = op == CommOp::kReduceScatter;
   if (outputs.size() != inputs.size()) {
     return Refuse(op, g, label, "the lists of inputs and outputs differ in length");
@@ -303,12 +303,19 @@ Ticket Communicator::Impl::SubmitParts(CommOp op, const Group& g, std::span<cons
                        reduces ? " to " : " into ", Describe(output), " over ", g.size(),
                        " ranks (item ", i, " of ", inputs.size(), "; items share one type)"));
     }
+    if (adds && (input.device.kind == DeviceKind::kCpu ||
+                 (input.dtype != DType::kF32 && input.dtype != DType::kBF16))) {
+      return Refuse(op, g, label,
+                    absl::StrCat("cannot add to ", Describe(output), " on ", Name(output.device),
+                                 "; reduce to a tensor of its own and add that"));
+    }
     count += input.elements();
   }
   const bool none = inputs.empty();
   Operation* o = New(op, g, label, after, none ? DType::kF32 : inputs[0].dtype,
                      none ? Device::Cpu() : inputs[0].device);
   if (o != nullptr) {
+    o->adds = adds;
     for (std::size_t i = 0; i < inputs.size(); ++i) {
       const Tensor& part = reduces ? outputs[i] : inputs[i];
       o->items.push_back({inputs[i].data, outputs[i].data, part.elements()});
@@ -328,6 +335,14 @@ Ticket Communicator::ReduceScatterMany(const Group& g, const std::vector<Tensor>
                                        Event after) {
   const auto lock = impl_->Lock();
   return impl_->SubmitParts(CommOp::kReduceScatter, g, outputs, inputs, label, after);
+}
+
+Ticket Communicator::ReduceScatterAddMany(const Group& g, const std::vector<Tensor>& outputs,
+                                          const std::vector<Tensor>& inputs,
+                                          const std::string& label, Event after) {
+  const auto lock = impl_->Lock();
+  return impl_->SubmitParts(CommOp::kReduceScatter, g, outputs, inputs, label, after,
+                            /*adds=*/true);
 }
 
 Ticket Communicator::AllGather(const Group& g, Tensor output, Tensor input,

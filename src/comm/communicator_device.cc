@@ -143,6 +143,23 @@ absl::StatusOr<std::string> Communicator::UseCopyEngines(const Group& g) {
   return impl_->device->collectives().UseCopyEngines(state->group);
 }
 
+absl::StatusOr<std::string> Communicator::ShareMemory(const Group& g, Tensor memory,
+                                                      uint64_t layout) {
+  STRETTO_RETURN_IF_ERROR(WaitAll());
+  const auto lock = impl_->Lock();  // as for UseDevice
+  if (impl_->device == nullptr) return "the communicator has no device that is not a CPU";
+  const Impl::GroupState* state = impl_->Find(g);
+  if (state == nullptr || memory.device != impl_->device->device() || !memory.contiguous()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("ShareMemory of ", Describe(memory), " with group '", g.name, "' on rank ",
+                     impl_->world.rank(),
+                     ": this needs contiguous memory of the communicator's device and a "
+                     "group that MakeGroup made"));
+  }
+  return impl_->device->collectives().Share(
+      state->group, {memory.data, static_cast<std::size_t>(memory.bytes())}, layout);
+}
+
 absl::Status Communicator::Wait(Stream& stream, Ticket ticket) {
   const auto lock = impl_->Lock();
   return impl_->Wait(stream, ticket);

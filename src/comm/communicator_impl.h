@@ -88,7 +88,8 @@ struct Communicator::Impl {
                  DType dtype, Device where);
   Ticket Submit(Operation* o, int64_t count);
   Ticket SubmitParts(CommOp op, const Group& g, std::span<const Tensor> outputs,
-                     std::span<const Tensor> inputs, const std::string& label, const Event& after);
+                     std::span<const Tensor> inputs, const std::string& label, const Event& after,
+                     bool adds = false);
   Ticket Refuse(CommOp op, const Group& g, const std::string& label, const std::string& why);
   bool Usable(CommOp op, const Group& g, const std::string& label, const Tensor& t);
   bool SameDevice(CommOp op, const Group& g, const std::string& label, const Tensor& a,

@@ -4,6 +4,7 @@
 #ifndef STRETTO_SRC_COMM_DEVICE_COLLECTIVES_H_
 #define STRETTO_SRC_COMM_DEVICE_COLLECTIVES_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -25,7 +26,8 @@ class DeviceCollectives {
   virtual ~DeviceCollectives() = default;
   // Called once by each thread that is going to call the functions below.
   virtual void EnterThread() = 0;
-  // Everything is issued on this stream, in the order of the calls.
+  // Everything is issued on this stream, in the order of the calls; the end of an operation may be
+  // on another one.
   virtual Stream& stream() = 0;
   // Makes a group known. All ranks of the world call this in the same order, each with the group
   // that it is in, while nothing is in flight; ends in an agreement of all ranks.
@@ -34,14 +36,20 @@ class DeviceCollectives {
   // multiprocessors alone, as far as its ranks can reach each other's memory. Called as AddGroup.
   // Empty: it is so; otherwise why it cannot be, the same on all ranks, and nothing has changed.
   virtual absl::StatusOr<std::string> UseCopyEngines(const Group& group) = 0;
+  // From now on all-gathers of this group may read their inputs in `memory` where they are, on all
+  // ranks of the group, which have tensors at the same places in it where `layout` is equal. Called
+  // and answered as UseCopyEngines.
+  virtual absl::StatusOr<std::string> Share(const Group& group, std::span<std::byte> memory,
+                                            uint64_t layout) = 0;
   // Decides, once for each operation, what Issue does with it: sets `copied`, and returns how many
   // launches that takes at most.
   virtual int64_t Prepare(Operation* o) = 0;
-  // Hands one collective, or any number of sends and receives that proceed together, to the device:
-  // an event recorded from then on comes after it. Waits for no other rank, except for the first
+  // Hands one collective, or any number of sends and receives that proceed together, to the device,
+  // and returns the stream on which it ends: an event recorded there from then on comes after it.
+  // Whatever is issued later finds its results. Waits for no other rank, except for the first
   // message between two ranks that AddGroup has not connected, and then no longer than the world's
   // time-out.
-  virtual absl::Status Issue(std::span<Operation* const> batch) = 0;
+  virtual absl::StatusOr<Stream*> Issue(std::span<Operation* const> batch) = 0;
   // An error that was noticed since, e.g. that a connection broke. Never blocks.
   virtual absl::Status Check() = 0;
   // Ends what still runs on the device, as far as it waits for other ranks. Nothing but the

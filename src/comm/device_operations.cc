@@ -58,8 +58,8 @@ absl::Status DeviceOperations::Issue(std::span<Operation* const> batch) {
     // Of several that proceed together all begin here and end together.
     for (const Operation* o : batch) trace_->Begin(o->trace, stream);
   }
-  STRETTO_RETURN_IF_ERROR(collectives_->Issue(batch));
-  const Event done = stream.Record();
+  STRETTO_ASSIGN_OR_RETURN(Stream* const end, collectives_->Issue(batch));
+  const Event done = end->Record();
   for (Operation* o : batch) {
     o->device = Operation::OnDevice::kQueued;
     o->done = done;
@@ -67,7 +67,7 @@ absl::Status DeviceOperations::Issue(std::span<Operation* const> batch) {
     recorder_.Started(o->record);
     if (trace_ != nullptr) {
       if (o->op != CommOp::kReceive) trace_->SetBytes(o->trace, o->bytes_sent);
-      trace_->End(o->trace, stream);
+      trace_->End(o->trace, *end);
     }
     ++queued_;
     queued_launches_ += o->launches;

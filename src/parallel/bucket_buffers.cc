@@ -149,8 +149,16 @@ absl::Status BucketBuffers::Reduce(const Caller& caller, Stay& stay) {
   if (!caller.communicate) return absl::OkStatus();
   stay.submitted = true;
   const TraceScope scope(comm_.trace(), {.bucket = stay.bucket});
-  stay.ticket =
-      comm_.ReduceScatterMany(group_, stay.parts, stay.stored, stay.label, ops_.stream->Record());
+  const Event after = ops_.stream->Record();
+  if (options_.add_in_transit) {
+    uint8_t& added = added_[static_cast<size_t>(stay.bucket)];
+    stay.ticket =
+        added != 0 ? comm_.ReduceScatterAddMany(group_, stay.shards, stay.stored, stay.label, after)
+                   : comm_.ReduceScatterMany(group_, stay.shards, stay.stored, stay.label, after);
+    added = 1;
+  } else {
+    stay.ticket = comm_.ReduceScatterMany(group_, stay.parts, stay.stored, stay.label, after);
+  }
   return options_.overlap ? absl::OkStatus() : Collect(stay);
 }
 
@@ -158,13 +166,15 @@ absl::Status BucketBuffers::Collect(Stay& stay) {
   if (!stay.submitted) return absl::OkStatus();
   stay.submitted = false;
   STRETTO_RETURN_IF_ERROR(TakeTicket(comm_, *ops_.stream, options_.timer, &stay.ticket));
-  uint8_t& added = added_[static_cast<size_t>(stay.bucket)];
-  if (added != 0) {
-    ops::AddMany(ops_, stay.shards, stay.parts);
-  } else {
-    ops::CopyMany(ops_, stay.shards, stay.parts);
+  if (!options_.add_in_transit) {
+    uint8_t& added = added_[static_cast<size_t>(stay.bucket)];
+    if (added != 0) {
+      ops::AddMany(ops_, stay.shards, stay.parts);
+    } else {
+      ops::CopyMany(ops_, stay.shards, stay.parts);
+    }
+    added = 1;
   }
-  added = 1;
   Poison(stay);
   return absl::OkStatus();
 }

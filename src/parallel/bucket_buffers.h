@@ -18,9 +18,10 @@ absl::Status TakeTicket(Communicator& comm, Stream& stream, PhaseTimer* timer, T
 class BucketBuffers {
  public:
   struct Options {
-    bool overlap = true;   // sums arrive under backward
-    bool prefetch = true;  // parameters arrive before they are needed
-    bool poison = false;   // places that became free are filled with NaN; on the CPU, for tests
+    bool overlap = true;          // sums arrive under backward
+    bool prefetch = true;         // parameters arrive before they are needed
+    bool add_in_transit = false;  // sums are added to the shards by the reduce-scatter
+    bool poison = false;  // places that became free are filled with NaN; on the CPU, for tests
     PhaseTimer* timer = nullptr;
   };
   // What this rank keeps of each parameter, all `part` rows of its cut: absent where parameters do

@@ -248,6 +248,7 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
         BucketBuffers::Shards{.values = stored_values, .gradients = stored_grads},
         BucketBuffers::Options{.overlap = options.overlap,
                                .prefetch = options.prefetch,
+                               .add_in_transit = options.add_in_transit,
                                .poison = options.poison,
                                .timer = options.timer});
     dp->evaluation_hooks_ = std::make_unique<BufferHooks>(*dp);
@@ -283,6 +284,11 @@ absl::StatusOr<std::unique_ptr<DataParallel>> DataParallel::Create(
     dp->buckets_.push_back(std::move(bucket));
   }
   return dp;
+}
+
+Tensor DataParallel::parameter_memory() const {
+  return Tensor::Of(parameter_arena_.data(), DType::kU8, {parameter_arena_.bytes()},
+                    parameter_arena_.device());
 }
 
 absl::Status DataParallel::Initialize() {

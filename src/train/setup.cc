@@ -249,23 +249,6 @@ int64_t WaitsOfStep(const RunPlan& plan) {
 
 }  // namespace
 
-absl::Status Trainer::Impl::SetUpCopyEngines() {
-  for (const Group* axis : {&dp_group, &tp_group}) {
-    if (axis->size() == 1) continue;
-    const Resource memory = MemoryOf(stream->device());
-    const std::string owner = absl::StrCat("copy window of ", axis->name);
-    STRETTO_RETURN_IF_ERROR(budget.Reserve(memory, owner, Communicator::kCopyEngineBytes));
-    STRETTO_ASSIGN_OR_RETURN(const std::string why, comm->UseCopyEngines(*axis));
-    if (why.empty()) continue;
-    budget.Release(memory, owner);
-    if (world.rank() == 0) {
-      LogWarning(absl::StrCat("parallel.copy_engines: not on axis ", axis->name, ", which NCCL's ",
-                              "kernels serve: ", why));
-    }
-  }
-  return absl::OkStatus();
-}
-
 absl::Status Trainer::Impl::SetUpModel() {
   absl::StatusOr<RunPlan> planned = PlanRun(config, world.size(), world.rank());
   // Agreed on here, since a rank that goes on takes memory that another one counts as free.
@@ -294,6 +277,7 @@ absl::Status Trainer::Impl::SetUpModel() {
                                         .prefetch = config.parallel.prefetch,
                                         .bucket_bytes = config.parallel.bucket_bytes,
                                         .buckets = &planned.buckets,
+                                        .add_in_transit = dp_copied,
                                         .timer = timer.get(),
                                         .threads = static_cast<int>(config.runtime.threads),
                                         // When it is known that nothing is loaded (Restore).
@@ -567,6 +551,7 @@ absl::Status Trainer::Impl::SetUp() {
   STRETTO_RETURN_IF_ERROR(world.Agree("setting up the runtime", SetUpRuntime()));
   set_up.Enter("communicators");
   STRETTO_RETURN_IF_ERROR(world.Agree("planning and building the model", SetUpModel()));
+  STRETTO_RETURN_IF_ERROR(world.Agree("sharing memory", ShareMemory()));
   set_up.Enter("arenas");
   WriteFacts();
   STRETTO_RETURN_IF_ERROR(world.Agree("opening the data", SetUpData()));

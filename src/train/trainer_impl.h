@@ -119,6 +119,7 @@ struct Trainer::Impl {
   std::optional<Mesh> mesh;
   std::vector<int> machines;  // of the ranks
   Group dp_group, pp_group, tp_group;
+  bool dp_copied = false, tp_copied = false;  // by copy engines
   Group cp_group;  // the ranks of dp_group, for what they pass around in rings
   // What a stage of this rank runs with; stages[i] is planned in plan.stages[i].
   struct Stage {
@@ -194,6 +195,7 @@ struct Trainer::Impl {
   void WriteFacts() const;
   absl::Status SetUpModel();
   absl::Status SetUpCopyEngines();
+  absl::Status ShareMemory();
   absl::Status SetUpData();
   absl::Status CompareData();  // with that of the other ranks
   absl::Status SetUpPlans();

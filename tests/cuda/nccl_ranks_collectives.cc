@@ -219,6 +219,52 @@ absl::Status CheckCollectives(Communicator& c, const Group& g, Device device, DT
   return absl::OkStatus();
 }
 
+// Reduce-scatters that add to what is there, whoever carries them. Small integers, which both types
+// hold exactly.
+absl::Status CheckAdds(Communicator& c, const Group& g, Device device, DType dtype) {
+  const int n = g.size();
+  std::vector<int64_t> sizes = {3, 1000, 0, 70001, 5'000'000};
+  sizes.insert(sizes.end(), 70, 33);  // more than one launch adds
+  const auto value = [](int rank, std::size_t item, int64_t i) {
+    return static_cast<double>((i * 7 + rank * 3 + static_cast<int64_t>(item)) % 11);
+  };
+  const auto set = [](Data& data, int64_t i, double v) {
+    if (data.dtype == DType::kF32) {
+      data.tensor().as<float>()[i] = static_cast<float>(v);
+    } else {
+      data.tensor().as<BFloat16>()[i] = BFloat16(static_cast<float>(v));
+    }
+  };
+  std::vector<OnGpu> inputs, outputs;
+  std::vector<Tensor> in, out;
+  for (std::size_t k = 0; k < sizes.size(); ++k) {
+    Data input(dtype, sizes[k] * n), output(dtype, sizes[k]);
+    for (int64_t i = 0; i < sizes[k] * n; ++i) {
+      set(input, i, value(g.ranks[static_cast<std::size_t>(g.index)], k, i));
+    }
+    for (int64_t i = 0; i < sizes[k]; ++i) set(output, i, static_cast<double>(i % 5));
+    STRETTO_ASSIGN_OR_RETURN(OnGpu input_on, OnGpu::Of(input, device));
+    STRETTO_ASSIGN_OR_RETURN(OnGpu output_on, OnGpu::Of(output, device));
+    in.push_back(input_on.tensor);
+    out.push_back(output_on.tensor);
+    inputs.push_back(std::move(input_on));
+    outputs.push_back(std::move(output_on));
+  }
+  STRETTO_RETURN_IF_ERROR(c.Wait(c.ReduceScatterAddMany(g, out, in, "adds")));
+  for (std::size_t k = 0; k < sizes.size(); ++k) {
+    STRETTO_ASSIGN_OR_RETURN(const Data got, outputs[k].Read());
+    for (int64_t i = 0; i < sizes[k]; ++i) {
+      double expected = static_cast<double>(i % 5);
+      for (const int r : g.ranks) expected += value(r, k, g.index * sizes[k] + i);
+      if (At(got, i) != expected) {
+        return Differs(absl::StrCat("element ", i, " of item ", k, " of a sum in ", Name(dtype),
+                                    " that is added, ", At(got, i), " for ", expected));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
 // A bucket and operations of two groups in flight, waited for in another order; operations on one
 // tensor follow each other without a wait.
 absl::Status CheckManyInFlight(Communicator& c, const Group& g, const Group& sub, Device device,
@@ -313,6 +359,10 @@ absl::StatusOr<uint64_t> RunCases(World& world, Device device, Carrier carrier) 
   STRETTO_RETURN_IF_ERROR(CheckCollectives(c, c.all(), device, DType::kF32, large, &hash, carrier));
   STRETTO_RETURN_IF_ERROR(CheckManyInFlight(c, c.all(), before, device, &hash));
   STRETTO_RETURN_IF_ERROR(CheckManyInFlight(c, after, before, device, &hash));
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    STRETTO_RETURN_IF_ERROR(CheckAdds(c, c.all(), device, dtype));
+    STRETTO_RETURN_IF_ERROR(CheckAdds(c, after, device, dtype));
+  }
   STRETTO_RETURN_IF_ERROR(c.WaitAll());
   return hash;
 }
@@ -431,6 +481,72 @@ absl::Status CheckFarAhead(World& world, Device device, Carrier carrier) {
     }
   }
   return (*stream)->Synchronize();
+}
+
+// Gathers of inputs that the other ranks read where they are: each of them is overwritten as soon
+// as its gather is over, and ranks are late in turn.
+absl::Status CheckShared(World& world, Device device) {
+  constexpr int64_t kElements = 100'000, kRounds = 24;
+  const int n = world.size(), me = world.rank();
+  // Outlive the communicator.
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu shared,
+                           OnGpu::Of(Data(DType::kI32, kElements * (n + 3)), device));
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu wholes,
+                           OnGpu::Of(Data(DType::kI32, kRounds * kElements * n), device));
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu work, OnGpu::Of(Data(DType::kU8, 128 << 20), device));
+  const auto value = [](int rank, int64_t round, int64_t i) {
+    return static_cast<int32_t>(1'000'000 * rank + 1000 * round + i % 997);
+  };
+  Data mine(DType::kI32, kRounds * kElements);
+  for (int64_t i = 0; i < kRounds * kElements; ++i) {
+    mine.tensor().as<int32_t>()[i] = value(me, i / kElements, i % kElements);
+  }
+  STRETTO_ASSIGN_OR_RETURN(const OnGpu values, OnGpu::Of(mine, device));
+  STRETTO_ASSIGN_OR_RETURN(const auto stream, Stream::Create(device));
+  Communicator c(world);
+  STRETTO_RETURN_IF_ERROR(c.UseDevice(device));
+  STRETTO_RETURN_IF_ERROR(Prepare(c, c.all(), Carrier::kCopyEngines));
+  STRETTO_ASSIGN_OR_RETURN(const std::string other,
+                           c.ShareMemory(c.all(), shared.tensor, /*layout=*/me == 0 ? 1 : 2));
+  if (other.find("not laid out alike") == std::string::npos) {
+    return absl::InternalError(absl::StrCat("memory of two layouts was shared: '", other, "'"));
+  }
+  STRETTO_ASSIGN_OR_RETURN(const std::string why, c.ShareMemory(c.all(), shared.tensor, 1));
+  if (!why.empty()) return absl::UnavailableError("memory cannot be shared: " + why);
+
+  const Tensor input = shared.tensor.Rows(kElements, kElements);  // not at its beginning
+  const Tensor within = shared.tensor.Rows(3 * kElements, kElements * n);
+  for (int64_t round = 0; round < kRounds; ++round) {
+    if (round % n == me) {
+      CopyBytes(*stream, work.tensor.data, work.tensor.data + (64 << 20), 64 << 20);
+    }
+    // Out of the shared memory into it, in place within it, and to another place.
+    const bool in_place = round % 3 == 1;
+    const Tensor own = in_place ? within.Rows(me * kElements, kElements) : input;
+    CopyBytes(*stream, own.data, values.tensor.Rows(round * kElements, kElements).data,
+              own.bytes());
+    const Tensor whole = wholes.tensor.Rows(round * kElements * n, kElements * n);
+    const Tensor to = round % 3 == 2 ? whole : within;
+    STRETTO_RETURN_IF_ERROR(
+        c.Wait(*stream, c.AllGather(c.all(), to, own, "shared", stream->Record())));
+    if (to.data != whole.data) CopyBytes(*stream, whole.data, to.data, to.bytes());
+    // Others use slots, in between.
+    if (round % 4 == 3) {
+      STRETTO_RETURN_IF_ERROR(c.Wait(
+          *stream, c.AllGather(c.all(), whole, values.tensor.Rows(round * kElements, kElements),
+                               "not shared", stream->Record())));
+    }
+  }
+  STRETTO_RETURN_IF_ERROR(stream->Synchronize());
+  STRETTO_ASSIGN_OR_RETURN(Data got, wholes.Read());
+  for (int64_t i = 0; i < kRounds * kElements * n; ++i) {
+    const int64_t round = i / (kElements * n), of = i % (kElements * n);
+    if (got.tensor().as<int32_t>()[i] !=
+        value(static_cast<int>(of / kElements), round, of % kElements)) {
+      return Differs(absl::StrCat("element ", of, " of gather ", round, " of shared memory"));
+    }
+  }
+  return c.WaitAll();
 }
 
 // Sums and gathers that read what the one before wrote, submitted ahead of a device that has not
@@ -581,6 +697,7 @@ absl::Status CheckCollectives(World& world) {
     STRETTO_RETURN_IF_ERROR(world.Agree("large at once", CheckLargeAtOnce(world, device, carrier)));
     STRETTO_RETURN_IF_ERROR(world.Agree("bytes", CheckBytes(world, device, carrier)));
   }
+  STRETTO_RETURN_IF_ERROR(world.Agree("shared memory", CheckShared(world, device)));
   STRETTO_RETURN_IF_ERROR(world.Agree("streams", CheckStreams(world, device)));
   return world.Agree("alone", CheckAlone(device));
 }

@@ -87,12 +87,16 @@ absl::Status CheckLayouts(World& world, const testing::ScratchDirectory& scratch
         {.name = "zero 2", .zero = 2},
         {.name = "zero 3", .zero = 3, .graphs = true},
         {.name = "pp 2", .pp = 2, .again = true, .graphs = true},
-        {.name = "pp 2, zb-h1", .pp = 2, .schedule = "zb-h1"},
-        {.name = "pp 2, v-shaped", .pp = 2, .schedule = "v-shaped"},
+        {.name = "pp 2, zb-h1", .pp = 2, .schedule = "zb-h1", .graphs = true},
+        {.name = "pp 2, v-shaped", .pp = 2, .schedule = "v-shaped", .graphs = true},
         {.name = "tp 2", .tp = 2, .again = true},
         {.name = "tp 2, nothing overlapped", .tp = 2, .tp_overlap = false},
         {.name = "tp 2 in 2 chunks", .tp = 2, .tp_chunks = 2, .again = true},
         {.name = "tp 2 in 3 chunks", .tp = 2, .tp_chunks = 3, .tp_overlap = false},
+        {.name = "pp 2, tp 2, zero 2", .zero = 2, .pp = 2, .tp = 2},
+        {.name = "pp 2, tp 2, zb-h1", .pp = 2, .tp = 2, .schedule = "zb-h1", .again = true},
+        {.name = "tp 2, zero 3", .zero = 3, .tp = 2, .again = true},
+        {.name = "pp 2, zero 3", .zero = 3, .pp = 2, .again = true},
         {.name = "zero 1, copied", .copies = true},
         {.name = "zero 3, copied", .zero = 3, .again = true, .graphs = true, .copies = true},
         {.name = "tp 2 in 2 chunks, copied",
@@ -100,6 +104,7 @@ absl::Status CheckLayouts(World& world, const testing::ScratchDirectory& scratch
          .tp_chunks = 2,
          .again = true,
          .copies = true},
+        {.name = "tp 2, zero 3, copied", .zero = 3, .tp = 2, .again = true, .copies = true},
     };
     for (const Layout& layout : layouts) {
       if (world.size() % (layout.pp * layout.tp) != 0) continue;
@@ -167,6 +172,7 @@ absl::Status CheckDocuments(World& world, const testing::ScratchDirectory& scrat
          .pp = 2,
          .schedule = "interleaved"},
         {.name = "dynamic, tp 2", .mesh = "dynamic", .tp = 2},
+        {.name = "dynamic, pp 2, tp 2", .mesh = "dynamic", .pp = 2, .tp = 2},
     };
     for (const Sharing& sharing : sharings) {
       const int replica = sharing.cp * sharing.pp * sharing.tp;

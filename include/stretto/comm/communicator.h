@@ -79,6 +79,12 @@ class Communicator {
   // the same on all ranks, why it cannot be and everything goes on as before.
   absl::StatusOr<std::string> UseCopyEngines(const Group& g);
   static constexpr int64_t kCopyEngineBytes = int64_t{64} << 20;  // for each group
+  // From now on the copy engines of this group, which are used already, read the inputs of
+  // all-gathers where they are, if all of an operation's lie in `memory`: contiguous, on the
+  // device, of this rank, at least until the communicator is gone. In the other ranks' `memory`
+  // theirs must lie at the same places, for which equal `layout` on all ranks of the group vouches.
+  // All ranks call this in the same order. Returns as UseCopyEngines.
+  absl::StatusOr<std::string> ShareMemory(const Group& g, Tensor memory, uint64_t layout);
 
   // In place: every rank ends with the reduction. f64, f32, bf16, i32, i64.
   Ticket AllReduce(const Group& g, Tensor data, ReduceOp op, const std::string& label,
@@ -108,6 +114,11 @@ class Communicator {
   Ticket ReduceScatterMany(const Group& g, const std::vector<Tensor>& outputs,
                            const std::vector<Tensor>& inputs, const std::string& label,
                            Event after = {});
+  // ... whose sums, each rounded to its type, are added to `outputs`. Of f32 or bf16 on a device
+  // that is not a CPU; outputs lie outside of the inputs, whose own part may be written to.
+  Ticket ReduceScatterAddMany(const Group& g, const std::vector<Tensor>& outputs,
+                              const std::vector<Tensor>& inputs, const std::string& label,
+                              Event after = {});
   Ticket AllGatherMany(const Group& g, const std::vector<Tensor>& outputs,
                        const std::vector<Tensor>& inputs, const std::string& label,
                        Event after = {});

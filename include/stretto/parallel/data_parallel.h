@@ -37,6 +37,9 @@ struct DataParallelOptions {
   // ZeRO-2 or 3, as PlanBuckets planned it for this group's size; null, or a plan of ZeRO-1:
   // ZeRO-1. Outlives the DataParallel.
   const BucketPlan* buckets = nullptr;
+  // Gradients of ZeRO-2 and 3 are added to the shards where they arrive, on the communication
+  // stream: where copy engines carry them, which leave it time for that. GPUs.
+  bool add_in_transit = false;
   // Buffers that became free are filled with NaN, so that using them shows (CPU).
   bool poison = false;
   // Told when forward, backward and waits begin; null: nobody is. Outlives the DataParallel.
@@ -92,6 +95,8 @@ class DataParallel {
   absl::Status Initialize();
 
   const std::vector<ParameterShard>& shards() const { return shards_; }
+  // All parameters that this rank holds, as bytes; laid out alike on all ranks of the group.
+  Tensor parameter_memory() const;
   const Group& group() const { return group_; }
   int zero() const { return zero_; }
   // Full parameter and gradient of this rank: [rows, columns] or [rows]. Absent where this rank

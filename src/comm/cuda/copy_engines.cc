@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "src/comm/cuda/sum_parts.h"
@@ -27,7 +28,9 @@ constexpr auto kFarewell = std::chrono::seconds(10);  // until others have finis
 constexpr auto kTrial = std::chrono::seconds(20);     // of a new channel, unless set-up has less
 constexpr auto kLook = std::chrono::milliseconds(1);
 constexpr size_t kFlagBytes = 4096;
-static_assert(CopyEngines::kMostRanks * CopyEngines::kMostRanks * sizeof(uint32_t) <= kFlagBytes);
+// Behind the cells of the rounds: whether a rank has unmapped what belongs to the others.
+constexpr int kUnmapped = CopyEngines::kMostRanks * CopyEngines::kMostRanks;
+static_assert((kUnmapped + CopyEngines::kMostRanks) * sizeof(uint32_t) <= kFlagBytes);
 // A round that has not begun and yet is ahead of all that has, as flags compare.
 constexpr uint32_t kFarAhead = uint32_t{1} << 30;
 
@@ -49,6 +52,29 @@ int64_t CopyEngines::Room(const Operation& o) {
   return kSlotBytes / (o.group->size() - 1) / CopyRounds::kAlignment * CopyRounds::kAlignment;
 }
 
+bool CopyEngines::InPlace(const Operation& o, const Operation::Item& item) {
+  return item.input == item.output + o.group->index * item.elements * SizeOf(o.dtype);
+}
+
+const CopyEngines::Region* CopyEngines::SharedBy(const Channel& c, const Operation& o) {
+  if (o.op != CommOp::kAllGather) return nullptr;
+  for (const Region& region : c.regions) {
+    const std::byte* const begin = region.own.data();
+    const std::byte* const end = begin + region.own.size();
+    const bool all = std::all_of(o.items.begin(), o.items.end(), [&](const Operation::Item& item) {
+      int64_t bytes = item.elements * SizeOf(o.dtype);
+      const std::byte* from = item.input;
+      if (InPlace(o, item)) {  // the others' are beside it
+        from = item.output;
+        bytes *= c.group.size();
+      }
+      return bytes == 0 || (from >= begin && from < end && bytes <= end - from);
+    });
+    if (all) return &region;
+  }
+  return nullptr;
+}
+
 CopyEngines::Channel* CopyEngines::Of(const Group& group) {
   for (Channel& c : channels_) {
     if (c.group.id == group.id) return &c;
@@ -59,10 +85,15 @@ CopyEngines::Channel* CopyEngines::Of(const Group& group) {
 int64_t CopyEngines::Launches(const Operation& o) {
   const bool can =
       o.op == CommOp::kAllGather || (o.op == CommOp::kReduceScatter && CanSumParts(o.dtype));
-  if (!can || Of(*o.group) == nullptr) return 0;
+  const Channel* const c = can ? Of(*o.group) : nullptr;
+  if (c == nullptr) return 0;
+  if (SharedBy(*c, o) != nullptr) {
+    const int64_t launches = 3 + static_cast<int64_t>(o.items.size()) * o.group->size();
+    return launches <= kMostLaunches ? launches : 0;
+  }
   // A copy for each piece and other rank, and of an all-gather two within the rank.
   const int64_t of_piece = o.group->size() - 1 + (o.op == CommOp::kAllGather ? 2 : 0);
-  const int64_t of_round = 2;  // flags, and a sum
+  const int64_t of_round = 4;  // flags, a sum, and a wait and an event around it
   int64_t launches = 0;
   CopyRounds rounds(o.items, SizeOf(o.dtype), Room(o));
   while (rounds.Next(&pieces_)) {
@@ -105,7 +136,7 @@ void CopyEngines::Copy(std::byte* to, const std::byte* from, int64_t bytes) {
   bytes_.push_back(static_cast<size_t>(bytes));
 }
 
-absl::Status CopyEngines::CopyAll() {
+absl::Status CopyEngines::CopyAll(Stream& stream) {
   cudaError_t error = cudaSuccess;
   if (!to_.empty()) {
     cudaMemcpyAttributes attributes = {};
@@ -113,7 +144,7 @@ absl::Status CopyEngines::CopyAll() {
     attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
     size_t first = 0;
     error = cudaMemcpyBatchAsync(to_.data(), from_.data(), bytes_.data(), to_.size(), &attributes,
-                                 &first, 1, native());
+                                 &first, 1, Native(stream));
   }
   to_.clear();
   from_.clear();
@@ -128,27 +159,37 @@ absl::Status CopyEngines::AddParts(const Channel& c, const Operation& o, const s
   table.ranks = c.group.size();
   table.index = c.group.index;
   table.stride = Room(o);
+  table.adds = o.adds;
   for (const CopyPiece& piece : pieces_) {
     const Operation::Item& item = o.items[piece.item];
     table.pieces[table.count++] = {
         item.input + (c.group.index * item.elements + piece.begin) * size, slot + piece.at,
         item.output + piece.begin * size, piece.elements};
   }
-  return Called("the addition of a reduce-scatter", SumParts(table, o.dtype, native()));
+  return Called("the addition of a reduce-scatter",
+                SumParts(table, o.dtype, multiprocessors_, Native(*aside_)));
+}
+
+void CopyEngines::WriteAll(const Channel& c) {
+  for (int p = 0; p < c.group.size(); ++p) {
+    if (p != c.group.index) Write(c, Cell(p, c.group.index), c.rounds);
+  }
+}
+
+void CopyEngines::WaitForAll(const Channel& c) {
+  for (int p = 0; p < c.group.size(); ++p) {
+    if (p != c.group.index) Wait(c, Cell(c.group.index, p), c.rounds);
+  }
 }
 
 absl::Status CopyEngines::Meet(const Channel& c) {
-  const int n = c.group.size(), me = c.group.index;
-  for (int p = 0; p < n; ++p) {
-    if (p != me) Write(c, Cell(p, me), c.rounds);
-  }
-  for (int p = 0; p < n; ++p) {
-    if (p != me) Wait(c, Cell(me, p), c.rounds);
-  }
+  WriteAll(c);
+  WaitForAll(c);
   return Signal();
 }
 
-absl::Status CopyEngines::EnqueueRound(const Channel& c, const Operation& o) {
+absl::Status CopyEngines::EnqueueRound(Channel* channel, const Operation& o) {
+  Channel& c = *channel;
   const int n = c.group.size(), me = c.group.index;
   const bool gathers = o.op == CommOp::kAllGather;
   const int64_t size = SizeOf(o.dtype);
@@ -169,9 +210,15 @@ absl::Status CopyEngines::EnqueueRound(const Channel& c, const Operation& o) {
            input + p * item.elements * size, bytes);
     }
   }
-  STRETTO_RETURN_IF_ERROR(CopyAll());
+  STRETTO_RETURN_IF_ERROR(CopyAll(stream_));
+  stream_.Wait(c.added);
   STRETTO_RETURN_IF_ERROR(Meet(c));
-  if (!gathers) return AddParts(c, o, Slot(window, c.rounds));
+  if (!gathers) {
+    Follow(*aside_, stream_);
+    STRETTO_RETURN_IF_ERROR(AddParts(c, o, Slot(window, c.rounds)));
+    c.added = aside_->Record();
+    return aside_->status();
+  }
   for (const CopyPiece& piece : pieces_) {
     const Operation::Item& item = o.items[piece.item];
     std::byte* const output = item.output + piece.begin * size;
@@ -180,24 +227,121 @@ absl::Status CopyEngines::EnqueueRound(const Channel& c, const Operation& o) {
       const int p = other(i);
       Copy(output + p * item.elements * size, Slot(window_of(p), c.rounds) + piece.at, bytes);
     }
-    Copy(output + me * item.elements * size, item.input + piece.begin * size, bytes);
   }
-  return CopyAll();
+  STRETTO_RETURN_IF_ERROR(CopyAll(stream_));
+  for (const CopyPiece& piece : pieces_) {
+    const Operation::Item& item = o.items[piece.item];
+    Copy(item.output + (me * item.elements + piece.begin) * size, item.input + piece.begin * size,
+         piece.elements * size);
+  }
+  return CopyAll(*aside_);
 }
 
-absl::Status CopyEngines::Enqueue(Channel* c, const Operation& o) {
-  CopyRounds rounds(o.items, SizeOf(o.dtype), Room(o));
-  while (rounds.Next(&pieces_)) {
-    ++c->rounds;
-    STRETTO_RETURN_IF_ERROR(EnqueueRound(*c, o));
+absl::Status CopyEngines::EnqueueShared(Channel* c, const Region& region, const Operation& o) {
+  const int n = c->group.size(), me = c->group.index;
+  // Needs no other rank.
+  for (const Operation::Item& item : o.items) {
+    const int64_t bytes = item.elements * SizeOf(o.dtype);
+    if (bytes > 0) Copy(item.output + me * bytes, item.input, bytes);
   }
-  return absl::OkStatus();
+  STRETTO_RETURN_IF_ERROR(CopyAll(*aside_));
+  ++c->rounds;
+  STRETTO_RETURN_IF_ERROR(Meet(*c));
+  for (const Operation::Item& item : o.items) {
+    const int64_t bytes = item.elements * SizeOf(o.dtype);
+    if (bytes == 0) continue;
+    // In place each rank's part is at another place.
+    const bool in_place = InPlace(o, item);
+    for (int i = 1; i < n; ++i) {
+      const int p = (me + i) % n;
+      const std::ptrdiff_t at = item.input - region.own.data() + (in_place ? (p - me) * bytes : 0);
+      Copy(item.output + p * bytes, region.bases[static_cast<size_t>(p)] + at, bytes);
+    }
+  }
+  STRETTO_RETURN_IF_ERROR(CopyAll(stream_));
+  ++c->rounds;
+  return Meet(*c);
 }
 
-absl::Status CopyEngines::Issue(const Operation& o) { return Enqueue(Of(*o.group), o); }
+absl::StatusOr<Stream*> CopyEngines::Enqueue(Channel* c, const Operation& o) {
+  Order(o);
+  const Region* const region = SharedBy(*c, o);
+  if (region != nullptr && std::all_of(o.items.begin(), o.items.end(), [&](const auto& item) {
+        return item.elements == 0 || InPlace(o, item);
+      })) {
+    STRETTO_RETURN_IF_ERROR(EnqueueShared(c, *region, o));
+    return &stream_;
+  }
+  // What is aside begins when the operation does.
+  Follow(*aside_, stream_);
+  if (region != nullptr) {
+    STRETTO_RETURN_IF_ERROR(EnqueueShared(c, *region, o));
+  } else {
+    CopyRounds rounds(o.items, SizeOf(o.dtype), Room(o));
+    while (rounds.Next(&pieces_)) {
+      ++c->rounds;
+      STRETTO_RETURN_IF_ERROR(EnqueueRound(c, o));
+    }
+  }
+  Follow(*aside_, stream_);
+  Aside end;
+  if (!spare_.empty()) {
+    end = std::move(spare_.back());
+    spare_.pop_back();
+  }
+  end.touched.clear();
+  end.done = aside_->Record();
+  EachTensor(o, [&](std::span<const std::byte> tensor) { end.touched.push_back(tensor); });
+  ends_.push_back(std::move(end));
+  STRETTO_RETURN_IF_ERROR(aside_->status());
+  return aside_.get();
+}
+
+template <class Call>
+void CopyEngines::EachTensor(const Operation& o, const Call& touches) {
+  const bool gathers = o.op == CommOp::kAllGather;
+  for (const Operation::Item& item : o.items) {
+    const auto part = static_cast<size_t>(item.elements * SizeOf(o.dtype));
+    const size_t whole = part * static_cast<size_t>(o.group->size());
+    if (part == 0) continue;
+    touches(std::span<const std::byte>(item.input, gathers ? part : whole));
+    touches(std::span<const std::byte>(item.output, gathers ? whole : part));
+  }
+}
+
+void CopyEngines::Order(const Operation& o) {
+  for (; !ends_.empty() && ends_.front().done.Done(); ends_.pop_front()) {
+    spare_.push_back(std::move(ends_.front()));
+  }
+  const auto meet = [](std::span<const std::byte> a, std::span<const std::byte> b) {
+    return a.data() < b.data() + b.size() && b.data() < a.data() + a.size();
+  };
+  // The last one that meets comes after the ones before it.
+  for (auto end = ends_.rbegin(); end != ends_.rend(); ++end) {
+    bool meets = false;
+    EachTensor(o, [&](std::span<const std::byte> tensor) {
+      for (const std::span<const std::byte> other : end->touched) meets |= meet(tensor, other);
+    });
+    if (!meets) continue;
+    stream_.Wait(end->done);
+    return;
+  }
+}
+
+void CopyEngines::Join() {
+  if (!ends_.empty()) stream_.Wait(ends_.back().done);
+  for (; !ends_.empty(); ends_.pop_front()) spare_.push_back(std::move(ends_.front()));
+}
+
+absl::StatusOr<Stream*> CopyEngines::Issue(const Operation& o) { return Enqueue(Of(*o.group), o); }
+
+bool CopyEngines::Busy() const {
+  return cudaStreamQuery(native()) == cudaErrorNotReady ||
+         (aside_ != nullptr && cudaStreamQuery(Native(*aside_)) == cudaErrorNotReady);
+}
 
 bool CopyEngines::Idle(Clock::time_point end) {
-  while (cudaStreamQuery(native()) == cudaErrorNotReady) {
+  while (Busy()) {
     if (Clock::now() > end) return false;
     std::this_thread::sleep_for(kLook);
   }
@@ -242,6 +386,19 @@ CopyEngines::~CopyEngines() {
     LogWarning("other ranks have not finished with the windows of the copy engines");
     End(Clock::now() + kFarewell);
   }
+  // What a rank frees afterwards nobody may have mapped any more.
+  for (Channel& c : channels_) {
+    Unmap(&c);
+    std::atomic_ref<uint32_t>(c.flags[kUnmapped + c.group.index]).store(1);
+  }
+  const Clock::time_point end = Clock::now() + kFarewell;
+  for (const Channel& c : channels_) {
+    for (int p = 0; p < c.group.size() && !ended_; ++p) {
+      while (std::atomic_ref<uint32_t>(c.flags[kUnmapped + p]).load() == 0 && Clock::now() < end) {
+        std::this_thread::sleep_for(kLook);
+      }
+    }
+  }
   for (Channel& c : channels_) Close(&c);
 }
 
@@ -262,7 +419,59 @@ absl::Status CopyEngines::Prepare() {
                                                ", and copies in batches need 12.8"));
   }
   STRETTO_RETURN_IF_ERROR(Called("loading the additions", LoadSumParts()));
+  void* range = nullptr;
+  STRETTO_RETURN_IF_ERROR(
+      Called("cudaGetDriverEntryPointByVersion",
+             cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &range, 12000,
+                                              cudaEnableDefault, &found)));
+  if (found != cudaDriverEntryPointSuccess || range == nullptr) {
+    return absl::UnavailableError("the driver has no cuMemGetAddressRange");
+  }
+  STRETTO_RETURN_IF_ERROR(
+      Called("cudaDeviceGetAttribute",
+             cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount,
+                                    stream_.device().index)));
+  address_range_ = reinterpret_cast<decltype(&cuMemGetAddressRange)>(range);
+  STRETTO_ASSIGN_OR_RETURN(
+      aside_, Stream::Create(stream_.device(), {.workspace_bytes = 0, .first_served = true}));
   batch_mem_op_ = reinterpret_cast<decltype(&cuStreamBatchMemOp)>(function);
+  return absl::OkStatus();
+}
+
+absl::Status CopyEngines::Export(const std::byte* memory, std::string* handle) {
+  const auto address = reinterpret_cast<CUdeviceptr>(memory);
+  CUdeviceptr base = 0;
+  size_t bytes = 0;
+  const CUresult found = address_range_(&base, &bytes, address);
+  if (found != CUDA_SUCCESS) {
+    return absl::InternalError(
+        absl::StrCat("CUDA: cuMemGetAddressRange failed with error ", static_cast<int>(found)));
+  }
+  cudaIpcMemHandle_t exported;
+  STRETTO_RETURN_IF_ERROR(
+      Called("cudaIpcGetMemHandle", cudaIpcGetMemHandle(&exported, reinterpret_cast<void*>(base))));
+  *handle = absl::StrCat(absl::BytesToHexString(absl::string_view(
+                             reinterpret_cast<const char*>(&exported), sizeof(exported))),
+                         "+", address - base);
+  return absl::OkStatus();
+}
+
+absl::Status CopyEngines::Import(absl::string_view handle, Channel* c, std::byte** memory) {
+  const std::vector<std::string> parts = absl::StrSplit(handle, '+');
+  cudaIpcMemHandle_t imported;
+  int64_t offset = 0;
+  std::string bytes;
+  if (parts.size() == 2) bytes = absl::HexStringToBytes(parts[0]);
+  if (bytes.size() != sizeof(imported) || !absl::SimpleAtoi(parts[1], &offset)) {
+    return absl::InternalError("a handle is cut");
+  }
+  std::memcpy(&imported, bytes.data(), sizeof(imported));
+  void* allocation = nullptr;
+  STRETTO_RETURN_IF_ERROR(
+      Called("cudaIpcOpenMemHandle",
+             cudaIpcOpenMemHandle(&allocation, imported, cudaIpcMemLazyEnablePeerAccess)));
+  c->mapped.push_back(allocation);
+  *memory = static_cast<std::byte*>(allocation) + offset;
   return absl::OkStatus();
 }
 
@@ -275,11 +484,7 @@ absl::Status CopyEngines::Open(Channel* c, std::string* handle) {
   }
   STRETTO_ASSIGN_OR_RETURN(c->window, Arena::Create(stream_.device(), "copy window", kWindowBytes));
   c->windows[static_cast<size_t>(c->group.index)] = c->window.data();
-  cudaIpcMemHandle_t exported;
-  STRETTO_RETURN_IF_ERROR(
-      Called("cudaIpcGetMemHandle", cudaIpcGetMemHandle(&exported, c->window.data())));
-  *handle = absl::BytesToHexString(
-      absl::string_view(reinterpret_cast<const char*>(&exported), sizeof(exported)));
+  STRETTO_RETURN_IF_ERROR(Export(c->window.data(), handle));
   if (c->group.index > 0) return absl::OkStatus();
   // Containers may share memory and not the numbers of their processes.
   std::random_device random;
@@ -333,15 +538,7 @@ absl::Status CopyEngines::MapPeers(const std::vector<std::string>& handles, Chan
       return absl::UnavailableError(
           absl::StrCat("ranks ", world_.rank(), " and ", rank, " are in one process"));
     }
-    const std::string bytes = absl::HexStringToBytes(theirs[3]);
-    cudaIpcMemHandle_t handle;
-    if (bytes.size() != sizeof(handle)) return absl::InternalError("a handle is cut");
-    std::memcpy(&handle, bytes.data(), sizeof(handle));
-    void* mapped = nullptr;
-    STRETTO_RETURN_IF_ERROR(
-        Called("cudaIpcOpenMemHandle",
-               cudaIpcOpenMemHandle(&mapped, handle, cudaIpcMemLazyEnablePeerAccess)));
-    c->windows[static_cast<size_t>(p)] = static_cast<std::byte*>(mapped);
+    STRETTO_RETURN_IF_ERROR(Import(theirs[3], c, &c->windows[static_cast<size_t>(p)]));
     if (p == 0) {
       c->flags_name = theirs[4];
       const absl::Status shared = MapFlags(/*create=*/false, c);
@@ -384,7 +581,7 @@ absl::Status CopyEngines::Try(Channel* c) {
   for (int round = 0; round <= kSlots; ++round) {
     for (Operation* o : {&reduce, &gather}) {
       o->group = &c->group;
-      used.Update(Enqueue(c, *o));
+      used.Update(Enqueue(c, *o).status());
     }
   }
   const auto limit = std::min<std::chrono::milliseconds>(kTrial, SetupTimeout(world_.options()));
@@ -403,12 +600,14 @@ absl::Status CopyEngines::Try(Channel* c) {
   return absl::OkStatus();
 }
 
-void CopyEngines::Close(Channel* c) {
-  for (int p = 0; p < static_cast<int>(c->windows.size()); ++p) {
-    void* const window = c->windows[static_cast<size_t>(p)];
-    if (p == c->group.index || window == nullptr) continue;
-    if (cudaIpcCloseMemHandle(window) != cudaSuccess) cudaGetLastError();
+void CopyEngines::Unmap(Channel* c, size_t left) {
+  for (; c->mapped.size() > left; c->mapped.pop_back()) {
+    if (cudaIpcCloseMemHandle(c->mapped.back()) != cudaSuccess) cudaGetLastError();
   }
+}
+
+void CopyEngines::Close(Channel* c) {
+  Unmap(c);
   c->windows.clear();
   if (!c->flags_name.empty()) shm_unlink(c->flags_name.c_str());
   c->flags_name.clear();
@@ -417,20 +616,65 @@ void CopyEngines::Close(Channel* c) {
   c->flags = nullptr;
 }
 
-absl::StatusOr<std::string> CopyEngines::Add(const Group& group) {
-  // Every rank says how far it came, and all go on or none.
-  const auto agree = [&](const char* what, const absl::Status& mine, const std::string& value,
-                         std::vector<std::string>* values) -> absl::StatusOr<std::string> {
-    STRETTO_ASSIGN_OR_RETURN(
-        *values, world_.AllGather(absl::StrCat("copy engines of group ", group.name, ", ", what),
-                                  mine.ok() ? absl::StrCat("ok ", value)
-                                            : absl::StrCat("no ", std::string(mine.message()))));
-    for (int r = 0; r < world_.size(); ++r) {
-      const std::string& text = (*values)[static_cast<size_t>(r)];
-      if (text.starts_with("no ")) return absl::StrCat("rank ", r, ": ", text.substr(3));
+absl::StatusOr<std::string> CopyEngines::Agree(const Group& group, const char* what,
+                                               const absl::Status& mine, const std::string& value,
+                                               std::vector<std::string>* values) {
+  STRETTO_ASSIGN_OR_RETURN(
+      *values, world_.AllGather(absl::StrCat("copy engines of group ", group.name, ", ", what),
+                                mine.ok() ? absl::StrCat("ok ", value)
+                                          : absl::StrCat("no ", std::string(mine.message()))));
+  for (int r = 0; r < world_.size(); ++r) {
+    const std::string& text = (*values)[static_cast<size_t>(r)];
+    if (text.starts_with("no ")) return absl::StrCat("rank ", r, ": ", text.substr(3));
+  }
+  return std::string();
+}
+
+absl::StatusOr<std::string> CopyEngines::Share(const Group& group, std::span<std::byte> memory,
+                                               uint64_t layout) {
+  Channel* const c = Of(group);
+  if (c == nullptr) return absl::StrCat("group ", group.name, " has no copy engines");
+  const size_t mapped = c->mapped.size();
+  std::string handle = "-";
+  std::vector<std::string> values;
+  const absl::Status exported = memory.empty() ? absl::OkStatus() : Export(memory.data(), &handle);
+  absl::StatusOr<std::string> why = Agree(
+      group, "memory", exported, absl::StrCat(memory.size(), " ", layout, " ", handle), &values);
+  Region region = {.own = memory, .bases = {}};
+  const auto map = [&]() -> absl::Status {
+    // "ok", bytes, the layout, the memory.
+    const auto of = [&](int rank) {
+      return std::vector<std::string>(absl::StrSplit(values[static_cast<size_t>(rank)], ' '));
+    };
+    const std::vector<std::string> mine = of(world_.rank());
+    for (int p = 0; p < group.size(); ++p) {
+      const int rank = group.ranks[static_cast<size_t>(p)];
+      const std::vector<std::string> theirs = of(rank);
+      std::byte*& base = region.bases.emplace_back(memory.data());
+      if (theirs.size() != 4 || mine.size() != 4) return absl::InternalError("a handle is cut");
+      if (theirs[1] != mine[1] || theirs[2] != mine[2]) {
+        return absl::FailedPreconditionError(absl::StrCat("the memory of ranks ", world_.rank(),
+                                                          " and ", rank, " is not laid out alike"));
+      }
+      if (p != group.index && !memory.empty()) {
+        STRETTO_RETURN_IF_ERROR(Import(theirs[3], c, &base));
+      }
     }
-    return std::string();
+    return absl::OkStatus();
   };
+  if (why.ok() && why->empty()) why = Agree(group, "mapping memory", map(), "", &values);
+  if (why.ok() && why->empty()) {
+    c->regions.push_back(std::move(region));
+    return why;
+  }
+  Unmap(c, mapped);
+  STRETTO_RETURN_IF_ERROR(why.status());
+  // Nobody frees what another rank maps.
+  STRETTO_RETURN_IF_ERROR(world_.Barrier("closing shared memory"));
+  return why;
+}
+
+absl::StatusOr<std::string> CopyEngines::Add(const Group& group) {
   Channel& c = channels_.emplace_back();
   c.group = group;
   c.windows.assign(static_cast<size_t>(group.size()), nullptr);
@@ -438,14 +682,14 @@ absl::StatusOr<std::string> CopyEngines::Add(const Group& group) {
   std::string handle = "-";
   std::vector<std::string> values;
   const absl::Status opened = alone ? absl::OkStatus() : Open(&c, &handle);
-  absl::StatusOr<std::string> why = agree(
-      "windows", opened,
+  absl::StatusOr<std::string> why = Agree(
+      group, "windows", opened,
       absl::StrCat(world_.info().node, " ", getpid(), " ", handle, " ", c.flags_name), &values);
-  if (why.ok() && why->empty()) why = agree("mapping", MapPeers(values, &c), "", &values);
+  if (why.ok() && why->empty()) why = Agree(group, "mapping", MapPeers(values, &c), "", &values);
   if (!c.flags_name.empty()) shm_unlink(c.flags_name.c_str());  // all have it, or none needs it
   c.flags_name.clear();
   if (why.ok() && why->empty()) {
-    why = agree("trial", alone ? absl::OkStatus() : Try(&c), "", &values);
+    why = Agree(group, "trial", alone ? absl::OkStatus() : Try(&c), "", &values);
   }
   if (why.ok() && why->empty() && !alone) return why;
   if (!Idle(Clock::now() + kTrial)) {  // no memory is freed then, which would wait for the device

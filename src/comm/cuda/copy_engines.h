@@ -10,7 +10,9 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -38,10 +40,20 @@ namespace stretto {
 // Who says that round c has arrived has left round c - 1 behind. So nobody writes to a slot that is
 // still read: before round c everybody has said that of c - 1, and left c - 2 behind.
 //
-// Tensors themselves need not be mapped, nor lie at the same place on all ranks. All of it is
+// An all-gather whose inputs lie in shared memory (Share) needs no slot, and two meetings: "the
+// input is there", then copies from the others' inputs to the output, then "they are read".
+//
+// Other tensors need not be mapped, nor lie at the same place on all ranks. All of it is
 // enqueued on the communication stream; the host waits for nothing. Flags lie in host memory that
 // the processes share, so whoever gives up ends its stream's waits by plain stores: that works
 // while another thread is in a call of CUDA that does not return.
+//
+// Copies between GPUs are the copy engines'. Copies within a GPU and sums are kernels (so is
+// cudaMemcpyAsync there): beside a product that holds all multiprocessors they wait for its end. A
+// batch that has both waits as a whole, so they go apart. Where an operation ends in one, that is
+// on a stream aside, and the operations behind it go on; those that touch the same tensors wait.
+// Then who says that round c has arrived has also added what lay in the slot of the one before c
+// that used a slot for a sum.
 class CopyEngines {
  public:
   using Clock = std::chrono::steady_clock;
@@ -66,20 +78,35 @@ class CopyEngines {
   // order, while nothing is in flight. Empty: it is connected. Otherwise why it cannot be, the same
   // on all ranks, and nothing has changed.
   absl::StatusOr<std::string> Add(const Group& group);
+  // From now on all-gathers of this connected group read inputs in `memory`, device memory of this
+  // rank, where they are. All ranks of the world call it in the same order, while nothing is in
+  // flight, and keep the memory until the object is gone. The ranks of a group have tensors at the
+  // same places in it, which equal `layout` vouches for. The answer is Add's.
+  absl::StatusOr<std::string> Share(const Group& group, std::span<std::byte> memory,
+                                    uint64_t layout);
   bool empty() const { return channels_.empty(); }
   // What Issue enqueues for this operation, at most; 0: it does not carry it out. The same on all
   // ranks of its group.
   int64_t Launches(const Operation& o);
-  absl::Status Issue(const Operation& o);
+  // Returns the stream on which the operation ends.
+  absl::StatusOr<Stream*> Issue(const Operation& o);
+  // What is enqueued on the communication stream from now on comes after all that was issued.
+  void Join();
   // From any thread: ends what waits on the stream for other ranks, and waits for the stream's end
   // until `end`. False: it has not come. Nothing but the destructor follows.
   bool End(Clock::time_point end);
 
  private:
+  // Memory that the ranks of a group share, by their index in it.
+  struct Region {
+    std::span<std::byte> own;
+    std::vector<std::byte*> bases;  // where each rank's begins
+  };
   struct Channel {
     Group group;
     Arena window;
     std::vector<std::byte*> windows;  // by index in the group
+    std::vector<void*> mapped;        // allocations of other ranks, of windows and regions
     // [waiting rank, writing rank]: how many rounds have arrived. As the host and as the GPU sees
     // it.
     uint32_t* flags = nullptr;
@@ -87,43 +114,78 @@ class CopyEngines {
     std::optional<HostRegistration> registration;
     std::string flags_name;  // while others may have to open it
     uint32_t rounds = 0;
+    Event added;  // what lay in the last slot that was used for a sum
+    std::deque<Region> regions;
+  };
+  // What the end of an operation, aside, reads or writes.
+  struct Aside {
+    Event done;
+    std::vector<std::span<const std::byte>> touched;
   };
   static int Cell(int waiting, int writing) { return waiting * kMostRanks + writing; }
   static std::byte* Slot(std::byte* window, uint32_t round);
   // Of a slot, for one rank's part.
   static int64_t Room(const Operation& o);
+  // What all inputs of this all-gather lie in; null: nothing.
+  static const Region* SharedBy(const Channel& c, const Operation& o);
 
   Channel* Of(const Group& group);
   // Waits in, and writes to, the flags.
   void Write(const Channel& c, int cell, uint32_t value);
   void Wait(const Channel& c, int cell, uint32_t value);
+  void WriteAll(const Channel& c);
+  void WaitForAll(const Channel& c);
   absl::Status Signal();
   void Copy(std::byte* to, const std::byte* from, int64_t bytes);
-  absl::Status CopyAll();
+  absl::Status CopyAll(Stream& stream);
   absl::Status AddParts(const Channel& c, const Operation& o, const std::byte* slot);
   // Says on all ranks of the group that this one's data of the round have arrived, and waits until
   // all have said so.
   absl::Status Meet(const Channel& c);
-  absl::Status EnqueueRound(const Channel& c, const Operation& o);
-  absl::Status Enqueue(Channel* c, const Operation& o);
+  // The streams' orders: `later` goes on when `earlier` has come here.
+  static void Follow(Stream& later, Stream& earlier) { later.Wait(earlier.Record()); }
+  absl::Status EnqueueRound(Channel* c, const Operation& o);
+  static bool InPlace(const Operation& o, const Operation::Item& item);
+  absl::Status EnqueueShared(Channel* c, const Region& region, const Operation& o);
+  absl::StatusOr<Stream*> Enqueue(Channel* c, const Operation& o);
+  // Calls touches(tensor) for what an operation reads and writes.
+  template <class Call>
+  static void EachTensor(const Operation& o, const Call& touches);
+  // The operation comes after the ends of those that touch the same tensors.
+  void Order(const Operation& o);
 
   absl::Status Prepare();
+  // Every rank says how far it came, and all go on (an empty string) or none.
+  absl::StatusOr<std::string> Agree(const Group& group, const char* what, const absl::Status& mine,
+                                    const std::string& value, std::vector<std::string>* values);
+  // What another process needs to map this memory.
+  absl::Status Export(const std::byte* memory, std::string* handle);
+  static absl::Status Import(absl::string_view handle, Channel* c, std::byte** memory);
   absl::Status Open(Channel* c, std::string* handle);
   absl::Status MapFlags(bool create, Channel* c);
   absl::Status MapPeers(const std::vector<std::string>& handles, Channel* c);
   // Uses a channel once and looks at what arrived.
   absl::Status Try(Channel* c);
+  // Unmaps the last of what belongs to other ranks, until `left` are there.
+  static void Unmap(Channel* c, size_t left = 0);
   void Close(Channel* c);
   // Whether the stream came to its end.
   bool Idle(Clock::time_point end);
   // ... with waits ended again and again, as long as it takes.
   bool IdleWhile(Clock::time_point end, const std::function<void()>& end_waits);
   static void EndWaits(const Channel& c);
-  cudaStream_t native() const { return static_cast<cudaStream_t>(stream_.native()); }
+  static cudaStream_t Native(Stream& s) { return static_cast<cudaStream_t>(s.native()); }
+  cudaStream_t native() const { return Native(stream_); }
+  bool Busy() const;
 
   World& world_;
   Stream& stream_;
+  std::unique_ptr<Stream> aside_;  // once something is connected
+  std::deque<Aside> ends_;         // on it, in order
+  std::vector<Aside> spare_;       // whose memory serves again
   decltype(&cuStreamBatchMemOp) batch_mem_op_ = nullptr;
+  decltype(&cuMemGetAddressRange) address_range_ = nullptr;
+  int multiprocessors_ = 0;
   bool ended_ = false;
   std::deque<Channel> channels_;
   // Of what is being enqueued.

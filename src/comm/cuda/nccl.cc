@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "src/comm/cuda/copy_engines.h"
 #include "src/comm/cuda/nccl_comms.h"
+#include "src/comm/cuda/sum_parts.h"
 #include "stretto/core/copy.h"
 
 namespace stretto {
@@ -62,40 +63,63 @@ void EachMessage(const Operation& o, const Call& message) {
   }
 }
 
+// Of a reduce-scatter's input.
+std::byte* OwnPart(const Operation& o, const Operation::Item& item) {
+  return item.input + o.group->index * item.elements * SizeOf(o.dtype);
+}
+
 bool Pairwise(const Operation& o) { return o.point_to_point() || o.op == CommOp::kAllToAll; }
 
 class Nccl final : public DeviceCollectives {
  public:
   Nccl(World& world, Device device) : world_(world), comms_(world, device) {}
 
-  absl::Status Connect() { return comms_.Connect(); }
+  absl::Status Connect() {
+    STRETTO_RETURN_IF_ERROR(comms_.Connect());
+    STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(stream().device()));
+    multiprocessors_ = info.multiprocessors;
+    if (LoadSumParts() == cudaSuccess) return absl::OkStatus();
+    return absl::InternalError("CUDA: the additions of reduce-scatters could not be loaded");
+  }
 
   // Without a device a thread would make itself a context on the first one.
   void EnterThread() override { comms_.SelectDevice().IgnoreError(); }
   Stream& stream() override { return comms_.stream(); }
   absl::Status AddGroup(const Group& group) override { return comms_.AddGroup(group); }
   absl::StatusOr<std::string> UseCopyEngines(const Group& group) override;
+  absl::StatusOr<std::string> Share(const Group& group, std::span<std::byte> memory,
+                                    uint64_t layout) override {
+    if (copies_ == nullptr) return "copy engines are not in use";
+    STRETTO_RETURN_IF_ERROR(comms_.SelectDevice());
+    return copies_->Share(group, memory, layout);
+  }
   int64_t Prepare(Operation* o) override {
     const int64_t copies = copies_ == nullptr ? 0 : copies_->Launches(*o);
     o->copied = copies > 0;
-    return std::max<int64_t>(1, copies);
+    if (o->copied) return copies;
+    return o->adds ? 2 + static_cast<int64_t>(o->items.size()) / SumTable::kMost : 1;
   }
-  absl::Status Issue(std::span<Operation* const> batch) override;
+  absl::StatusOr<Stream*> Issue(std::span<Operation* const> batch) override;
   absl::Status Check() override;
   void Abort() override;
 
  private:
   absl::Status CopyOwn(const Operation& o);
+  // The last of a reduce-scatter that adds, whose sum lies in the own part of the input.
+  absl::Status AddOwn(const Operation& o);
   absl::Status CopyMessagesToOneself(std::span<Operation* const> batch);
   void Copy(std::byte* to, const std::byte* from, int64_t bytes) {
     if (to != from) CopyBytes(stream(), to, from, bytes);
   }
+  // What is no copy engine's.
+  absl::Status HandToNccl(std::span<Operation* const> batch);
   // In one group of NCCL, on `comm`.
   absl::Status HandOver(std::span<Operation* const> batch, ncclComm_t comm);
 
   World& world_;
   NcclComms comms_;
   std::unique_ptr<CopyEngines> copies_;  // null: not asked for
+  int multiprocessors_ = 0;
 };
 
 absl::StatusOr<std::string> Nccl::UseCopyEngines(const Group& group) {
@@ -132,10 +156,28 @@ absl::Status Nccl::CopyOwn(const Operation& o) {
     const auto me = static_cast<std::size_t>(o.group->index);
     Copy(o.items[0].output + o.receive_begins[me] * size,
          o.items[0].input + o.send_begins[me] * size, o.send_counts[me] * size);
-  } else if (o.group->size() == 1 && !o.point_to_point()) {
+  } else if (o.group->size() == 1 && !o.point_to_point() && !o.adds) {
     for (const Operation::Item& item : o.items) Copy(item.output, item.input, item.elements * size);
   }
   return stream().status();
+}
+
+absl::Status Nccl::AddOwn(const Operation& o) {
+  SumTable table;
+  table.ranks = 1;
+  table.adds = true;
+  cudaError_t error = cudaSuccess;
+  for (std::size_t i = 0; i < o.items.size() && error == cudaSuccess; ++i) {
+    const Operation::Item& item = o.items[i];
+    table.pieces[table.count++] = {OwnPart(o, item), nullptr, item.output, item.elements};
+    if (table.count < SumTable::kMost && i + 1 < o.items.size()) continue;
+    error =
+        SumParts(table, o.dtype, multiprocessors_, static_cast<cudaStream_t>(stream().native()));
+    table.count = 0;
+  }
+  if (error == cudaSuccess) return stream().status();
+  return absl::InternalError(
+      absl::StrCat("CUDA: adding what a reduce-scatter brought failed: ", cudaGetErrorName(error)));
 }
 
 absl::Status Nccl::CopyMessagesToOneself(std::span<Operation* const> batch) {
@@ -167,19 +209,28 @@ absl::Status Nccl::CopyMessagesToOneself(std::span<Operation* const> batch) {
   return stream().status();
 }
 
-absl::Status Nccl::Issue(std::span<Operation* const> batch) {
+absl::StatusOr<Stream*> Nccl::Issue(std::span<Operation* const> batch) {
   if (comms_.given_up()) {
     return absl::FailedPreconditionError("NCCL was given up after an error");
   }
   STRETTO_RETURN_IF_ERROR(comms_.SelectDevice());
+  if (copies_ != nullptr && !batch.front()->copied) copies_->Join();
   for (const Operation* o : batch) STRETTO_RETURN_IF_ERROR(CopyOwn(*o));
   STRETTO_RETURN_IF_ERROR(CopyMessagesToOneself(batch));
   const Operation& first = *batch.front();
   if (first.copied) return copies_->Issue(first);
+  STRETTO_RETURN_IF_ERROR(HandToNccl(batch));
+  return &stream();
+}
+
+absl::Status Nccl::HandToNccl(std::span<Operation* const> batch) {
+  const Operation& first = *batch.front();
   if (!Pairwise(first)) {
     const ncclComm_t comm = comms_.Of(*first.group);
-    if (comm == nullptr || first.group->size() == 1) return absl::OkStatus();
-    return HandOver(batch, comm);
+    if (comm != nullptr && first.group->size() > 1) {
+      STRETTO_RETURN_IF_ERROR(HandOver(batch, comm));
+    }
+    return first.adds ? AddOwn(first) : absl::OkStatus();
   }
   const ncclComm_t comm = comms_.world_comm();
   if (comm == nullptr) return absl::OkStatus();
@@ -227,7 +278,8 @@ absl::Status Nccl::HandOver(std::span<Operation* const> batch, ncclComm_t comm) 
                                   queue);
           break;
         case CommOp::kReduceScatter:
-          result = nccl.ReduceScatter(item.input, item.output, count, type, ncclSum, comm, queue);
+          result = nccl.ReduceScatter(item.input, o.adds ? OwnPart(o, item) : item.output, count,
+                                      type, ncclSum, comm, queue);
           break;
         case CommOp::kAllGather:
           result = nccl.AllGather(item.input, item.output, bytes, ncclUint8, comm, queue);

@@ -20,15 +20,18 @@ class Held final : public DeviceCollectives {
   Stream& stream() override { return *stream_; }
   absl::Status AddGroup(const Group&) override { return absl::OkStatus(); }
   absl::StatusOr<std::string> UseCopyEngines(const Group&) override { return "not here"; }
+  absl::StatusOr<std::string> Share(const Group&, std::span<std::byte>, uint64_t) override {
+    return "not here";
+  }
   int64_t Prepare(Operation*) override { return launches; }
-  absl::Status Issue(std::span<Operation* const> batch) override {
+  absl::StatusOr<Stream*> Issue(std::span<Operation* const> batch) override {
     batches.push_back(static_cast<int>(batch.size()));
     const int number = ++issued_;
     const std::atomic<int>* released = &released_;
     stream_->Enqueue([released, number] {
       while (*released < number) std::this_thread::yield();
     });
-    return absl::OkStatus();
+    return stream_.get();
   }
   absl::Status Check() override { return absl::OkStatus(); }
   void Abort() override {}

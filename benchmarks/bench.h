@@ -93,8 +93,12 @@ absl::StatusOr<std::vector<StepStats>> TimedSteps(
     const std::vector<int64_t>* lengths = nullptr, int64_t warm_up = kWarmUp);
 
 // Costs of this configuration's layers, and of communication between these ranks (fit.cc). Agreed
-// errors for ranks that were started differently and for samples that are too few.
-absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions);
+// errors for ranks that were started differently and for samples that are too few. Layers are
+// scaled by that many whole steps of data parallelism; kDefaultSteps: 4 on GPUs, which a power
+// limit slows down, none on CPUs.
+inline constexpr int64_t kDefaultSteps = -1;
+absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions,
+                                   int64_t steps = kDefaultSteps);
 
 // Milliseconds by layer of a micro-batch on one rank, each waited for (profile.cc).
 absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, Results* results);

@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
@@ -328,26 +329,86 @@ class Fitter {
 
 }  // namespace
 
-absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions) {
-  STRETTO_RETURN_IF_ERROR(SameEverywhere(world, config, absl::StrCat("repetitions ", repetitions)));
-  // Layers whole, on each rank. Several blocks, so that caches are as in a model; all of a large
-  // one would only take time.
-  constexpr int64_t kBlocks = 4;
+namespace {
+
+// The same model with layers whole on each rank, on samples of one length: documents are one long
+// sample or, where sizes vary, many short ones.
+TrainConfig OfDataParallelism(TrainConfig config) {
   config.parallel.dp = config.parallel.pp = config.parallel.tp = config.parallel.zero = 1;
-  if (config.data.documents) {
-    // Micro-batches of one rank, as one long sample and as many short ones.
-    constexpr int64_t kMostTokens = 32768;
-    config.data.documents = false;
-    config.data.sequence_length =
-        std::min({kMostTokens, config.batch.capacity > 0 ? config.batch.capacity : kMostTokens,
-                  config.data.sequence_length});
-    config.batch.global = config.batch.micro = 1;
-    config.batch.tokens = config.batch.capacity = 0;
-    config.parallel.cp = 1;
-    config.parallel.mesh = "static";
-  }
   config.parallel.schedule = "1f1b";
   config.parallel.chunks = 0;
+  if (!config.data.documents) return config;
+  constexpr int64_t kMostTokens = 32768;
+  config.data.documents = false;
+  config.data.sequence_length =
+      std::min({kMostTokens, config.batch.capacity > 0 ? config.batch.capacity : kMostTokens,
+                config.data.sequence_length});
+  config.batch.global = config.batch.micro = 1;
+  config.batch.tokens = config.batch.capacity = 0;
+  config.parallel.cp = 1;
+  config.parallel.mesh = "static";
+  return config;
+}
+
+// Scales the layers so that a step of data parallelism over these ranks takes as long as it does:
+// in a whole model, and at a power limit, layers take longer than in a few blocks. `scale` is 0
+// where nothing was measured: no steps were asked for, or a rank has no room for the model.
+absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, CostModel* cost,
+                         double* scale) {
+  TrainConfig config = OfDataParallelism(of);
+  config.parallel.dp = world.size();
+  config.batch.global = std::max(config.batch.global, 2 * config.batch.micro * world.size());
+  config.batch.global -= config.batch.global % world.size();
+  const auto fits = [&]() -> absl::StatusOr<bool> {
+    STRETTO_ASSIGN_OR_RETURN(const Device device,
+                             ChooseDevice(config.runtime.device, world.info().local_rank));
+    const bool cpu = device.kind == DeviceKind::kCpu;
+    config.runtime.device = cpu ? "cpu" : "cuda";
+    if (count == kDefaultSteps) count = cpu ? 0 : 4;
+    if (count == 0) return false;
+    config.steps = kWarmUp + count;
+    TrainConfig resolved = config;
+    STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &resolved));
+    STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(resolved, world.size(), world.rank()));
+    if (cpu) return true;
+    STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
+    return plan.arena_bytes + plan.overhead_bytes < info.free_bytes;
+  };
+  const absl::StatusOr<bool> room = fits();
+  STRETTO_RETURN_IF_ERROR(world.Agree("planning a step", room.status()));
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> rooms,
+                           world.AllGather("room for the model", *room ? "1" : "0"));
+  if (std::find(rooms.begin(), rooms.end(), "0") != rooms.end()) return absl::OkStatus();
+  const auto resolve = [&](Trainer& trainer) {
+    config = trainer.config();
+    return absl::OkStatus();
+  };
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps, TimedSteps(world, config, resolve));
+  std::vector<double> seconds;
+  for (const StepStats& stats : steps) seconds.push_back(1e-3 * stats.step_ms);
+  const double mine = config.runtime.device == "cuda" ? Median(seconds) : LowerDecile(seconds);
+  // One number on all ranks.
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
+                           world.AllGather("a step", absl::StrFormat("%.17g", mine)));
+  double measured = 0;
+  if (!absl::SimpleAtod(all[0], &measured)) return absl::InternalError("a time is cut");
+  STRETTO_ASSIGN_OR_RETURN(const StepPrediction predicted,
+                           PredictStep(config, world.size(), *cost));
+  const double others = predicted.seconds - predicted.compute;
+  if (measured <= others || predicted.compute <= 0) {
+    return absl::UnavailableError(absl::StrCat("a step took ", 1e3 * measured,
+                                               " ms, less than its communication alone (",
+                                               1e3 * others, " ms); run the fit again"));
+  }
+  *scale = (measured - others) / predicted.compute;
+  ScaleLayers(*scale, cost);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CostModel> FitParts(World& world, TrainConfig config, int repetitions) {
+  // Several blocks, so that caches are as in a model; all of a large one would only take time.
+  constexpr int64_t kBlocks = 4;
+  config = OfDataParallelism(std::move(config));
   config.runtime.recompute = "none";
   config.batch.micro = std::min(config.batch.micro, config.batch.global);
   absl::Status resolved = config.Resolve(1);
@@ -399,6 +460,21 @@ absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetit
   return cost;
 }
 
+}  // namespace
+
+absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions,
+                                   int64_t steps) {
+  STRETTO_RETURN_IF_ERROR(
+      SameEverywhere(world, config, absl::StrCat("repetitions ", repetitions, " steps ", steps)));
+  STRETTO_ASSIGN_OR_RETURN(CostModel cost, FitParts(world, config, repetitions));
+  double scale = 0;
+  STRETTO_RETURN_IF_ERROR(ScaleByStep(world, config, steps, &cost, &scale));
+  absl::StrAppend(&cost.parts->measured,
+                  scale > 0 ? absl::StrFormat(", layers x %.3f as in whole steps", scale)
+                            : ", layers as in a few blocks");
+  return cost;
+}
+
 namespace {
 
 // The old file stays when the new one cannot be written whole.
@@ -419,7 +495,8 @@ absl::Status Replace(const std::string& path, const std::string& text) {
 int Fit(int argc, const char* const* argv) {
   std::vector<std::string> sets;
   std::string output = "costs.json";
-  int64_t repetitions = 21;
+  int64_t repetitions = 21, steps = kDefaultSteps;
+  std::string whole = "auto";
   Arguments arguments("stretto-bench fit",
                       "Measures what a configuration's layers and these ranks' links cost and "
                       "writes a cost model\nfor stretto-plan --suggest and stretto-schedule "
@@ -428,11 +505,18 @@ int Fit(int argc, const char* const* argv) {
   arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
   arguments.Add("output", "FILE", "where the cost model goes", &output);
   arguments.Add("repetitions", "N", "of each measurement", &repetitions);
+  arguments.Add("steps", "N", "whole steps by which layers are scaled; auto: 4 on GPUs, 0 on CPUs",
+                &whole);
   absl::Status parsed = arguments.Parse(argc, argv);
   if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
   if (parsed.ok() && (repetitions < 1 || repetitions > 1000)) {
     parsed = absl::InvalidArgumentError(
         absl::StrCat("--repetitions must be 1 to 1000, not ", repetitions));
+  }
+  if (parsed.ok() && whole != "auto" &&
+      (!absl::SimpleAtoi(whole, &steps) || steps < 0 || steps > 1000)) {
+    parsed =
+        absl::InvalidArgumentError(absl::StrCat("--steps must be auto or 0 to 1000, not ", whole));
   }
   if (parsed.ok() && output.empty()) {
     parsed = absl::InvalidArgumentError("--output is empty; name the file for the cost model");
@@ -446,7 +530,7 @@ int Fit(int argc, const char* const* argv) {
   return RunInWorld([&](World& world) -> absl::Status {
     STRETTO_RETURN_IF_ERROR(CheckOutput(world, output));
     STRETTO_ASSIGN_OR_RETURN(const CostModel cost,
-                             FitCosts(world, *config, static_cast<int>(repetitions)));
+                             FitCosts(world, *config, static_cast<int>(repetitions), steps));
     absl::Status written;
     if (world.rank() == 0) {
       written = Replace(output, ToJson(cost));

@@ -241,6 +241,21 @@ double CostModel::BoundarySeconds(const PlanItem& item) const {
   return link_latency + (link_bytes_per_second > 0 ? bytes / link_bytes_per_second : 0);
 }
 
+void ScaleLayers(double scale, CostModel* cost) {
+  const auto times = [&](StageCost& half) {
+    half = {half.fixed * scale, half.per_token * scale, half.per_pair * scale};
+  };
+  for (auto* stages : {&cost->forward, &cost->backward_input, &cost->backward_weight}) {
+    for (StageCost& stage : *stages) times(stage);
+  }
+  if (!cost->parts) return;
+  for (LayerCost& layer : cost->parts->layers) {
+    for (StageCost* half : {&layer.forward, &layer.backward_input, &layer.backward_weight}) {
+      times(*half);
+    }
+  }
+}
+
 CostModel UniformCost(double forward, double backward_input, double backward_weight) {
   CostModel cost;
   cost.forward = {{.fixed = forward}};

@@ -84,6 +84,9 @@ struct CostModel {
   bool operator==(const CostModel&) const = default;
 };
 
+// Multiplies what layers cost, and the stages made of them, by `scale`; links and updates stay.
+void ScaleLayers(double scale, CostModel* cost);
+
 // The same costs for every stage and item.
 CostModel UniformCost(double forward, double backward_input, double backward_weight);
 

@@ -398,10 +398,13 @@ TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
   const auto ranks2 = [&](const std::string& arguments) {
     return Run(absl::StrCat(STRETTO_MPIRUN " 2 " STRETTO_BENCH " ", arguments, " 2>&1"));
   };
-  Result r =
-      ranks2("fit small.json --repetitions 1 --set parallel.bucket_bytes=1 --output two.json");
+  Result r = ranks2(
+      "fit small.json --repetitions 1 --steps 2 --set parallel.bucket_bytes=1 --output two.json");
   ASSERT_EQ(r.code, 0) << r.output;
-  EXPECT_EQ(Bench("fit small.json --repetitions 1 --output one.json").code, 0);
+  EXPECT_THAT(r.output, HasSubstr("as in whole steps"));
+  r = Bench("fit small.json --repetitions 1 --output one.json");
+  EXPECT_EQ(r.code, 0);
+  EXPECT_THAT(r.output, HasSubstr("as in a few blocks"));
   const nlohmann::json parts = Results("two.json")["parts"];
   EXPECT_EQ(parts["ranks"], 2);
   for (const char* operation : {"all_gather", "reduce_scatter", "all_reduce", "point_to_point"}) {
@@ -447,6 +450,7 @@ TEST_F(BenchProgram, WrongArgumentsAreOneSentence) {
                                 "fit absent.json",
                                 "fit --repetitions 0 a.json",
                                 "fit --output= a.json",
+                                "fit --steps some a.json",
                                 "predict",
                                 "predict a b",
                                 "predict --rounds 0 a.json"}) {

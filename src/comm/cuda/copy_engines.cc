@@ -284,15 +284,8 @@ absl::StatusOr<Stream*> CopyEngines::Enqueue(Channel* c, const Operation& o) {
     }
   }
   Follow(*aside_, stream_);
-  Aside end;
-  if (!spare_.empty()) {
-    end = std::move(spare_.back());
-    spare_.pop_back();
-  }
-  end.touched.clear();
-  end.done = aside_->Record();
-  EachTensor(o, [&](std::span<const std::byte> tensor) { end.touched.push_back(tensor); });
-  ends_.push_back(std::move(end));
+  const Event done = aside_->Record();
+  EachTensor(o, [&](std::span<const std::byte> tensor) { ends_.push_back({done, tensor}); });
   STRETTO_RETURN_IF_ERROR(aside_->status());
   return aside_.get();
 }
@@ -310,18 +303,15 @@ void CopyEngines::EachTensor(const Operation& o, const Call& touches) {
 }
 
 void CopyEngines::Order(const Operation& o) {
-  for (; !ends_.empty() && ends_.front().done.Done(); ends_.pop_front()) {
-    spare_.push_back(std::move(ends_.front()));
-  }
+  ends_.erase(ends_.begin(), std::find_if(ends_.begin(), ends_.end(),
+                                          [](const Aside& end) { return !end.done.Done(); }));
   const auto meet = [](std::span<const std::byte> a, std::span<const std::byte> b) {
     return a.data() < b.data() + b.size() && b.data() < a.data() + a.size();
   };
   // The last one that meets comes after the ones before it.
   for (auto end = ends_.rbegin(); end != ends_.rend(); ++end) {
     bool meets = false;
-    EachTensor(o, [&](std::span<const std::byte> tensor) {
-      for (const std::span<const std::byte> other : end->touched) meets |= meet(tensor, other);
-    });
+    EachTensor(o, [&](std::span<const std::byte> tensor) { meets |= meet(tensor, end->tensor); });
     if (!meets) continue;
     stream_.Wait(end->done);
     return;
@@ -330,7 +320,7 @@ void CopyEngines::Order(const Operation& o) {
 
 void CopyEngines::Join() {
   if (!ends_.empty()) stream_.Wait(ends_.back().done);
-  for (; !ends_.empty(); ends_.pop_front()) spare_.push_back(std::move(ends_.front()));
+  ends_.clear();
 }
 
 absl::StatusOr<Stream*> CopyEngines::Issue(const Operation& o) { return Enqueue(Of(*o.group), o); }

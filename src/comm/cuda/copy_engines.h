@@ -117,10 +117,10 @@ class CopyEngines {
     Event added;  // what lay in the last slot that was used for a sum
     std::deque<Region> regions;
   };
-  // What the end of an operation, aside, reads or writes.
+  // A tensor that the end of an operation, aside, reads or writes.
   struct Aside {
     Event done;
-    std::vector<std::span<const std::byte>> touched;
+    std::span<const std::byte> tensor;
   };
   static int Cell(int waiting, int writing) { return waiting * kMostRanks + writing; }
   static std::byte* Slot(std::byte* window, uint32_t round);
@@ -181,8 +181,7 @@ class CopyEngines {
   World& world_;
   Stream& stream_;
   std::unique_ptr<Stream> aside_;  // once something is connected
-  std::deque<Aside> ends_;         // on it, in order
-  std::vector<Aside> spare_;       // whose memory serves again
+  std::vector<Aside> ends_;        // on it, in order
   decltype(&cuStreamBatchMemOp) batch_mem_op_ = nullptr;
   decltype(&cuMemGetAddressRange) address_range_ = nullptr;
   int multiprocessors_ = 0;

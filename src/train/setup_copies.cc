@@ -50,14 +50,15 @@ absl::Status Trainer::Impl::SetUpCopyEngines() {
 // divide, say) they pass through windows.
 absl::Status Trainer::Impl::ShareMemory() {
   for (size_t i = 0; i < stages.size(); ++i) {
-    const Tensor parameters = stages[i].dp->parameter_memory();
-    if (dp_copied && parameters.present()) {
+    // All ranks come to each of these calls, also those that have nothing there.
+    if (dp_copied) {
+      const Tensor parameters = stages[i].dp->parameter_memory();
       const uint64_t layout =
           StableHash(absl::StrCat(parameters.bytes(), " ", plan.stages[i].buckets.zero));
       STRETTO_RETURN_IF_ERROR(comm->ShareMemory(dp_group, parameters, layout).status());
     }
-    const Arena& frames = stages[i].frames;
-    if (tp_copied && frames.bytes() > 0) {
+    if (tp_copied) {
+      const Arena& frames = stages[i].frames;
       const Tensor activations =
           Tensor::Of(frames.data(), DType::kU8, {frames.bytes()}, frames.device());
       STRETTO_RETURN_IF_ERROR(

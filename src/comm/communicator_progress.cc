@@ -69,8 +69,8 @@ std::string Communicator::Impl::What(const Operation& o) const {
 bool Communicator::Impl::Step(Turn turn) {
   bool moved = false;
   bool device_held = false;  // an operation on the device may not yet start, so no later one may
-  // An operation on the device is not done, so no later one is: asking about each of a long queue
-  // would cost more than handing one over.
+  // An operation on the device is not done, so hardly a later one is: asking about each of a long
+  // queue would cost more than handing one over.
   bool device_behind = false;
   bool device_sound = false;
   std::size_t kept = 0;

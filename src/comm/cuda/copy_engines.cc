@@ -170,21 +170,14 @@ absl::Status CopyEngines::AddParts(const Channel& c, const Operation& o, const s
                 SumParts(table, o.dtype, multiprocessors_, Native(*aside_)));
 }
 
-void CopyEngines::WriteAll(const Channel& c) {
-  for (int p = 0; p < c.group.size(); ++p) {
-    if (p != c.group.index) Write(c, Cell(p, c.group.index), c.rounds);
-  }
-}
-
-void CopyEngines::WaitForAll(const Channel& c) {
-  for (int p = 0; p < c.group.size(); ++p) {
-    if (p != c.group.index) Wait(c, Cell(c.group.index, p), c.rounds);
-  }
-}
-
 absl::Status CopyEngines::Meet(const Channel& c) {
-  WriteAll(c);
-  WaitForAll(c);
+  const int n = c.group.size(), me = c.group.index;
+  for (int p = 0; p < n; ++p) {
+    if (p != me) Write(c, Cell(p, me), c.rounds);
+  }
+  for (int p = 0; p < n; ++p) {
+    if (p != me) Wait(c, Cell(me, p), c.rounds);
+  }
   return Signal();
 }
 

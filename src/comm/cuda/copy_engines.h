@@ -40,7 +40,7 @@ namespace stretto {
 // Who says that round c has arrived has left round c - 1 behind. So nobody writes to a slot that is
 // still read: before round c everybody has said that of c - 1, and left c - 2 behind.
 //
-// An all-gather whose inputs lie in shared memory (Share) needs no slot, and two meetings: "the
+// An all-gather whose inputs lie in shared memory (Share) takes two rounds without a slot: "the
 // input is there", then copies from the others' inputs to the output, then "they are read".
 //
 // Other tensors need not be mapped, nor lie at the same place on all ranks. All of it is
@@ -52,8 +52,9 @@ namespace stretto {
 // cudaMemcpyAsync there): beside a product that holds all multiprocessors they wait for its end. A
 // batch that has both waits as a whole, so they go apart. Where an operation ends in one, that is
 // on a stream aside, and the operations behind it go on; those that touch the same tensors wait.
-// Then who says that round c has arrived has also added what lay in the slot of the one before c
-// that used a slot for a sum.
+// Before a rank says that a round with a slot has arrived, it has added what lay in the slots of
+// the rounds before. Rounds without one come in pairs, so those with one use the slots in turn: who
+// writes to a slot has heard of the round in between, and with it that the slot was added.
 class CopyEngines {
  public:
   using Clock = std::chrono::steady_clock;
@@ -133,8 +134,6 @@ class CopyEngines {
   // Waits in, and writes to, the flags.
   void Write(const Channel& c, int cell, uint32_t value);
   void Wait(const Channel& c, int cell, uint32_t value);
-  void WriteAll(const Channel& c);
-  void WaitForAll(const Channel& c);
   absl::Status Signal();
   void Copy(std::byte* to, const std::byte* from, int64_t bytes);
   absl::Status CopyAll(Stream& stream);

@@ -401,7 +401,6 @@ absl::Status CopyEngines::Prepare() {
                                                driver % 1000 / 10,
                                                ", and copies in batches need 12.8"));
   }
-  STRETTO_RETURN_IF_ERROR(Called("loading the additions", LoadSumParts()));
   void* range = nullptr;
   STRETTO_RETURN_IF_ERROR(
       Called("cudaGetDriverEntryPointByVersion",
@@ -410,10 +409,6 @@ absl::Status CopyEngines::Prepare() {
   if (found != cudaDriverEntryPointSuccess || range == nullptr) {
     return absl::UnavailableError("the driver has no cuMemGetAddressRange");
   }
-  STRETTO_RETURN_IF_ERROR(
-      Called("cudaDeviceGetAttribute",
-             cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount,
-                                    stream_.device().index)));
   address_range_ = reinterpret_cast<decltype(&cuMemGetAddressRange)>(range);
   STRETTO_ASSIGN_OR_RETURN(
       aside_, Stream::Create(stream_.device(), {.workspace_bytes = 0, .first_served = true}));
@@ -674,7 +669,10 @@ absl::StatusOr<std::string> CopyEngines::Add(const Group& group) {
   if (why.ok() && why->empty()) {
     why = Agree(group, "trial", alone ? absl::OkStatus() : Try(&c), "", &values);
   }
-  if (why.ok() && why->empty() && !alone) return why;
+  if (why.ok() && why->empty()) {
+    if (alone) channels_.pop_back();  // there is nothing to connect
+    return why;
+  }
   if (!Idle(Clock::now() + kTrial)) {  // no memory is freed then, which would wait for the device
     return absl::InternalError("the communication stream does not come out of a wait");
   }

@@ -69,8 +69,10 @@ class CopyEngines {
   static constexpr int64_t kMostLaunches = 512;
 
   // `stream` is the communication stream, with the calling thread on its device wherever functions
-  // below are called. Both outlive the object.
-  CopyEngines(World& world, Stream& stream) : world_(world), stream_(stream) {}
+  // below are called. Both outlive the object. `multiprocessors`: the device's. The kernels of
+  // sum_parts.h are loaded.
+  CopyEngines(World& world, Stream& stream, int multiprocessors)
+      : world_(world), stream_(stream), multiprocessors_(multiprocessors) {}
   // After operations that have ended well: waits, within a deadline, until no other rank touches
   // the windows any more.
   ~CopyEngines();
@@ -179,11 +181,11 @@ class CopyEngines {
 
   World& world_;
   Stream& stream_;
+  const int multiprocessors_;
   std::unique_ptr<Stream> aside_;  // once something is connected
   std::vector<Aside> ends_;        // on it, in order
   decltype(&cuStreamBatchMemOp) batch_mem_op_ = nullptr;
   decltype(&cuMemGetAddressRange) address_range_ = nullptr;
-  int multiprocessors_ = 0;
   bool ended_ = false;
   std::deque<Channel> channels_;
   // Of what is being enqueued.

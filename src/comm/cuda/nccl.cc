@@ -76,10 +76,7 @@ class Nccl final : public DeviceCollectives {
 
   absl::Status Connect() {
     STRETTO_RETURN_IF_ERROR(comms_.Connect());
-    STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(stream().device()));
-    multiprocessors_ = info.multiprocessors;
-    if (LoadSumParts() == cudaSuccess) return absl::OkStatus();
-    return absl::InternalError("CUDA: the additions of reduce-scatters could not be loaded");
+    return world_.Agree("loading the additions", LoadAdditions());
   }
 
   // Without a device a thread would make itself a context on the first one.
@@ -104,6 +101,7 @@ class Nccl final : public DeviceCollectives {
   void Abort() override;
 
  private:
+  absl::Status LoadAdditions();
   absl::Status CopyOwn(const Operation& o);
   // The last of a reduce-scatter that adds, whose sum lies in the own part of the input.
   absl::Status AddOwn(const Operation& o);
@@ -122,13 +120,25 @@ class Nccl final : public DeviceCollectives {
   int multiprocessors_ = 0;
 };
 
+absl::Status Nccl::LoadAdditions() {
+  STRETTO_RETURN_IF_ERROR(comms_.SelectDevice());
+  STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(stream().device()));
+  multiprocessors_ = info.multiprocessors;
+  const cudaError_t loaded = LoadSumParts();
+  if (loaded == cudaSuccess) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("CUDA: loading the additions of reduce-scatters failed: ",
+                                          cudaGetErrorName(loaded)));
+}
+
 absl::StatusOr<std::string> Nccl::UseCopyEngines(const Group& group) {
   if (world_.size() == 1) return "there is one rank";
   if (comms_.given_up()) {
     return absl::FailedPreconditionError("NCCL was given up after an error");
   }
   STRETTO_RETURN_IF_ERROR(comms_.SelectDevice());
-  if (copies_ == nullptr) copies_ = std::make_unique<CopyEngines>(world_, stream());
+  if (copies_ == nullptr) {
+    copies_ = std::make_unique<CopyEngines>(world_, stream(), multiprocessors_);
+  }
   return copies_->Add(group);
 }
 

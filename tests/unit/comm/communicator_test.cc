@@ -235,6 +235,10 @@ TEST(Communicator, RefusesWhatItCannotDo) {
                                    ReduceOp::kSum, "");
               })),
               HasSubstr("not in host memory"));
+  EXPECT_THAT(Message(refused([&](Communicator& c) {
+                return c.ReduceScatterAddMany(c.all(), {tensor()}, {tensor()}, "on the host");
+              })),
+              HasSubstr("cannot add to"));
   EXPECT_THAT(
       Message(refused([&](Communicator& c) { return c.Broadcast(c.all(), tensor(), 1, "root"); })),
       HasSubstr("root 1 is outside the group of 1"));

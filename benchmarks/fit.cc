@@ -327,10 +327,6 @@ class Fitter {
   std::vector<Operation> operations_;
 };
 
-}  // namespace
-
-namespace {
-
 // The same model with layers whole on each rank, on samples of one length: documents are one long
 // sample or, where sizes vary, many short ones.
 TrainConfig OfDataParallelism(TrainConfig config) {

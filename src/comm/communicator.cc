@@ -303,6 +303,12 @@ Ticket Communicator::Impl::SubmitParts(CommOp op, const Group& g, std::span<cons
                        reduces ? " to " : " into ", Describe(output), " over ", g.size(),
                        " ranks (item ", i, " of ", inputs.size(), "; items share one type)"));
     }
+    const std::byte* const input_end = input.data + input.bytes();
+    if (adds && output.data < input_end && input.data < output.data + output.bytes()) {
+      return Refuse(op, g, label,
+                    absl::StrCat("cannot add to ", Describe(output),
+                                 ", which lies in the input; give it a place of its own"));
+    }
     if (adds && (input.device.kind == DeviceKind::kCpu ||
                  (input.dtype != DType::kF32 && input.dtype != DType::kBF16))) {
       return Refuse(op, g, label,

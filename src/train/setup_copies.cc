@@ -49,20 +49,26 @@ absl::Status Trainer::Impl::SetUpCopyEngines() {
 // copy on their way. Where ranks of an axis hold them at different places (heads that do not
 // divide, say) they pass through windows.
 absl::Status Trainer::Impl::ShareMemory() {
+  const auto share = [&](const Group& axis, const Tensor& memory, uint64_t layout) -> absl::Status {
+    STRETTO_ASSIGN_OR_RETURN(const std::string why, comm->ShareMemory(axis, memory, layout));
+    if (!why.empty() && world.rank() == 0) {
+      LogInfo(absl::StrCat("parallel.copy_engines: windows serve axis ", axis.name, ": ", why));
+    }
+    return absl::OkStatus();
+  };
   for (size_t i = 0; i < stages.size(); ++i) {
     // All ranks come to each of these calls, also those that have nothing there.
     if (dp_copied) {
       const Tensor parameters = stages[i].dp->parameter_memory();
       const uint64_t layout =
           StableHash(absl::StrCat(parameters.bytes(), " ", plan.stages[i].buckets.zero));
-      STRETTO_RETURN_IF_ERROR(comm->ShareMemory(dp_group, parameters, layout).status());
+      STRETTO_RETURN_IF_ERROR(share(dp_group, parameters, layout));
     }
     if (tp_copied) {
       const Arena& frames = stages[i].frames;
       const Tensor activations =
           Tensor::Of(frames.data(), DType::kU8, {frames.bytes()}, frames.device());
-      STRETTO_RETURN_IF_ERROR(
-          comm->ShareMemory(tp_group, activations, LayoutOf(plan.stages[i])).status());
+      STRETTO_RETURN_IF_ERROR(share(tp_group, activations, LayoutOf(plan.stages[i])));
     }
   }
   return absl::OkStatus();

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -37,8 +38,9 @@ constexpr int kSaidSo = 3;  // exit status of a rank that was told what is wrong
 constexpr char kFullQueue[] = "stop with a full queue";  // the other one submits ahead, and waits
 constexpr char kLaunches[] = "stop under launches";      // ... launches more than the device takes
 constexpr char kSetup[] = "exit after ";  // ... so many milliseconds, of set-up or not
-// In front of one of those: gathers by copy engines, in place of NCCL's sums.
-constexpr char kCopied[] = "copied ";
+// In front of one of those, in place of NCCL's sums: gathers by copy engines through windows, in
+// memory that the ranks share, and sums.
+constexpr char kCopied[] = "copied ", kShared[] = "shared ", kSummed[] = "summed ";
 constexpr const char* kFaults[] = {
     "exit",
     "stop",
@@ -52,9 +54,26 @@ constexpr const char* kFaults[] = {
     "copied stop under synchronize",
     "copied stop with a full queue",
     "copied stop under launches",
+    "shared exit",
+    "shared stop under synchronize",
+    "summed exit",
+    "summed stop with a full queue",
 };
 
-absl::Status Victim(World& world, const std::string& fault, bool copied) {
+// What the ranks do, by the words in front of a fault.
+enum class Way : uint8_t { kNccl, kCopied, kShared, kSummed };
+Way TakeWay(std::string* fault) {
+  for (const auto& [prefix, way] :
+       {std::pair(kCopied, Way::kCopied), std::pair(kShared, Way::kShared),
+        std::pair(kSummed, Way::kSummed)}) {
+    if (!fault->starts_with(prefix)) continue;
+    *fault = fault->substr(std::strlen(prefix));
+    return way;
+  }
+  return Way::kNccl;
+}
+
+absl::Status Victim(World& world, const std::string& fault, Way way) {
   const Device device = Device::Cuda(world.rank());
   STRETTO_ASSIGN_OR_RETURN(const Arena arena, Arena::Create(device, "test", 5 << 20));
   const Tensor data = Tensor::Of(arena.data(), DType::kF32, {1 << 20}, device);
@@ -67,8 +86,11 @@ absl::Status Victim(World& world, const std::string& fault, bool copied) {
   }
   Communicator c(world);
   STRETTO_RETURN_IF_ERROR(c.UseDevice(device));
-  if (copied) {
-    STRETTO_ASSIGN_OR_RETURN(const std::string why, c.UseCopyEngines(c.all()));
+  if (way != Way::kNccl) {
+    STRETTO_ASSIGN_OR_RETURN(std::string why, c.UseCopyEngines(c.all()));
+    if (why.empty() && way == Way::kShared) {
+      STRETTO_ASSIGN_OR_RETURN(why, c.ShareMemory(c.all(), data, /*layout=*/1));
+    }
     if (!why.empty()) return absl::UnavailableError(why);
   }
   const Tensor half = data.Rows(world.rank() * (data.rows() / 2), data.rows() / 2);
@@ -79,9 +101,11 @@ absl::Status Victim(World& world, const std::string& fault, bool copied) {
       if (fault == "exit") _exit(9);
       raise(SIGSTOP);
     }
+    const Event after = stream->Record();
     const Ticket ticket =
-        copied ? c.AllGather(c.all(), data, half, "grad bucket", stream->Record())
-               : c.AllReduce(c.all(), data, ReduceOp::kMax, "grad bucket", stream->Record());
+        way == Way::kNccl     ? c.AllReduce(c.all(), data, ReduceOp::kMax, "grad bucket", after)
+        : way == Way::kSummed ? c.ReduceScatter(c.all(), half, data, "grad bucket", after)
+                              : c.AllGather(c.all(), data, half, "grad bucket", after);
     if (fault == "stop under synchronize") {
       STRETTO_RETURN_IF_ERROR(c.Wait(*stream, ticket));
       STRETTO_RETURN_IF_ERROR(stream->Synchronize());
@@ -100,18 +124,19 @@ absl::Status Victim(World& world, const std::string& fault, bool copied) {
 }
 
 int VictimMain(std::string fault) {
-  const bool copied = fault.starts_with(kCopied);
-  if (copied) fault = fault.substr(sizeof(kCopied) - 1);
+  const Way way = TakeWay(&fault);
   SetLogLevel(LogLevel::kError);
   WorldOptions options;
   options.timeout = kTimeout;
   auto world = World::FromEnvironment(options);
-  const absl::Status status = world.ok() ? Victim(**world, fault, copied) : world.status();
+  const absl::Status status = world.ok() ? Victim(**world, fault, way) : world.status();
   const std::string message(status.message());
   std::fprintf(stderr, "  rank %s: %s\n", std::getenv("RANK"), message.c_str());
   // Number 21 is the first one that rank 1 does not enter.
-  const std::string missed =
-      absl::StrCat(copied ? "all_gather" : "all_reduce", "(all) seq 21 [grad bucket]");
+  const char* const operation = way == Way::kNccl     ? "all_reduce"
+                                : way == Way::kSummed ? "reduce_scatter"
+                                                      : "all_gather";
+  const std::string missed = absl::StrCat(operation, "(all) seq 21 [grad bucket]");
   const bool said = message.find("rank 1 ") != std::string::npos &&
                     (fault.starts_with(kSetup) || message.find(missed) != std::string::npos);
   std::fflush(stderr);

@@ -25,7 +25,8 @@ namespace stretto {
 namespace {
 
 constexpr auto kFarewell = std::chrono::seconds(10);  // until others have finished with a window
-constexpr auto kTrial = std::chrono::seconds(20);     // of a new channel, unless set-up has less
+constexpr auto kFarewellOfFew = std::chrono::seconds(1);  // ... after an error
+constexpr auto kTrial = std::chrono::seconds(20);  // of a new channel, unless set-up has less
 constexpr auto kLook = std::chrono::milliseconds(1);
 constexpr size_t kFlagBytes = 4096;
 // Behind the cells of the rounds: whether a rank has unmapped what belongs to the others.
@@ -304,7 +305,8 @@ void CopyEngines::Order(const Operation& o) {
   // The last one that meets comes after the ones before it.
   for (auto end = ends_.rbegin(); end != ends_.rend(); ++end) {
     bool meets = false;
-    EachTensor(o, [&](std::span<const std::byte> tensor) { meets |= meet(tensor, end->tensor); });
+    EachTensor(
+        o, [&](std::span<const std::byte> tensor) { meets = meets || meet(tensor, end->tensor); });
     if (!meets) continue;
     stream_.Wait(end->done);
     return;
@@ -372,11 +374,14 @@ CopyEngines::~CopyEngines() {
   // What a rank frees afterwards nobody may have mapped any more.
   for (Channel& c : channels_) {
     Unmap(&c);
-    std::atomic_ref<uint32_t>(c.flags[kUnmapped + c.group.index]).store(1);
+    if (c.flags != nullptr) {
+      std::atomic_ref<uint32_t>(c.flags[kUnmapped + c.group.index]).store(1);
+    }
   }
-  const Clock::time_point end = Clock::now() + kFarewell;
+  // A rank that died never says so.
+  const Clock::time_point end = Clock::now() + (ended_ ? kFarewellOfFew : kFarewell);
   for (const Channel& c : channels_) {
-    for (int p = 0; p < c.group.size() && !ended_; ++p) {
+    for (int p = 0; c.flags != nullptr && p < c.group.size(); ++p) {
       while (std::atomic_ref<uint32_t>(c.flags[kUnmapped + p]).load() == 0 && Clock::now() < end) {
         std::this_thread::sleep_for(kLook);
       }

@@ -31,7 +31,7 @@ class Held final : public DeviceCollectives {
     stream_->Enqueue([released, number] {
       while (*released < number) std::this_thread::yield();
     });
-    return stream_.get();
+    return end != nullptr ? end : stream_.get();
   }
   absl::Status Check() override { return absl::OkStatus(); }
   void Abort() override {}
@@ -40,7 +40,8 @@ class Held final : public DeviceCollectives {
   void Release(int count) { released_ = count; }
 
   std::vector<int> batches;
-  int64_t launches = 1;  // of each operation
+  int64_t launches = 1;   // of each operation
+  Stream* end = nullptr;  // where operations end; null: on stream()
 
  private:
   int issued_ = 0;
@@ -107,6 +108,25 @@ TEST_F(DeviceOperationsTest, AQueueThatIsFullTakesNoMoreUntilOneHasEnded) {
     End(*all_[i]);
   }
   EXPECT_FALSE(operations_->busy());
+}
+
+TEST_F(DeviceOperationsTest, AnOperationIsDoneWhereItEnds) {
+  std::atomic<bool> go = false;
+  const auto aside = *Stream::Create(Device::Cpu(), {.mode = StreamMode::kFifo});
+  held_->end = aside.get();
+  aside->Enqueue([&go] {
+    while (!go) std::this_thread::yield();
+  });
+  const Operation& late = *Add(CommOp::kAllGather);
+  EXPECT_TRUE(Advance());
+  held_->end = nullptr;
+  const Operation& next = *Add(CommOp::kAllReduce);
+  EXPECT_TRUE(Advance());
+  held_->Release(2);
+  End(next);  // an operation behind it may be done before
+  EXPECT_FALSE(late.done.Done());
+  go = true;
+  End(late);
 }
 
 TEST_F(DeviceOperationsTest, SoItDoesOfOperationsOfManyLaunches) {

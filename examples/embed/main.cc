@@ -1,6 +1,7 @@
 // A layer, a model, a training loop and a metrics sink of one's own: mpirun -np 2 embed ASCIIFILE
 #include <fstream>
 
+#include "stretto/core/exit_code.h"
 #include "stretto/observe/metrics.h"
 #include "stretto/optim/optimizer.h"
 using namespace stretto;
@@ -79,7 +80,5 @@ absl::Status Train(std::vector<int32_t> text, int64_t tokens, MetricsSink&& sink
 
 int main(int argc, char** argv) {
   std::ifstream file(argc > 1 ? argv[1] : "");
-  const absl::Status status = Train({std::istreambuf_iterator<char>(file), {}}, 256, Printer());
-  if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  return status.ok() ? 0 : 1;
+  return EndProgram(Train({std::istreambuf_iterator<char>(file), {}}, 256, Printer()));
 }

@@ -188,7 +188,7 @@ int main(int argc, char** argv) {
     return kExitUsage;
   }
 
-  int code = 0;
+  int code = stretto::kExitDone;
   {
     const std::chrono::milliseconds timeout(
         static_cast<int64_t>(std::clamp(config.runtime.timeout_seconds, 1e-3, 1e9) * 1000));
@@ -229,5 +229,6 @@ int main(int argc, char** argv) {
       code = kRequeue;
     }
   }
-  return code;
+  // Of the others the code says more than a lost line does.
+  return code == stretto::kExitDone ? stretto::EndProgram(code) : code;
 }

@@ -55,6 +55,9 @@ case $kind in
     awk '{ if ($1 != "step" || $2 != NR) exit 1; loss[NR] = $4 }
          END { exit !(NR == 100 && loss[1] > 4.5 && loss[100] < loss[1] - 1.5) }' \
       embed/output || die "the loss did not fall as it must, see $work/embed/output"
+    if [ -e /dev/full ] && embed/embed embed/text > /dev/full 2> embed/errors; then
+      die "lost output is no error"
+    fi
     ;;
 
   pkg_config)

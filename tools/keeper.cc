@@ -167,15 +167,20 @@ int main(int argc, char** argv) {
         "stretto-keeper: --ask is empty; name a keeper's socket or host:port");
   }
   constexpr int64_t kMost = 1 << 16;
-  for (const int64_t value : {node, nodes, data, parity, keep, threads}) {
-    if (status.ok() && (value < -1 || value > kMost)) {
-      status = absl::InvalidArgumentError(
-          absl::StrCat("stretto-keeper: numbers must be -1 to ", kMost, ", not ", value));
+  const struct {
+    const char* name;
+    int64_t value, least;
+  } numbers[] = {{"node", node, 0},      {"nodes", nodes, 1}, {"data", data, -1},
+                 {"parity", parity, -1}, {"keep", keep, 0},   {"threads", threads, 1}};
+  for (const auto& [name, value, least] : numbers) {
+    if (status.ok() && (value < least || value > kMost)) {
+      status = absl::InvalidArgumentError(absl::StrCat("stretto-keeper: --", name, " must be ",
+                                                       least, " to ", kMost, ", not ", value));
     }
   }
-  if (status.ok() && (options.memory_bytes < -1 || keep < 0)) {
-    status = absl::InvalidArgumentError(
-        "stretto-keeper: --memory must be at least -1 (no limit), --keep at least 0 (all)");
+  if (status.ok() && options.memory_bytes < -1) {
+    status = absl::InvalidArgumentError(absl::StrCat(
+        "stretto-keeper: --memory must be at least -1 (no limit), not ", options.memory_bytes));
   }
   if (status.ok() && !(silence >= 0.1 && silence <= 86400 && spill >= 0 && spill <= 86400)) {
     status = absl::InvalidArgumentError(
@@ -187,7 +192,7 @@ int main(int argc, char** argv) {
     options.data = static_cast<int>(data);
     options.parity = static_cast<int>(parity);
     options.keep = static_cast<int>(keep);
-    options.threads = static_cast<int>(std::max<int64_t>(1, threads));
+    options.threads = static_cast<int>(threads);
     options.spill_interval = std::chrono::milliseconds(static_cast<int64_t>(spill * 1000));
     options.silence = std::chrono::milliseconds(static_cast<int64_t>(silence * 1000));
     if (!peers.empty()) {

@@ -314,6 +314,17 @@ TEST_F(RunProgram, WrongUsageIsOneSentence) {
   }
 }
 
+TEST_F(RunProgram, KeepersNameTheOptionThatIsWrong) {
+  for (const char* options : {"--threads -5", "--threads 0", "--node -1", "--nodes 0", "--keep -1",
+                              "--memory -7", "--parity 70000", "--silence 0"}) {
+    const std::string name = std::string(options).substr(0, std::string(options).find(' '));
+    const Result r = Run(absl::StrCat(STRETTO_KEEPER " ", options, " 2>&1"));
+    EXPECT_EQ(r.code, 2) << options;
+    EXPECT_TRUE(IsOneSentence(r.output)) << options << ": " << r.output;
+    EXPECT_THAT(r.output, HasSubstr(name + " must be")) << options;
+  }
+}
+
 TEST_F(RunProgram, SaysHowAKeeperEndedThatIsNotReady) {
   const auto run = [this](const std::string& keeper, const std::string& wrap = "") {
     WriteText("keeper.sh", "#!/bin/sh\n" + keeper + "\n");

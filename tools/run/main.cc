@@ -77,6 +77,9 @@ absl::Status Check(const SupervisorOptions& o, int64_t ranks, int64_t min_ranks)
   if (o.keepers.data == 0 || o.keepers.data < -1 || o.keepers.parity < -1) {
     return wrong("--data must be at least 1, --parity at least 0 (none), or -1 for the default");
   }
+  if (o.keepers.count == 0 && (o.keepers.data != -1 || o.keepers.parity != -1)) {
+    return wrong("--data and --parity are the keepers', of which there are none; add --keepers N");
+  }
   if (o.launch.mpirun.find_first_not_of(' ') == std::string::npos) {
     return wrong("--mpirun must name a program");
   }

@@ -303,6 +303,7 @@ TEST_F(RunProgram, WrongUsageIsOneSentence) {
   for (const char* options :
        {"--ranks 2", "--ranks 0 -- true", "--ranks x -- true", "--ranks 2 --min-ranks 3 -- true",
         "--launcher srun -- true", "--fatal-codes 2,x -- true", "--keepers 2 -- true",
+        "--parity 1 -- true", "--keepers 0 --data 2 -- true",
         "--ranks 4 --min-ranks 2 --keepers 3 -- true", "--parity -2 -- true", "--data 0 -- true",
         "--delay 9 --delay-cap 1 -- true", "--stall -1 -- true", "--unknown -- true",
         "--mpirun ' ' -- true", "--restarts -1 -- true", "--ranks 1000000 -- true",

@@ -19,9 +19,9 @@ namespace stretto {
 namespace snapshot_internal {
 namespace {
 
-// A path, or host:port on this machine.
+// host:port, which has a colon and no slash; or a path on this machine.
 absl::StatusOr<net::Fd> OpenKeeper(const std::string& where) {
-  if (where.find('/') == std::string::npos) {
+  if (where.find('/') == std::string::npos && where.find(':') != std::string::npos) {
     STRETTO_ASSIGN_OR_RETURN(const HostPort to, ParseHostPort(where));
     return net::Connect(to.host, to.port, net::After(std::chrono::seconds(5)));
   }

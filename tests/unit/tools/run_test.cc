@@ -326,6 +326,18 @@ TEST_F(RunProgram, KeepersNameTheOptionThatIsWrong) {
   }
 }
 
+TEST_F(RunProgram, AKeeperIsAskedAtItsSocketWithOrWithoutAFolder) {
+  const Result r =
+      Run("export STRETTO_JOB_TOKEN=secret; { " STRETTO_KEEPER
+          " --job ask --socket here.sock > ready & } && until [ -s ready ]; do sleep 0.01; done; "
+          "for at in here.sock ./here.sock $PWD/here.sock; do " STRETTO_KEEPER
+          " --ask $at 2>&1 | head -1; done; kill $!; wait");
+  EXPECT_EQ(r.output, "job ask\njob ask\njob ask\n");
+  const Result none = Run(STRETTO_KEEPER " --ask absent.sock 2>&1");
+  EXPECT_EQ(none.code, 1);
+  EXPECT_THAT(none.output, HasSubstr("no keeper at absent.sock: No such file"));
+}
+
 TEST_F(RunProgram, SaysHowAKeeperEndedThatIsNotReady) {
   const auto run = [this](const std::string& keeper, const std::string& wrap = "") {
     WriteText("keeper.sh", "#!/bin/sh\n" + keeper + "\n");

@@ -18,7 +18,8 @@ int TouchPages(std::byte* data, int64_t bytes) {
   const int64_t size = bytes + static_cast<int64_t>(into);
 #ifdef MADV_POPULATE_WRITE
   if (madvise(begin, static_cast<size_t>(size), MADV_POPULATE_WRITE) == 0) return 0;
-  if (errno != EINVAL) return errno;
+  // EFAULT is a touch that would be a SIGBUS: the file system of these pages is full.
+  if (errno != EINVAL) return errno == EFAULT ? ENOSPC : errno;
 #endif
   for (int64_t i = 0; i < size; i += static_cast<int64_t>(kPage)) {
     std::atomic_ref<uint8_t> byte(reinterpret_cast<uint8_t&>(begin[i]));

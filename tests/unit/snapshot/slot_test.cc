@@ -196,6 +196,14 @@ TEST_F(Slots, ThatAreCutShortReadAsZeroesAndAreDamaged) {
   EXPECT_TRUE(absl::IsDataLoss(slot_->Whole()));
 }
 
+// As on a full file system, where the first touch of a page finds none.
+TEST_F(Slots, WithoutPagesSaySo) {
+  ASSERT_EQ(truncate(("/dev/shm" + name_).c_str(), 0), 0);
+  const absl::Status status = slot_->Prefault(1);
+  EXPECT_TRUE(absl::IsResourceExhausted(status)) << status;
+  EXPECT_THAT(Message(status), HasSubstr("No space left on device; enlarge /dev/shm"));
+}
+
 using SlotsDeathTest = Slots;
 TEST_F(SlotsDeathTest, OtherBusErrorsEndTheProcess) {
   // Sanitizers have a handler of their own, which exits.

@@ -75,8 +75,9 @@ class Communicator {
   // copy engines of its GPUs, which leaves the multiprocessors to whatever computes meanwhile:
   // between processes on one machine whose GPUs reach each other's memory. Those reduce-scatters
   // add as on the CPU, bit for bit. After UseDevice; all ranks call this in the same order, each
-  // with its group of that name. Takes kCopyEngineBytes of the device. Returns an empty string, or,
-  // the same on all ranks, why it cannot be and everything goes on as before.
+  // with its group of that name; again for the same group does nothing. Takes kCopyEngineBytes of
+  // the device. Returns an empty string, or, the same on all ranks, why it cannot be and everything
+  // goes on as before.
   absl::StatusOr<std::string> UseCopyEngines(const Group& g);
   static constexpr int64_t kCopyEngineBytes = int64_t{64} << 20;  // for each group
   // From now on the copy engines of this group, which are used already, read the inputs of

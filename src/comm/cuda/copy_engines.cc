@@ -658,6 +658,7 @@ absl::StatusOr<std::string> CopyEngines::Share(const Group& group, std::span<std
 }
 
 absl::StatusOr<std::string> CopyEngines::Add(const Group& group) {
+  if (std::find(added_.begin(), added_.end(), group.id) != added_.end()) return std::string();
   Channel& c = channels_.emplace_back();
   c.group = group;
   c.windows.assign(static_cast<size_t>(group.size()), nullptr);
@@ -675,7 +676,8 @@ absl::StatusOr<std::string> CopyEngines::Add(const Group& group) {
     why = Agree(group, "trial", alone ? absl::OkStatus() : Try(&c), "", &values);
   }
   if (why.ok() && why->empty()) {
-    if (alone) channels_.pop_back();  // there is nothing to connect
+    added_.push_back(group.id);
+    if (alone) channels_.pop_back();  // it has nothing
     return why;
   }
   if (!Idle(Clock::now() + kTrial)) {  // no memory is freed then, which would wait for the device

@@ -78,8 +78,8 @@ class CopyEngines {
   ~CopyEngines();
 
   // Connects this group, in which the calling rank is; all ranks of the world call it in the same
-  // order, while nothing is in flight. Empty: it is connected. Otherwise why it cannot be, the same
-  // on all ranks, and nothing has changed.
+  // order, while nothing is in flight. Empty: it is connected, or was before. Otherwise why it
+  // cannot be, the same on all ranks, and nothing has changed.
   absl::StatusOr<std::string> Add(const Group& group);
   // From now on all-gathers of this connected group read inputs in `memory`, device memory of this
   // rank, where they are. All ranks of the world call it in the same order, while nothing is in
@@ -188,6 +188,8 @@ class CopyEngines {
   decltype(&cuMemGetAddressRange) address_range_ = nullptr;
   bool ended_ = false;
   std::deque<Channel> channels_;
+  std::vector<int>
+      added_;  // ids of groups, the same on all ranks; of one rank they have no channel
   // Of what is being enqueued.
   std::vector<CUstreamBatchMemOpParams> signals_;
   std::vector<CopyPiece> pieces_;

@@ -145,7 +145,10 @@ absl::StatusOr<std::string> Nccl::UseCopyEngines(const Group& group) {
 absl::Status Nccl::Check() {
   const absl::Status status = comms_.Check();
   if (status.ok() || copies_ == nullptr) return status;
-  // The memory of a rank that died may have gone under a copy: the control plane knows better.
+  // The memory of a rank that died may have gone under a copy, which the stream does not survive:
+  // the control plane knows better. What NCCL found is no copy's.
+  const cudaError_t error = cudaStreamQuery(static_cast<cudaStream_t>(stream().native()));
+  if (error == cudaSuccess || error == cudaErrorNotReady) return status;
   return absl::UnavailableError(std::string(status.message()));
 }
 

@@ -511,8 +511,8 @@ int Fit(int argc, const char* const* argv) {
   }
   if (parsed.ok() && whole != "auto" &&
       (!absl::SimpleAtoi(whole, &steps) || steps < 0 || steps > 1000)) {
-    parsed =
-        absl::InvalidArgumentError(absl::StrCat("--steps must be auto or 0 to 1000, not ", whole));
+    parsed = absl::InvalidArgumentError(
+        absl::StrCat("--steps must be auto or 0 to 1000, not '", whole, "'"));
   }
   if (parsed.ok() && output.empty()) {
     parsed = absl::InvalidArgumentError("--output is empty; name the file for the cost model");

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "benchmarks/bench.h"
 #include "stretto/core/log.h"
 #include "stretto/data/length_distribution.h"
@@ -99,10 +100,16 @@ struct Options {
 };
 
 absl::Status Run(World& world, TrainConfig config, const Options& options, Results* results) {
-  STRETTO_RETURN_IF_ERROR(
-      SameEverywhere(world, config,
-                     absl::StrCat(options.lengths, " ", options.seed, " ", options.rounds, " ",
-                                  options.warm_up, " ", options.fit)));
+  STRETTO_RETURN_IF_ERROR(SameEverywhere(
+      world, config,
+      absl::StrCat(options.lengths, " ", options.seed, " ", options.rounds, " ", options.warm_up,
+                   " ", options.fit, " ", absl::StrJoin(options.meshes, ","))));
+  if (config.data.sequence_length < 2) {
+    return world.Agree(
+        "reading the configuration",
+        absl::InvalidArgumentError("data.sequence_length is 1, and a document has two "
+                                   "tokens at least; raise it"));
+  }
   config.data.documents = true;
   config.data.shuffle = false;
   config.parallel.cost_model = options.fit;

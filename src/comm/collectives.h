@@ -99,6 +99,7 @@ struct Operation {
   bool ready = false;   // on a device: `after` has been seen
   bool copied = false;  // on a device: by its copy engines
   int64_t launches = 0;
+  int64_t together = 0;  // on a device: sends and receives of one number proceed together
   Event done;
   DType dtype = DType::kF32;
   ReduceOp reduce = ReduceOp::kSum;

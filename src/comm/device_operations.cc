@@ -14,18 +14,21 @@ int64_t Items(const Operation& o) {
 void DeviceOperations::Add(Operation* o) {
   o->device = Operation::OnDevice::kWaiting;
   o->launches = kAround + collectives_->Prepare(o);
+  o->together = together_;
   waiting_.push_back(o);
 }
 
 absl::StatusOr<bool> DeviceOperations::Advance(bool all) {
+  if (all) ++together_;
   std::size_t handed_over = 0;
   while (handed_over < waiting_.size()) {
     const auto begin = waiting_.begin() + static_cast<std::ptrdiff_t>(handed_over);
-    auto end = std::find_if(begin, waiting_.end(),
-                            [](const Operation* o) { return !o->point_to_point(); });
+    auto end = std::find_if(begin, waiting_.end(), [&](const Operation* o) {
+      return !o->point_to_point() || o->together != (*begin)->together;
+    });
     if (end == begin) {
       ++end;  // a collective, alone
-    } else if (end == waiting_.end() && !all) {
+    } else if (end == waiting_.end() && !all && (*begin)->together == together_) {
       break;
     }
     const std::span<Operation* const> batch(begin, end);
@@ -83,8 +86,9 @@ void DeviceOperations::Finished(const Operation& o) {
 }
 
 bool DeviceOperations::busy() const {
-  return std::any_of(waiting_.begin(), waiting_.end(),
-                     [](const Operation* o) { return !o->point_to_point(); });
+  return std::any_of(waiting_.begin(), waiting_.end(), [&](const Operation* o) {
+    return !o->point_to_point() || o->together != together_;
+  });
 }
 
 void DeviceOperations::Abort() {

@@ -16,8 +16,10 @@
 namespace stretto {
 
 // Hands operations to the device one after the other, on its one communication stream. Sends and
-// receives that follow each other proceed together: on a stream a receive would otherwise hold
-// back the send that the other rank waits for before it sends.
+// receives that follow each other, with no Advance(true) in between, proceed together: on a stream
+// a receive would otherwise hold back the send that the other rank waits for before it sends. More
+// of them do not join when the stream is full: of what proceeds together a later message may wait
+// for an earlier one's other end, and a rank that expects them apart for the later one.
 //
 // Only so many are in the stream at a time: a launch into a full queue does not return before the
 // device has made room, which it never does when it waits for a rank that is gone. The rest waits
@@ -46,8 +48,8 @@ class DeviceOperations {
   // `o` comes after whatever was added before.
   void Add(Operation* o);
   // Hands over what the stream has room for; true when something happened. Sends and receives at
-  // the end of the line stay, unless `all`: more of them may follow. After an error, failed() is
-  // the operation that it concerns.
+  // the end of the line stay, since more of them may follow, until there was an Advance with `all`.
+  // After an error, failed() is the operation that it concerns.
   absl::StatusOr<bool> Advance(bool all);
   const Operation* failed() const { return failed_; }
   // `o`, which was handed over, has left the stream.
@@ -66,6 +68,7 @@ class DeviceOperations {
   TraceRecorder* trace_ = nullptr;
   std::function<void(const Operation&)> before_issue_;
   std::vector<Operation*> waiting_;  // in order of submission
+  int64_t together_ = 0;             // of what is added now
   int64_t queued_ = 0, queued_launches_ = 0, queued_items_ = 0;
   const Operation* failed_ = nullptr;
 };

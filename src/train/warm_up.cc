@@ -91,8 +91,7 @@ absl::Status Trainer::Impl::WarmUp() {
     }
     for (Stage& stage : stages) stage.evaluation_run->BeginStep();
     STRETTO_RETURN_IF_ERROR(RunBatches(batches, /*training=*/false, /*hooks=*/false));
-    // A last message for which the device had no room yet is handed over by nobody else: this
-    // thread goes on to wait for the other ranks.
+    // Nothing is under way when this thread goes on to wait for the other ranks.
     STRETTO_RETURN_IF_ERROR(comm->WaitAll());
     return stream->Synchronize();
   };

@@ -124,9 +124,8 @@ class Communicator {
                        const std::vector<Tensor>& inputs, const std::string& label,
                        Event after = {});
 
-  // Advances whatever can advance; never blocks. Called between pieces of compute. Sends and
-  // receives on a device may still wait for room there, or for what follows them: who is about to
-  // wait for other ranks in another way waits for their tickets first.
+  // Advances whatever can advance; never blocks. Called between pieces of compute, and behind the
+  // last of sends and receives on a device that are to proceed together.
   void Progress();
   // True also after an error, so that polling loops end; Wait or status() then says why.
   bool Done(Ticket ticket);

@@ -129,6 +129,30 @@ TEST_F(DeviceOperationsTest, AnOperationIsDoneWhereItEnds) {
   End(late);
 }
 
+// How many proceed together does not depend on whether there was room, and what has been asked to
+// leave needs nobody's call to do so.
+TEST_F(DeviceOperationsTest, MessagesThatWaitForRoomGoAsTheyWouldHaveGone) {
+  held_->launches = DeviceOperations::kMostLaunches;  // one at a time
+  Add(CommOp::kAllReduce);
+  EXPECT_TRUE(Advance());
+  held_->launches = 1;
+  Add(CommOp::kReceive);
+  Add(CommOp::kSend);
+  EXPECT_FALSE(Advance(true));  // no room
+  EXPECT_TRUE(operations_->busy());
+  Add(CommOp::kReceive);
+  held_->Release(1);
+  End(*all_[0]);
+  EXPECT_TRUE(Advance());
+  EXPECT_EQ(held_->batches, (std::vector<int>{1, 2}));
+  EXPECT_EQ(all_[3]->device, Operation::OnDevice::kWaiting);  // more may follow
+  EXPECT_FALSE(operations_->busy());
+  EXPECT_TRUE(Advance(true));
+  EXPECT_EQ(held_->batches, (std::vector<int>{1, 2, 1}));
+  held_->Release(1 << 20);
+  for (std::size_t i = 1; i < all_.size(); ++i) End(*all_[i]);
+}
+
 TEST_F(DeviceOperationsTest, SoItDoesOfOperationsOfManyLaunches) {
   held_->launches = DeviceOperations::kMostLaunches / 3;
   for (int i = 0; i < 4; ++i) Add(CommOp::kAllGather);

@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -346,35 +347,41 @@ TrainConfig OfDataParallelism(TrainConfig config) {
   return config;
 }
 
-// Scales the layers so that a step of data parallelism over these ranks takes as long as it does:
-// in a whole model, and at a power limit, layers take longer than in a few blocks. `scale` is 0
-// where nothing was measured: no steps were asked for, or a rank has no room for the model.
-absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, CostModel* cost,
-                         double* scale) {
+// The run of data parallelism over these ranks whose `count` steps layers are scaled by
+// (FitCosts). None where no steps are asked for, or this rank has no room for the model.
+absl::StatusOr<std::optional<TrainConfig>> RunToScaleBy(const World& world, const TrainConfig& of,
+                                                        int64_t count) {
   TrainConfig config = OfDataParallelism(of);
   config.parallel.dp = world.size();
   config.batch.global = std::max(config.batch.global, 2 * config.batch.micro * world.size());
   config.batch.global -= config.batch.global % world.size();
-  const auto fits = [&]() -> absl::StatusOr<bool> {
-    STRETTO_ASSIGN_OR_RETURN(const Device device,
-                             ChooseDevice(config.runtime.device, world.info().local_rank));
-    const bool cpu = device.kind == DeviceKind::kCpu;
-    config.runtime.device = cpu ? "cpu" : "cuda";
-    if (count == kDefaultSteps) count = cpu ? 0 : 4;
-    if (count == 0) return false;
-    config.steps = kWarmUp + count;
-    TrainConfig resolved = config;
-    STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &resolved));
-    STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(resolved, world.size(), world.rank()));
-    if (cpu) return true;
-    STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
-    return plan.arena_bytes + plan.overhead_bytes < info.free_bytes;
-  };
-  const absl::StatusOr<bool> room = fits();
-  STRETTO_RETURN_IF_ERROR(world.Agree("planning a step", room.status()));
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> rooms,
-                           world.AllGather("room for the model", *room ? "1" : "0"));
-  if (std::find(rooms.begin(), rooms.end(), "0") != rooms.end()) return absl::OkStatus();
+  STRETTO_ASSIGN_OR_RETURN(const Device device,
+                           ChooseDevice(config.runtime.device, world.info().local_rank));
+  const bool cpu = device.kind == DeviceKind::kCpu;
+  config.runtime.device = cpu ? "cpu" : "cuda";
+  if (count == kDefaultSteps) count = cpu ? 0 : 4;
+  if (count == 0) return std::nullopt;
+  config.steps = kWarmUp + count;
+  TrainConfig resolved = config;
+  STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &resolved));
+  STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(resolved, world.size(), world.rank()));
+  if (cpu) return config;
+  STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
+  if (plan.arena_bytes + plan.overhead_bytes >= info.free_bytes) return std::nullopt;
+  return config;
+}
+
+// Scales the layers so that a step of data parallelism over these ranks takes as long as it does:
+// in a whole model, and at a power limit, layers take longer than in a few blocks. `scale` is 0
+// where nothing was measured (RunToScaleBy).
+absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, CostModel* cost,
+                         double* scale) {
+  absl::StatusOr<std::optional<TrainConfig>> run = RunToScaleBy(world, of, count);
+  STRETTO_RETURN_IF_ERROR(world.Agree("planning a step", run.status()));
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> runs,
+                           world.AllGather("a step", run->has_value() ? "yes" : "no"));
+  if (std::find(runs.begin(), runs.end(), "no") != runs.end()) return absl::OkStatus();
+  TrainConfig config = **std::move(run);
   const auto resolve = [&](Trainer& trainer) {
     config = trainer.config();
     return absl::OkStatus();
@@ -385,7 +392,7 @@ absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, Cos
   const double mine = config.runtime.device == "cuda" ? Median(seconds) : LowerDecile(seconds);
   // One number on all ranks.
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                           world.AllGather("a step", absl::StrFormat("%.17g", mine)));
+                           world.AllGather("a step's time", absl::StrFormat("%.17g", mine)));
   double measured = 0;
   if (!absl::SimpleAtod(all[0], &measured)) return absl::InternalError("a time is cut");
   STRETTO_ASSIGN_OR_RETURN(const StepPrediction predicted,

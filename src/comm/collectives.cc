@@ -225,6 +225,7 @@ void Operation::Reset() {
   device = OnDevice::kNo;
   ready = false;
   copied = false;
+  region = -1;
   launches = 0;
   done = Event();
   reduce = ReduceOp::kSum;

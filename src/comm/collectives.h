@@ -98,6 +98,7 @@ struct Operation {
   OnDevice device = OnDevice::kNo;
   bool ready = false;   // on a device: `after` has been seen
   bool copied = false;  // on a device: by its copy engines
+  int region = -1;      // ... out of this memory that they share; -1: of no such
   int64_t launches = 0;
   int64_t together = 0;  // on a device: sends and receives of one number proceed together
   Event done;

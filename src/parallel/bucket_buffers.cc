@@ -151,11 +151,10 @@ absl::Status BucketBuffers::Reduce(const Caller& caller, Stay& stay) {
   const TraceScope scope(comm_.trace(), {.bucket = stay.bucket});
   const Event after = ops_.stream->Record();
   if (options_.add_in_transit) {
-    uint8_t& added = added_[static_cast<size_t>(stay.bucket)];
+    const bool again = std::exchange(added_[static_cast<size_t>(stay.bucket)], uint8_t{1}) != 0;
     stay.ticket =
-        added != 0 ? comm_.ReduceScatterAddMany(group_, stay.shards, stay.stored, stay.label, after)
-                   : comm_.ReduceScatterMany(group_, stay.shards, stay.stored, stay.label, after);
-    added = 1;
+        again ? comm_.ReduceScatterAddMany(group_, stay.shards, stay.stored, stay.label, after)
+              : comm_.ReduceScatterMany(group_, stay.shards, stay.stored, stay.label, after);
   } else {
     stay.ticket = comm_.ReduceScatterMany(group_, stay.parts, stay.stored, stay.label, after);
   }
@@ -167,13 +166,9 @@ absl::Status BucketBuffers::Collect(Stay& stay) {
   stay.submitted = false;
   STRETTO_RETURN_IF_ERROR(TakeTicket(comm_, *ops_.stream, options_.timer, &stay.ticket));
   if (!options_.add_in_transit) {
-    uint8_t& added = added_[static_cast<size_t>(stay.bucket)];
-    if (added != 0) {
-      ops::AddMany(ops_, stay.shards, stay.parts);
-    } else {
-      ops::CopyMany(ops_, stay.shards, stay.parts);
-    }
-    added = 1;
+    const bool again = std::exchange(added_[static_cast<size_t>(stay.bucket)], uint8_t{1}) != 0;
+    again ? ops::AddMany(ops_, stay.shards, stay.parts)
+          : ops::CopyMany(ops_, stay.shards, stay.parts);
   }
   Poison(stay);
   return absl::OkStatus();

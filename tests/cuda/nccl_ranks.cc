@@ -18,7 +18,10 @@ absl::Status RunAll(World& world) {
   if (!gpus) return absl::OkStatus();
   const testing::ScratchDirectory scratch;
   const auto wanted = [](const char* name) { return part[0] == 0 || std::string(part) == name; };
-  if (wanted("collectives")) STRETTO_RETURN_IF_ERROR(CheckCollectives(world));
+  if (wanted("collectives")) {
+    STRETTO_RETURN_IF_ERROR(CheckCollectives(world));
+    STRETTO_RETURN_IF_ERROR(CheckQueues(world));
+  }
   if (wanted("layouts")) {
     STRETTO_RETURN_IF_ERROR(world.Agree("trainer", CheckLayouts(world, scratch)));
   }

@@ -87,10 +87,9 @@ class CopyEngines {
   // same places in it, which equal `layout` vouches for. The answer is Add's.
   absl::StatusOr<std::string> Share(const Group& group, std::span<std::byte> memory,
                                     uint64_t layout);
-  bool empty() const { return channels_.empty(); }
-  // What Issue enqueues for this operation, at most; 0: it does not carry it out. The same on all
-  // ranks of its group.
-  int64_t Launches(const Operation& o);
+  // Decides how Issue carries this operation out (sets `region`), and returns what that enqueues at
+  // most; 0: it does not carry it out. The same on all ranks of its group.
+  int64_t Plan(Operation* o);
   // Returns the stream on which the operation ends.
   absl::StatusOr<Stream*> Issue(const Operation& o);
   // What is enqueued on the communication stream from now on comes after all that was issued.
@@ -117,7 +116,7 @@ class CopyEngines {
     std::optional<HostRegistration> registration;
     std::string flags_name;  // while others may have to open it
     uint32_t rounds = 0;
-    Event added;  // what lay in the last slot that was used for a sum
+    Event summed;  // what lay in the last slot that was used for a sum
     std::deque<Region> regions;
   };
   // A tensor that the end of an operation, aside, reads or writes.
@@ -125,12 +124,20 @@ class CopyEngines {
     Event done;
     std::span<const std::byte> tensor;
   };
+  static constexpr size_t kFlagBytes = 4096;
+  // Behind the cells of the rounds: whether a rank has unmapped what belongs to the others.
+  static constexpr int kUnmapped = kMostRanks * kMostRanks;
+  static_assert((kUnmapped + kMostRanks) * sizeof(uint32_t) <= kFlagBytes);
+  // A round that has not begun and yet is ahead of all that has, as flags compare.
+  static constexpr uint32_t kFarAhead = uint32_t{1} << 30;
+
+  static absl::Status Called(const char* call, cudaError_t error);
   static int Cell(int waiting, int writing) { return waiting * kMostRanks + writing; }
   static std::byte* Slot(std::byte* window, uint32_t round);
   // Of a slot, for one rank's part.
   static int64_t Room(const Operation& o);
-  // What all inputs of this all-gather lie in; null: nothing.
-  static const Region* SharedBy(const Channel& c, const Operation& o);
+  // Which region all inputs of this all-gather lie in; -1: none.
+  static int RegionOf(const Channel& c, const Operation& o);
 
   Channel* Of(const Group& group);
   // Waits in, and writes to, the flags.
@@ -188,8 +195,8 @@ class CopyEngines {
   decltype(&cuMemGetAddressRange) address_range_ = nullptr;
   bool ended_ = false;
   std::deque<Channel> channels_;
-  std::vector<int>
-      added_;  // ids of groups, the same on all ranks; of one rank they have no channel
+  // Ids of the groups that were added, the same on all ranks; those of one rank have no channel.
+  std::vector<int> groups_;
   // Of what is being enqueued.
   std::vector<CUstreamBatchMemOpParams> signals_;
   std::vector<CopyPiece> pieces_;

@@ -91,7 +91,7 @@ class Nccl final : public DeviceCollectives {
     return copies_->Share(group, memory, layout);
   }
   int64_t Prepare(Operation* o) override {
-    const int64_t copies = copies_ == nullptr ? 0 : copies_->Launches(*o);
+    const int64_t copies = copies_ == nullptr ? 0 : copies_->Plan(o);
     o->copied = copies > 0;
     if (o->copied) return copies;
     return o->adds ? 2 + static_cast<int64_t>(o->items.size()) / SumTable::kMost : 1;

@@ -8,7 +8,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "stretto/core/log.h"
 #include "stretto/model/graph.h"
 #include "stretto/plan/schedule.h"
 
@@ -119,10 +118,11 @@ void TrainConfig::Parallel::Visit(ConfigVisitor& v) {
       {.min = 1, .max = 3});
   v.Field("overlap", &overlap, "reduce gradients while the backward pass still runs");
   v.Field("prefetch", &prefetch, "gather parameters ahead of the layers that need them");
-  v.Field("copy_engines", &copy_engines,
-          "GPUs of one machine exchange parameters, gradients and, on a tensor axis, activations "
-          "through their copy engines, where all of dp or of tp can: products beside an exchange "
-          "keep all multiprocessors");
+  v.Choice(
+      "copy_engines", &copy_engines, {"auto", "on", "off"},
+      "GPUs of one machine exchange parameters, gradients and, on a tensor axis, activations "
+      "through their copy engines, so that products beside an exchange keep all multiprocessors; "
+      "auto: where all of dp or of tp can; on: warns where they cannot; off: by NCCL's kernels");
   v.Field("bucket_bytes", &bucket_bytes,
           "gradient bytes that are reduced, and with zero 3 gathered, together, about", {.min = 1});
   v.Field("cost_model", &cost_model,
@@ -414,11 +414,6 @@ absl::Status TrainConfig::Resolve(int ranks) {
   if (optimizer.eps <= 0) fail("optimizer.eps is ", optimizer.eps, "; it must be above 0.");
   if (optimizer.moments == "bf16" && runtime.dtype == "f64") {
     fail("optimizer.moments bf16 needs runtime.dtype f32 or bf16, not f64; set it to f32.");
-  }
-  if (optimizer.warmup > steps) {
-    // Short runs of a long configuration are common and harmless, so this is no error.
-    LogWarning(absl::StrCat("optimizer.warmup is ", optimizer.warmup, " but the run has only ",
-                            steps, " steps; the learning rate never reaches its peak."));
   }
 
   if (const auto kind = ParseScheduleKind(parallel.schedule); kind.ok()) {

@@ -422,7 +422,7 @@ absl::StatusOr<RunPlan> PlanRun(const TrainConfig& config, int ranks, int rank) 
     }
   }
   if (float8_bytes > 0) plan.arenas.push_back({"fp8 weights", float8_bytes});
-  if (config.parallel.copy_engines && device != DeviceKind::kCpu) {
+  if (config.parallel.copy_engines != "off" && device != DeviceKind::kCpu) {
     const int axes = (dp > 1 ? 1 : 0) + (tp > 1 ? 1 : 0);
     if (axes > 0) plan.arenas.push_back({"copy windows", axes * Communicator::kCopyEngineBytes});
   }

@@ -219,6 +219,12 @@ absl::Status Trainer::Impl::SetUpRuntime() {
                                                        .steps = config.metrics.trace_steps}));
   }
   STRETTO_ASSIGN_OR_RETURN(learning_rate, LearningRate::Create(config.optimizer, config.steps));
+  if (config.optimizer.warmup > config.steps && world.rank() == 0) {
+    // Short runs of a long configuration are common and harmless, so this is no error.
+    LogWarning(absl::StrCat("optimizer.warmup is ", config.optimizer.warmup,
+                            " but the run has only ", config.steps,
+                            " steps; the learning rate never reaches its peak."));
+  }
   return absl::OkStatus();
 }
 
@@ -257,7 +263,7 @@ absl::Status Trainer::Impl::SetUpModel() {
       planned.ok() ? CheckMemory(*planned, config, world, stream->device()) : planned.status()));
   plan = *std::move(planned);
   set_up.Enter("plan");
-  if (config.parallel.copy_engines && stream->device().kind != DeviceKind::kCpu) {
+  if (config.parallel.copy_engines != "off" && stream->device().kind != DeviceKind::kCpu) {
     STRETTO_RETURN_IF_ERROR(SetUpCopyEngines());
   }
   timer->Reserve(

@@ -1,5 +1,5 @@
-// Trainer::Create: what the copy engines need that carry exchanges of an axis, with
-// parallel.copy_engines.
+// Trainer::Create: what the copy engines need that carry exchanges of an axis, unless
+// parallel.copy_engines is off.
 #include <string>
 #include <vector>
 
@@ -38,8 +38,9 @@ absl::Status Trainer::Impl::SetUpCopyEngines() {
     if (why.empty()) continue;
     budget.Release(memory, owner);
     if (world.rank() == 0) {
-      LogWarning(absl::StrCat("parallel.copy_engines: not on axis ", axis->name, ", which NCCL's ",
-                              "kernels serve: ", why));
+      (config.parallel.copy_engines == "on" ? LogWarning : LogInfo)(
+          absl::StrCat("parallel.copy_engines: not on axis ", axis->name,
+                       ", which NCCL's kernels serve: ", why));
     }
   }
   return absl::OkStatus();

@@ -73,7 +73,7 @@ struct TrainConfig {
     int64_t zero = 1;
     bool overlap = true;
     bool prefetch = true;
-    bool copy_engines = false;
+    std::string copy_engines = "auto";
     int64_t bucket_bytes = int64_t{25} << 20;
     std::string cost_model;
     bool cost_model_any_device = false;

@@ -6,7 +6,6 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "stretto/core/log.h"
 
 namespace stretto {
 namespace {
@@ -231,21 +230,6 @@ TEST(TrainConfig, ByteTokenizerNeedsItsIdsOnlyForSampling) {
   EXPECT_TRUE(config.Resolve(1).ok());
   config.sample.tokens = 5;
   EXPECT_THAT(Message(config.Resolve(1)), HasSubstr("257"));
-}
-
-TEST(TrainConfig, WarmUpLongerThanTheRunIsAWarning) {
-  std::string logged;
-  SetLogSink([&](LogLevel level, const std::string& line) {
-    if (level == LogLevel::kWarning) logged += line;
-  });
-  TrainConfig config;
-  config.optimizer.warmup = 100;
-  EXPECT_TRUE(config.Resolve(1).ok());
-  EXPECT_EQ(logged, "");  // as long as the run is fine
-  config.optimizer.warmup = 101;
-  EXPECT_TRUE(config.Resolve(1).ok());
-  EXPECT_THAT(logged, HasSubstr("optimizer.warmup is 101"));
-  SetLogSink(nullptr);
 }
 
 TEST(TrainConfig, DataIsRequiredOnlyToTrain) {

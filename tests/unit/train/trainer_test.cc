@@ -239,6 +239,27 @@ TEST(Trainer, RefusesCheckpointWithAnotherDataOrder) {
               HasSubstr("batch.global = 11, not 8"));
 }
 
+// Once, whatever the number of ranks.
+TEST(Trainer, WarmUpLongerThanTheRunIsAWarning) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 2;
+  for (const int64_t warmup : {2, 3}) {
+    std::vector<std::string> said;
+    SetLogSink([&](LogLevel level, const std::string& line) {
+      if (level == LogLevel::kWarning) said.push_back(line);
+    });
+    config.optimizer.warmup = warmup;
+    const RunRecord record = TrainOnThreads(2, config);
+    SetLogSink({});
+    ASSERT_TRUE(record.status.ok()) << record.status;
+    ASSERT_EQ(said.size(), warmup > config.steps ? 1u : 0u);
+    if (!said.empty()) {
+      EXPECT_THAT(said[0], HasSubstr("optimizer.warmup is 3 but the run has only 2 steps"));
+    }
+  }
+}
+
 // Going on with other tokens may be meant. Said once, also where the checkpoint is gone by then for
 // a newer one.
 TEST(Trainer, SaysThatItGoesOnWithOtherTokens) {

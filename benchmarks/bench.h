@@ -16,6 +16,7 @@
 #include "stretto/core/exit_code.h"
 #include "stretto/core/status.h"
 #include "stretto/plan/cost.h"
+#include "stretto/plan/sequence_plan.h"
 #include "stretto/train/config.h"
 #include "stretto/train/trainer.h"
 
@@ -95,10 +96,15 @@ absl::StatusOr<std::vector<StepStats>> TimedSteps(
 // Costs of this configuration's layers, and of communication between these ranks (fit.cc). Agreed
 // errors for ranks that were started differently and for samples that are too few. Layers are
 // scaled by that many whole steps of data parallelism; kDefaultSteps: 4 on GPUs, which a power
-// limit slows down, none on CPUs.
+// limit slows down, none on CPUs. With data.documents several ranks also measure a ring so,
+// by 4 steps unless told otherwise.
 inline constexpr int64_t kDefaultSteps = -1;
 absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetitions,
                                    int64_t steps = kDefaultSteps);
+
+// What the planner's clock says of a step on documents, and the update (varlen.cc). `cost` may be
+// null.
+double PredictedSeconds(const TrainConfig& config, const CostModel* cost, const SequencePlan& plan);
 
 // Milliseconds by layer of a micro-batch on one rank, each waited for (profile.cc).
 absl::Status Profile(World& world, TrainConfig config, int64_t workspace_bytes, Results* results);

@@ -28,8 +28,11 @@
 #include "benchmarks/micro_batch.h"
 #include "benchmarks/operations.h"
 #include "stretto/comm/transport.h"
+#include "stretto/core/log.h"
 #include "stretto/core/phase_timer.h"
+#include "stretto/plan/sequence_plan.h"
 #include "stretto/train/prediction.h"
+#include "stretto/train/sequence_planner.h"
 #include "tools/arguments.h"
 #include "tools/files.h"
 
@@ -328,14 +331,17 @@ class Fitter {
   std::vector<Operation> operations_;
 };
 
+// Of documents in one measured micro-batch, on a rank.
+constexpr int64_t kMostTokens = 32768;
+
 // The same model with layers whole on each rank, on samples of one length: documents are one long
 // sample or, where sizes vary, many short ones.
 TrainConfig OfDataParallelism(TrainConfig config) {
   config.parallel.dp = config.parallel.pp = config.parallel.tp = config.parallel.zero = 1;
   config.parallel.schedule = "1f1b";
   config.parallel.chunks = 0;
+  config.data.document_attention = false;  // made-up tokens have separators anywhere
   if (!config.data.documents) return config;
-  constexpr int64_t kMostTokens = 32768;
   config.data.documents = false;
   config.data.sequence_length =
       std::min({kMostTokens, config.batch.capacity > 0 ? config.batch.capacity : kMostTokens,
@@ -347,14 +353,10 @@ TrainConfig OfDataParallelism(TrainConfig config) {
   return config;
 }
 
-// The run of data parallelism over these ranks whose `count` steps layers are scaled by
-// (FitCosts). None where no steps are asked for, or this rank has no room for the model.
-absl::StatusOr<std::optional<TrainConfig>> RunToScaleBy(const World& world, const TrainConfig& of,
+// A run whose `count` steps are measured beside what the costs predict of them, with what it needs
+// besides filled in. None where no steps are asked for, or this rank has no room for the model.
+absl::StatusOr<std::optional<TrainConfig>> RunToMeasure(const World& world, TrainConfig config,
                                                         int64_t count) {
-  TrainConfig config = OfDataParallelism(of);
-  config.parallel.dp = world.size();
-  config.batch.global = std::max(config.batch.global, 2 * config.batch.micro * world.size());
-  config.batch.global -= config.batch.global % world.size();
   STRETTO_ASSIGN_OR_RETURN(const Device device,
                            ChooseDevice(config.runtime.device, world.info().local_rank));
   const bool cpu = device.kind == DeviceKind::kCpu;
@@ -371,40 +373,110 @@ absl::StatusOr<std::optional<TrainConfig>> RunToScaleBy(const World& world, cons
   return config;
 }
 
-// Scales the layers so that a step of data parallelism over these ranks takes as long as it does:
-// in a whole model, and at a power limit, layers take longer than in a few blocks. `scale` is 0
-// where nothing was measured (RunToScaleBy).
-absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, CostModel* cost,
-                         double* scale) {
-  absl::StatusOr<std::optional<TrainConfig>> run = RunToScaleBy(world, of, count);
+// What a step of it takes, the same number on all ranks, without waits for the data axis; and the
+// configuration as it ran. Nothing where a rank has no such run.
+struct Measured {
+  TrainConfig config;
+  double seconds = 0;
+};
+absl::StatusOr<std::optional<Measured>> Measure(World& world, const TrainConfig& of, int64_t count,
+                                                const std::vector<int64_t>* lengths = nullptr) {
+  absl::StatusOr<std::optional<TrainConfig>> run = RunToMeasure(world, of, count);
   STRETTO_RETURN_IF_ERROR(world.Agree("planning a step", run.status()));
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> runs,
                            world.AllGather("a step", run->has_value() ? "yes" : "no"));
-  if (std::find(runs.begin(), runs.end(), "no") != runs.end()) return absl::OkStatus();
-  TrainConfig config = **std::move(run);
+  if (std::find(runs.begin(), runs.end(), "no") != runs.end()) {
+    if (count > 0 && lengths == nullptr && world.rank() == 0) {
+      LogWarning("--steps: a rank has no room for the whole model: layers are as in a few blocks");
+    }
+    return std::nullopt;
+  }
+  Measured measured = {.config = **std::move(run)};
   const auto resolve = [&](Trainer& trainer) {
-    config = trainer.config();
+    measured.config = trainer.config();
     return absl::OkStatus();
   };
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps, TimedSteps(world, config, resolve));
+  STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps,
+                           TimedSteps(world, measured.config, resolve, lengths));
   std::vector<double> seconds;
-  for (const StepStats& stats : steps) seconds.push_back(1e-3 * stats.step_ms);
-  const double mine = config.runtime.device == "cuda" ? Median(seconds) : LowerDecile(seconds);
-  // One number on all ranks.
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                           world.AllGather("a step's time", absl::StrFormat("%.17g", mine)));
-  double measured = 0;
-  if (!absl::SimpleAtod(all[0], &measured)) return absl::InternalError("a time is cut");
+  for (const StepStats& stats : steps) {
+    seconds.push_back(1e-3 * (stats.step_ms - (lengths != nullptr ? stats.exposed_data_ms : 0)));
+  }
+  const bool gpu = measured.config.runtime.device == "cuda";
+  STRETTO_ASSIGN_OR_RETURN(
+      const std::vector<std::string> all,
+      world.AllGather("a step's time",
+                      absl::StrFormat("%.17g", gpu ? Median(seconds) : LowerDecile(seconds))));
+  if (!absl::SimpleAtod(all[0], &measured.seconds)) return absl::InternalError("a time is cut");
+  return measured;
+}
+
+// Scales the layers so that a step of data parallelism over these ranks takes as long as it does:
+// in a whole model, and at a power limit, layers take longer than in a few blocks. `scale` is 0
+// where nothing was measured.
+absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, CostModel* cost,
+                         double* scale) {
+  TrainConfig config = OfDataParallelism(of);
+  config.parallel.dp = world.size();
+  config.batch.global = std::max(config.batch.global, 2 * config.batch.micro * world.size());
+  config.batch.global -= config.batch.global % world.size();
+  STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured, Measure(world, config, count));
+  if (!measured) return absl::OkStatus();
   STRETTO_ASSIGN_OR_RETURN(const StepPrediction predicted,
-                           PredictStep(config, world.size(), *cost));
+                           PredictStep(measured->config, world.size(), *cost));
   const double others = predicted.seconds - predicted.compute;
-  if (measured <= others || predicted.compute <= 0) {
-    return absl::UnavailableError(absl::StrCat("a step took ", 1e3 * measured,
+  if (measured->seconds <= others || predicted.compute <= 0) {
+    return absl::UnavailableError(absl::StrCat("a step took ", 1e3 * measured->seconds,
                                                " ms, less than its communication alone (",
                                                1e3 * others, " ms); run the fit again"));
   }
-  *scale = (measured - others) / predicted.compute;
+  *scale = (measured->seconds - others) / predicted.compute;
   ScaleLayers(*scale, cost);
+  return absl::OkStatus();
+}
+
+// What a ring of all ranks takes besides its pairs and messages: steps on documents of one length,
+// each of which all ranks share, beside the planner's clock.
+absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostModel* cost) {
+  if (count == kDefaultSteps) count = 4;
+  constexpr int64_t kLongest = 2048, kMicroBatches = 2;
+  const int64_t ranks = world.size();
+  TrainConfig config = of;
+  const int64_t room = config.batch.capacity > 0 ? config.batch.capacity : kMostTokens;
+  config.batch.capacity = std::min(kMostTokens, room);
+  const int64_t length =
+      std::min({kLongest, config.data.sequence_length, config.batch.capacity * ranks});
+  if (length < 2) return absl::OkStatus();  // no document
+  const int64_t documents = kMicroBatches * (config.batch.capacity * ranks / length);
+  config.data.sequence_length = length;
+  config.data.shuffle = false;
+  config.batch.tokens = documents * length;
+  config.parallel.pp = config.parallel.tp = config.parallel.zero = config.parallel.dp = 1;
+  config.parallel.cp = ranks;
+  config.parallel.mesh = "static";
+  config.parallel.schedule = "1f1b";
+  config.parallel.chunks = 0;
+  config.parallel.cost_model.clear();
+  const std::vector<int64_t> batch(static_cast<size_t>(documents), length);
+  std::vector<int64_t> lengths;
+  for (int64_t step = 0; step < kWarmUp + count; ++step) {
+    lengths.insert(lengths.end(), batch.begin(), batch.end());
+  }
+  STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured,
+                           Measure(world, config, count, &lengths));
+  if (!measured) return absl::OkStatus();
+  const auto predicted = [&](double ring) -> absl::StatusOr<double> {
+    cost->parts->ring_per_token = ring;
+    STRETTO_ASSIGN_OR_RETURN(const SequencePlanOptions options,
+                             SequenceOptionsOf(measured->config, world.info().local_size, cost));
+    STRETTO_ASSIGN_OR_RETURN(const SequencePlan plan, PlanSequences(batch, options));
+    return PredictedSeconds(measured->config, cost, plan);
+  };
+  constexpr double kUnit = 1e-9;
+  STRETTO_ASSIGN_OR_RETURN(const double without, predicted(0));
+  STRETTO_ASSIGN_OR_RETURN(const double with, predicted(kUnit));
+  cost->parts->ring_per_token =
+      std::max(0.0, (measured->seconds - without) / (with - without) * kUnit);
   return absl::OkStatus();
 }
 
@@ -433,6 +505,11 @@ absl::StatusOr<CostModel> FitParts(World& world, TrainConfig config, int repetit
                                .workspace_bytes = DeviceWorkspaceBytes(chosen->kind)}));
   Communicator comm(world);
   STRETTO_RETURN_IF_ERROR(comm.UseDevice(*chosen));
+  std::string links(chosen->kind == DeviceKind::kCpu ? world.transport().name() : "nccl");
+  if (chosen->kind != DeviceKind::kCpu && config.parallel.copy_engines != "off") {
+    STRETTO_ASSIGN_OR_RETURN(const std::string why, comm.UseCopyEngines(comm.all()));
+    if (why.empty() && world.size() > 1) links = "copy engines and nccl";  // as in a run
+  }
   STRETTO_ASSIGN_OR_RETURN(const Group alone, comm.MakeGroup("alone", {world.rank()}));
   auto batch = MicroBatch::Create(config, comm, alone, *stream);
   STRETTO_RETURN_IF_ERROR(world.Agree("building the model", batch.status()));
@@ -445,8 +522,7 @@ absl::StatusOr<CostModel> FitParts(World& world, TrainConfig config, int repetit
   const bool one_machine = world.info().local_size == world.size();
   parts.measured = absl::StrCat(
       world.size(), world.size() == 1 ? " rank" : " ranks", one_machine ? "" : " on machines of ",
-      one_machine ? "" : absl::StrCat(world.info().local_size), " over ",
-      chosen->kind == DeviceKind::kCpu ? world.transport().name() : "nccl", ", ",
+      one_machine ? "" : absl::StrCat(world.info().local_size), " over ", links, ", ",
       config.runtime.threads, config.runtime.threads == 1 ? " thread" : " threads",
       " each, stretto " STRETTO_VERSION);
   Fitter fitter(config, comm, *stream, **batch, repetitions);
@@ -472,6 +548,9 @@ absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetit
   STRETTO_ASSIGN_OR_RETURN(CostModel cost, FitParts(world, config, repetitions));
   double scale = 0;
   STRETTO_RETURN_IF_ERROR(ScaleByStep(world, config, steps, &cost, &scale));
+  if (config.data.documents && world.size() > 1) {
+    STRETTO_RETURN_IF_ERROR(FitRing(world, config, steps, &cost));
+  }
   absl::StrAppend(&cost.parts->measured,
                   scale > 0 ? absl::StrFormat(", layers x %.3f as in whole steps", scale)
                             : ", layers as in a few blocks");
@@ -508,7 +587,9 @@ int Fit(int argc, const char* const* argv) {
   arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
   arguments.Add("output", "FILE", "where the cost model goes", &output);
   arguments.Add("repetitions", "N", "of each measurement", &repetitions);
-  arguments.Add("steps", "N", "whole steps by which layers are scaled; auto: 4 on GPUs, 0 on CPUs",
+  arguments.Add("steps", "N",
+                "whole steps by which layers are scaled, and of documents that ranks share; auto: "
+                "4, and none to scale layers on CPUs",
                 &whole);
   absl::Status parsed = arguments.Parse(argc, argv);
   if (arguments.help()) return EndProgram(PrintText(arguments.Help()));
@@ -550,6 +631,10 @@ int Fit(int argc, const char* const* argv) {
           show("all_reduce", parts.machine.all_reduce);
           show("point_to_point", parts.machine.point_to_point);
           absl::PrintF("hidden under computation: %.2f of a collective\n", parts.hidden);
+          if (parts.ring_per_token > 0) {
+            absl::PrintF("a ring's sums: %.2f ns a token, layer and step\n",
+                         1e9 * parts.ring_per_token);
+          }
         }
         absl::PrintF("written to %s\n", output);
       }

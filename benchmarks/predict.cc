@@ -33,6 +33,7 @@ std::vector<Layout> Layouts(const TrainConfig& config, int ranks) {
     c.parallel.*axis = ranks;
     c.parallel.schedule = schedule;
     c.parallel.zero = zero;
+    c.data.document_attention = false;  // made-up tokens have separators anywhere
     layouts.push_back({.name = absl::StrCat(name, ranks), .config = c});
   };
   add("dp ", &TrainConfig::Parallel::dp, "1f1b", 1);

@@ -82,8 +82,10 @@ std::vector<Method> Methods(const TrainConfig& config, int64_t data_ranks,
   return methods;
 }
 
-// What the clock says of a step: its documents, and the update.
-double Predicted(const TrainConfig& config, const CostModel* cost, const SequencePlan& plan) {
+}  // namespace
+
+double PredictedSeconds(const TrainConfig& config, const CostModel* cost,
+                        const SequencePlan& plan) {
   double seconds = plan.makespan;
   if (cost != nullptr && cost->parts) {
     seconds += cost->parts->step_fixed + cost->parts->update_per_element *
@@ -92,6 +94,8 @@ double Predicted(const TrainConfig& config, const CostModel* cost, const Sequenc
   }
   return seconds;
 }
+
+namespace {
 
 struct Options {
   std::string lengths = "byted", fit;
@@ -220,7 +224,7 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
         least = std::min(least, rival / of_batch(m, i));
       }
       of_batches.push_back(of_batch(m, i));
-      predicted += Predicted(m.config, cost, m.plans[i]) / static_cast<double>(measured);
+      predicted += PredictedSeconds(m.config, cost, m.plans[i]) / static_cast<double>(measured);
     }
     const double seconds = mean(m);
     double first = 0;  // as runs meet batches, with whatever is built for new shapes

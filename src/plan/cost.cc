@@ -14,6 +14,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kVersion = 1;
+constexpr char kRing[] = "ring_per_token";  // may be missing: files are older than it
 
 // The numbers of a cost model and their names in the file, in one place for both directions.
 template <class Model, class F>
@@ -156,6 +157,7 @@ Json ToJson(const DeviceCost& device) {
                {"measured", device.measured},
                {"ranks", device.ranks}};
   ForDevice(device, [&](const char* name, double value) { json[name] = value; });
+  json[kRing] = device.ring_per_token;
   json["layers"] = Json::object();
   for (const LayerCost& layer : device.layers) {
     ForHalves(layer, [&](const char* name, const StageCost& half) {
@@ -182,6 +184,8 @@ DeviceCost ReadDevice(Reader& reader, const Json& json) {
     names.push_back(name);
     value = reader.Number(json, name);
   });
+  names.emplace_back(kRing);
+  if (json.contains(kRing)) device.ring_per_token = reader.Number(json, kRing);
   if (device.hidden > 1) reader.Fail("\"hidden\" must be at most 1");
   for (const auto& [name, halves] : reader.Object(json, "layers").items()) {
     LayerCost& layer = device.layers.emplace_back();

@@ -40,6 +40,8 @@ SequenceCost SequenceCostOf(const CostModel& cost, int64_t layers, double ring_b
   result.machine = {.latency = cost.link_latency, .bytes_per_second = cost.link_bytes_per_second};
   result.network = result.machine;
   if (cost.parts) {
+    result.forward_sums = cost.parts->ring_per_token;
+    result.backward_sums = 2 * cost.parts->ring_per_token;
     result.machine = cost.parts->machine.point_to_point;
     result.network = cost.parts->network ? cost.parts->network->point_to_point : result.machine;
   }
@@ -75,6 +77,9 @@ absl::Status SequenceClock::Check(const SequenceCost& cost) {
   }
   STRETTO_RETURN_IF_ERROR(number("ring bytes of a token", cost.ring_bytes_per_token, 1e6));
   STRETTO_RETURN_IF_ERROR(number("backward messages of", cost.backward_messages, 100));
+  for (const double sums : {cost.forward_sums, cost.backward_sums}) {
+    STRETTO_RETURN_IF_ERROR(number("seconds of a token in a ring's sums", sums, 1e-3));
+  }
   if (cost.layers < 1 || cost.layers > 10000) {
     return absl::InvalidArgumentError(
         absl::StrCat("the cost of a sequence is for ", cost.layers, " layers; give 1 to 10000"));
@@ -87,10 +92,11 @@ SequenceClock::SequenceClock(const SequenceCost& cost, int stages)
       stage_layers_(CeilDiv(cost.layers, stages)),
       bytes_per_token_(cost.ring_bytes_per_token * (1 + cost.backward_messages)),
       overlapped_(cost.overlapped) {
-  const auto pass = [&](const StageCost& half, double messages) {
+  const auto pass = [&](const StageCost& half, double sums, double messages) {
     Pass p = {.fixed = Atto(half.fixed),
               .per_token = Atto(half.per_token),
-              .per_pair = Atto(half.per_pair)};
+              .per_pair = Atto(half.per_pair),
+              .sums_per_token = Atto(sums)};
     for (const bool network : {false, true}) {
       const OperationCost& link = network ? cost.network : cost.machine;
       p.latency[network] = Atto(link.latency);
@@ -101,8 +107,8 @@ SequenceClock::SequenceClock(const SequenceCost& cost, int stages)
     }
     return p;
   };
-  forward_ = pass(cost.forward, 1);
-  backward_ = pass(cost.backward, cost.backward_messages);
+  forward_ = pass(cost.forward, cost.forward_sums, 1);
+  backward_ = pass(cost.backward, cost.backward_sums, cost.backward_messages);
 }
 
 int64_t SequenceClock::Half(const Pass& pass, const Load& load, int64_t ranks, bool network) const {
@@ -116,6 +122,7 @@ int64_t SequenceClock::Half(const Pass& pass, const Load& load, int64_t ranks, b
     const Wide message = pass.latency[network] + Wide{pass.step_per_token[network]} * own;
     layer += overlapped_ ? (ranks - 1) * std::max(step, message) + step
                          : ranks * step + (ranks - 1) * message;
+    layer += Wide{pass.sums_per_token} * own * (ranks - 1);
   }
   return static_cast<int64_t>(layer * stage_layers_ / kAttoPerNano);
 }

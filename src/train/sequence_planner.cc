@@ -133,12 +133,16 @@ absl::StatusOr<SequencePlanOptions> SequenceOptionsOf(const TrainConfig& config,
     options.cost.backward.fixed += options.cost.forward.fixed;
     options.cost.backward.per_token += options.cost.forward.per_token;
     options.cost.backward.per_pair += options.cost.forward.per_pair;
+    options.cost.backward_sums += options.cost.forward_sums;
   }
   AddRest(cost, config.model.layers, &options.cost);
   // Ranks of a tensor axis share a layer's work.
   for (StageCost* half : {&options.cost.forward, &options.cost.backward}) {
     half->per_token /= static_cast<double>(tp);
     half->per_pair /= static_cast<double>(tp);
+  }
+  for (double* sums : {&options.cost.forward_sums, &options.cost.backward_sums}) {
+    *sums /= static_cast<double>(tp);
   }
   // Behind keys and values travel the sums of their gradients.
   options.cost.backward_messages =

@@ -58,6 +58,9 @@ struct DeviceCost {
   // The optimizer's update with the norm, for each element of which a rank has the state; and what
   // a step takes besides its micro-batches.
   double update_per_element = 0, step_fixed = 0;
+  // What a step of ring attention but the first takes in a layer's forward besides its pairs, for
+  // each token of a rank: parts of sums are written and added up. Backward takes twice as long.
+  double ring_per_token = 0;
   LinkCost machine;                 // between ranks of one machine
   std::optional<LinkCost> network;  // between machines; absent: was not measured
 

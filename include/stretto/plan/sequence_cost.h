@@ -15,7 +15,8 @@ namespace stretto {
 // A ring of D ranks shares documents as plan/context_cut.h says. Its attention takes D steps, each
 // of which works on 1 / D^2 of the pairs, and between two steps a rank hands the keys and values
 // that it has to its neighbour. When the message travels beside the computation (`overlapped`), all
-// steps but the last take the longer of the two, else their sum. A rank alone sends nothing.
+// steps but the last take the longer of the two, else their sum. Each step but the first also adds
+// its part to sums, in a time for each token of a rank. A rank alone sends and adds nothing.
 struct SequenceCost {
   // `per_pair` is attention's, the rest is everything else of the layer.
   StageCost forward, backward;
@@ -25,6 +26,8 @@ struct SequenceCost {
   // since their gradients travel, too.
   double ring_bytes_per_token = 0;
   double backward_messages = 2;
+  // Seconds of adding to sums, for each token of a rank.
+  double forward_sums = 0, backward_sums = 0;
   // A step of a ring within a machine, and of one that reaches over several.
   OperationCost machine, network;
   bool overlapped = true;
@@ -87,7 +90,7 @@ class SequenceClock {
  private:
   // Of one layer, in 1e-18 seconds.
   struct Pass {
-    int64_t fixed = 0, per_token = 0, per_pair = 0;
+    int64_t fixed = 0, per_token = 0, per_pair = 0, sums_per_token = 0;
     int64_t latency[2] = {}, step_per_token[2] = {};  // of a step, by `network`
   };
   int64_t Half(const Pass& pass, const Load& load, int64_t ranks, bool network) const;

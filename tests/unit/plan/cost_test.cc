@@ -33,6 +33,7 @@ CostModel WithParts() {
                   {.name = "attn", .backward_input = {0, 0, 3e-11}}};
   parts.hidden = 0.75;
   parts.update_per_element = 1e-10;
+  parts.ring_per_token = 4e-9;
   parts.machine.all_gather = {.latency = 1e-6, .bytes_per_second = 1e10};
   parts.network.emplace().point_to_point = {.latency = 5e-6, .bytes_per_second = 2e9};
   return cost;
@@ -80,6 +81,18 @@ TEST(CostModel, TheFileGoesThereAndBack) {
     ASSERT_TRUE(parsed.ok()) << parsed.status().message();
     EXPECT_EQ(*parsed, cost);
   }
+}
+
+TEST(CostModel, FilesMayBeOlderThanRingsCosts) {
+  CostModel cost = WithParts();
+  std::string text = ToJson(cost);
+  const size_t at = text.find("\"ring_per_token\"");
+  ASSERT_NE(at, std::string::npos);
+  text.erase(at, text.find('\n', at) - at);
+  const absl::StatusOr<CostModel> parsed = ParseCostModel(text, "costs.json");
+  ASSERT_TRUE(parsed.ok()) << parsed.status().message();
+  cost.parts->ring_per_token = 0;
+  EXPECT_EQ(*parsed, cost);
 }
 
 TEST(CostModel, NamesWhatIsWrongWithAFile) {

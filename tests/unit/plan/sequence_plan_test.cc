@@ -411,6 +411,13 @@ TEST(SequenceClock, HidesMessagesOrAddsThem) {
   cost.overlapped = true;
   cost.forward.per_pair = 1e-7;  // steps of 126.25 us hide all of it
   EXPECT_EQ(SequenceClock(cost, 1).Forward(load, 2, false), 1000 + 50000 + 2 * 126250);
+  // Each of a ring's steps but the first adds to the sums of a rank's tokens.
+  cost.forward_sums = 2e-9;
+  EXPECT_EQ(SequenceClock(cost, 1).Forward(load, 2, false), 1000 + 50000 + 2 * 126250 + 100);
+  EXPECT_EQ(SequenceClock(cost, 1).Forward(load, 1, false), 1000 + 100000 + 505000);
+  EXPECT_EQ(SequenceClock(cost, 1).Backward(load, 2, false), 102000);  // messages alone
+  cost.backward_sums = 4e-9;
+  EXPECT_EQ(SequenceClock(cost, 1).Backward(load, 2, false), 102200);
   // The slowest stage has two of three layers.
   cost.layers = 3;
   EXPECT_EQ(SequenceClock(cost, 2).Forward(load, 1, false), 2 * (1000 + 100000 + 505000));
@@ -437,6 +444,10 @@ TEST(SequenceCostOf, TakesBlocksAndLinksOfAFit) {
   EXPECT_EQ(cost.network.latency, 3);
   model.parts->network.emplace().point_to_point.latency = 4;
   EXPECT_EQ(SequenceCostOf(model, 2, 5).network.latency, 4);
+  EXPECT_EQ(SequenceCostOf(model, 2, 5).forward_sums, 0);
+  model.parts->ring_per_token = 6;
+  EXPECT_EQ(SequenceCostOf(model, 2, 5).forward_sums, 6);
+  EXPECT_EQ(SequenceCostOf(model, 2, 5).backward_sums, 12);
 }
 
 // On few pipelines a balanced plan is no worse than any fixed mesh.

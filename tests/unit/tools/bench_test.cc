@@ -422,6 +422,17 @@ TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
   EXPECT_EQ(Names(file),
             (std::set<std::string>{"dp 2", "tp 2", "1f1b, pp 2", "zb-h1, pp 2", "zero 3, dp 2"}));
   for (const auto& result : file["results"]) EXPECT_GT(result["ratio"], 0) << result;
+  // A ring of both ranks, and what planners make of it.
+  EXPECT_EQ(parts["ring_per_token"], 0);
+  const std::string documents =
+      " --set data.documents=true --set data.sequence_length=64 "
+      "--set batch.tokens=256 --set batch.capacity=64 ";
+  r = ranks2("fit small.json --repetitions 1 --steps 2 --output ring.json" + documents);
+  ASSERT_EQ(r.code, 0) << r.output;
+  EXPECT_GE(Results("ring.json")["parts"]["ring_per_token"], 0);
+  r = ranks2("varlen small.json --fit ring.json --rounds 1 --warm-up 0 --json v.json" + documents);
+  ASSERT_EQ(r.code, 0) << r.output;
+  for (const auto& result : Results("v.json")["results"]) EXPECT_GT(result["ratio"], 0) << result;
   // Known before steps are measured: these would never end.
   const std::string endless = " --set steps=1000000000";
   r = ranks2(absl::StrCat("predict small.json --fit two.json --set model.hidden=64", endless));

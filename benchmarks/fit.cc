@@ -3,7 +3,8 @@
 //
 // Layers run through the executor on each rank by itself, all ranks at the same time, since they
 // may share a processor's caches and memory; on a GPU events time them. Several sizes and numbers
-// of documents tell tokens from pairs and from what a call costs.
+// of documents tell tokens from pairs and from what a call costs. What only whole steps show comes
+// behind (fit_steps.h).
 #include "stretto/plan/fit.h"
 
 #include <algorithm>
@@ -14,7 +15,6 @@
 #include <map>
 #include <memory>
 #include <numeric>
-#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -25,14 +25,12 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
+#include "benchmarks/fit_steps.h"
 #include "benchmarks/micro_batch.h"
 #include "benchmarks/operations.h"
 #include "stretto/comm/transport.h"
-#include "stretto/core/log.h"
 #include "stretto/core/phase_timer.h"
-#include "stretto/plan/sequence_plan.h"
 #include "stretto/train/prediction.h"
-#include "stretto/train/sequence_planner.h"
 #include "tools/arguments.h"
 #include "tools/files.h"
 
@@ -330,155 +328,6 @@ class Fitter {
   Arena x_, y_;
   std::vector<Operation> operations_;
 };
-
-// Of documents in one measured micro-batch, on a rank.
-constexpr int64_t kMostTokens = 32768;
-
-// The same model with layers whole on each rank, on samples of one length: documents are one long
-// sample or, where sizes vary, many short ones.
-TrainConfig OfDataParallelism(TrainConfig config) {
-  config.parallel.dp = config.parallel.pp = config.parallel.tp = config.parallel.zero = 1;
-  config.parallel.schedule = "1f1b";
-  config.parallel.chunks = 0;
-  config.data.document_attention = false;  // made-up tokens have separators anywhere
-  if (!config.data.documents) return config;
-  config.data.documents = false;
-  config.data.sequence_length =
-      std::min({kMostTokens, config.batch.capacity > 0 ? config.batch.capacity : kMostTokens,
-                config.data.sequence_length});
-  config.batch.global = config.batch.micro = 1;
-  config.batch.tokens = config.batch.capacity = 0;
-  config.parallel.cp = 1;
-  config.parallel.mesh = "static";
-  return config;
-}
-
-// A run whose `count` steps are measured beside what the costs predict of them, with what it needs
-// besides filled in. None where no steps are asked for, or this rank has no room for the model.
-absl::StatusOr<std::optional<TrainConfig>> RunToMeasure(const World& world, TrainConfig config,
-                                                        int64_t count) {
-  STRETTO_ASSIGN_OR_RETURN(const Device device,
-                           ChooseDevice(config.runtime.device, world.info().local_rank));
-  const bool cpu = device.kind == DeviceKind::kCpu;
-  config.runtime.device = cpu ? "cpu" : "cuda";
-  if (count == kDefaultSteps) count = cpu ? 0 : 4;
-  if (count == 0) return std::nullopt;
-  config.steps = kWarmUp + count;
-  TrainConfig resolved = config;
-  STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &resolved));
-  STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(resolved, world.size(), world.rank()));
-  if (cpu) return config;
-  STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
-  if (plan.arena_bytes + plan.overhead_bytes >= info.free_bytes) return std::nullopt;
-  return config;
-}
-
-// What a step of it takes, the same number on all ranks, without waits for the data axis; and the
-// configuration as it ran. Nothing where a rank has no such run.
-struct Measured {
-  TrainConfig config;
-  double seconds = 0;
-};
-absl::StatusOr<std::optional<Measured>> Measure(World& world, const TrainConfig& of, int64_t count,
-                                                const std::vector<int64_t>* lengths = nullptr) {
-  absl::StatusOr<std::optional<TrainConfig>> run = RunToMeasure(world, of, count);
-  STRETTO_RETURN_IF_ERROR(world.Agree("planning a step", run.status()));
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> runs,
-                           world.AllGather("a step", run->has_value() ? "yes" : "no"));
-  if (std::find(runs.begin(), runs.end(), "no") != runs.end()) {
-    if (count > 0 && lengths == nullptr && world.rank() == 0) {
-      LogWarning("--steps: a rank has no room for the whole model: layers are as in a few blocks");
-    }
-    return std::nullopt;
-  }
-  Measured measured = {.config = **std::move(run)};
-  const auto resolve = [&](Trainer& trainer) {
-    measured.config = trainer.config();
-    return absl::OkStatus();
-  };
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps,
-                           TimedSteps(world, measured.config, resolve, lengths));
-  std::vector<double> seconds;
-  for (const StepStats& stats : steps) {
-    seconds.push_back(1e-3 * (stats.step_ms - (lengths != nullptr ? stats.exposed_data_ms : 0)));
-  }
-  const bool gpu = measured.config.runtime.device == "cuda";
-  STRETTO_ASSIGN_OR_RETURN(
-      const std::vector<std::string> all,
-      world.AllGather("a step's time",
-                      absl::StrFormat("%.17g", gpu ? Median(seconds) : LowerDecile(seconds))));
-  if (!absl::SimpleAtod(all[0], &measured.seconds)) return absl::InternalError("a time is cut");
-  return measured;
-}
-
-// Scales the layers so that a step of data parallelism over these ranks takes as long as it does:
-// in a whole model, and at a power limit, layers take longer than in a few blocks. `scale` is 0
-// where nothing was measured.
-absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, CostModel* cost,
-                         double* scale) {
-  TrainConfig config = OfDataParallelism(of);
-  config.parallel.dp = world.size();
-  config.batch.global = std::max(config.batch.global, 2 * config.batch.micro * world.size());
-  config.batch.global -= config.batch.global % world.size();
-  STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured, Measure(world, config, count));
-  if (!measured) return absl::OkStatus();
-  STRETTO_ASSIGN_OR_RETURN(const StepPrediction predicted,
-                           PredictStep(measured->config, world.size(), *cost));
-  const double others = predicted.seconds - predicted.compute;
-  if (measured->seconds <= others || predicted.compute <= 0) {
-    return absl::UnavailableError(absl::StrCat("a step took ", 1e3 * measured->seconds,
-                                               " ms, less than its communication alone (",
-                                               1e3 * others, " ms); run the fit again"));
-  }
-  *scale = (measured->seconds - others) / predicted.compute;
-  ScaleLayers(*scale, cost);
-  return absl::OkStatus();
-}
-
-// What a ring of all ranks takes besides its pairs and messages: steps on documents of one length,
-// each of which all ranks share, beside the planner's clock.
-absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostModel* cost) {
-  if (count == kDefaultSteps) count = 4;
-  constexpr int64_t kLongest = 2048, kMicroBatches = 2;
-  const int64_t ranks = world.size();
-  TrainConfig config = of;
-  const int64_t room = config.batch.capacity > 0 ? config.batch.capacity : kMostTokens;
-  config.batch.capacity = std::min(kMostTokens, room);
-  const int64_t length =
-      std::min({kLongest, config.data.sequence_length, config.batch.capacity * ranks});
-  if (length < 2) return absl::OkStatus();  // no document
-  const int64_t documents = kMicroBatches * (config.batch.capacity * ranks / length);
-  config.data.sequence_length = length;
-  config.data.shuffle = false;
-  config.batch.tokens = documents * length;
-  config.parallel.pp = config.parallel.tp = config.parallel.zero = config.parallel.dp = 1;
-  config.parallel.cp = ranks;
-  config.parallel.mesh = "static";
-  config.parallel.schedule = "1f1b";
-  config.parallel.chunks = 0;
-  config.parallel.cost_model.clear();
-  const std::vector<int64_t> batch(static_cast<size_t>(documents), length);
-  std::vector<int64_t> lengths;
-  for (int64_t step = 0; step < kWarmUp + count; ++step) {
-    lengths.insert(lengths.end(), batch.begin(), batch.end());
-  }
-  STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured,
-                           Measure(world, config, count, &lengths));
-  if (!measured) return absl::OkStatus();
-  const auto predicted = [&](double ring) -> absl::StatusOr<double> {
-    cost->parts->ring_per_token = ring;
-    STRETTO_ASSIGN_OR_RETURN(const SequencePlanOptions options,
-                             SequenceOptionsOf(measured->config, world.info().local_size, cost));
-    STRETTO_ASSIGN_OR_RETURN(const SequencePlan plan, PlanSequences(batch, options));
-    return PredictedSeconds(measured->config, cost, plan);
-  };
-  constexpr double kUnit = 1e-9;
-  STRETTO_ASSIGN_OR_RETURN(const double without, predicted(0));
-  STRETTO_ASSIGN_OR_RETURN(const double with, predicted(kUnit));
-  cost->parts->ring_per_token =
-      std::max(0.0, (measured->seconds - without) / (with - without) * kUnit);
-  return absl::OkStatus();
-}
 
 absl::StatusOr<CostModel> FitParts(World& world, TrainConfig config, int repetitions) {
   // Several blocks, so that caches are as in a model; all of a large one would only take time.

@@ -14,7 +14,9 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kVersion = 1;
-constexpr char kRing[] = "ring_per_token";  // may be missing: files are older than it
+// Missing where it is 0, so that the text of a file, or of costs in a checkpoint, that is older
+// than it stays the same.
+constexpr char kRing[] = "ring_per_token";
 
 // The numbers of a cost model and their names in the file, in one place for both directions.
 template <class Model, class F>
@@ -157,7 +159,7 @@ Json ToJson(const DeviceCost& device) {
                {"measured", device.measured},
                {"ranks", device.ranks}};
   ForDevice(device, [&](const char* name, double value) { json[name] = value; });
-  json[kRing] = device.ring_per_token;
+  if (device.ring_per_token > 0) json[kRing] = device.ring_per_token;
   json["layers"] = Json::object();
   for (const LayerCost& layer : device.layers) {
     ForHalves(layer, [&](const char* name, const StageCost& half) {

@@ -90,7 +90,11 @@ absl::Status CheckTimes(const std::vector<int64_t>& lengths, const SequencePlanO
     seconds += 2 * documents * o.pipelines * link->latency;
     if (link->bytes_per_second > 0) seconds += bytes / link->bytes_per_second;
   }
-  if (o.pipelines > 1) seconds += tokens * (o.cost.forward_sums + o.cost.backward_sums);
+  if (o.pipelines > 1) {
+    // Each other rank may have a token more than its share.
+    const double added = tokens + documents * o.pipelines;
+    seconds += added * (o.cost.forward_sums + o.cost.backward_sums);
+  }
   seconds *= static_cast<double>(o.cost.layers);
   constexpr double kMost = 4e6, kMostPairs = 4e18;
   if (pairs > kMostPairs) {

@@ -362,6 +362,15 @@ TEST(PlanSequences, NamesWhatIsWrong) {
   o.capacity = int64_t{1} << 31;
   EXPECT_THAT(error({int64_t{1} << 31}, o), HasSubstr("seconds one after the other"));
   o = good;
+  o.cost.layers = 10000;
+  o.cost.backward_sums = 2e-3;
+  EXPECT_THAT(error({5}, o), HasSubstr("seconds of a token in a ring's sums 0.002"));
+  o.cost.backward_sums = 1e-3;
+  o.capacity = 400000;
+  EXPECT_THAT(error({400000}, o), HasSubstr("seconds one after the other"));
+  o.cost.backward_sums = 0;
+  EXPECT_TRUE(PlanSequences({400000}, o).ok());
+  o = good;
   o.cost = {};
   EXPECT_THAT(error({5}, o), HasSubstr("take no time; fit it"));
   o = good;

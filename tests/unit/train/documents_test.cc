@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "stretto/data/plan_loader.h"
 #include "stretto/parallel/context.h"
+#include "stretto/plan/cost.h"
 #include "stretto/train/sequence_planner.h"
 #include "tests/support/training.h"
 
@@ -178,6 +179,25 @@ TEST(DocumentPlans, ATensorAxisSharesTheWork) {
   EXPECT_DOUBLE_EQ(2 * shared->cost.forward.per_pair, alone->cost.forward.per_pair);
   EXPECT_DOUBLE_EQ(2 * shared->cost.backward.per_token, alone->cost.backward.per_token);
   EXPECT_DOUBLE_EQ(2 * shared->cost.ring_bytes_per_token, alone->cost.ring_bytes_per_token);
+}
+
+TEST(DocumentPlans, RingsAddUpAgainWhereBlocksAreComputedAgain) {
+  const ScratchDirectory directory;
+  TrainConfig kept = Documents(directory, "qwen3"), again = kept, two = kept;
+  two.model.kv_heads = 2;
+  two.parallel.tp = 2;
+  again.runtime.recompute = "block";
+  CostModel costs = UniformCost(1, 1, 1);
+  costs.parts.emplace().ring_per_token = 6;
+  const auto sums = [&](TrainConfig config) {
+    EXPECT_TRUE(config.Resolve(4).ok());
+    const auto options = SequenceOptionsOf(config, 2, &costs);
+    EXPECT_TRUE(options.ok()) << options.status();
+    return std::pair(options->cost.forward_sums, options->cost.backward_sums);
+  };
+  EXPECT_EQ(sums(kept), std::pair(6.0, 12.0));
+  EXPECT_EQ(sums(again), std::pair(6.0, 18.0));
+  EXPECT_EQ(sums(two), std::pair(3.0, 6.0));
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "benchmarks/fit_steps.h"
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -11,6 +12,7 @@
 #include "absl/strings/str_format.h"
 #include "benchmarks/bench.h"
 #include "stretto/core/log.h"
+#include "stretto/observe/memory.h"
 #include "stretto/plan/sequence_plan.h"
 #include "stretto/train/prediction.h"
 #include "stretto/train/sequence_planner.h"
@@ -35,18 +37,26 @@ absl::StatusOr<std::optional<TrainConfig>> RunToMeasure(const World& world, Trai
   TrainConfig resolved = config;
   STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &resolved));
   STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(resolved, world.size(), world.rank()));
-  if (cpu) return config;
-  STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
-  if (plan.arena_bytes + plan.overhead_bytes >= info.free_bytes) return std::nullopt;
+  const int64_t budget =
+      cpu ? config.runtime.host_memory_bytes : config.runtime.device_memory_bytes;
+  int64_t room = budget < 0 ? std::numeric_limits<int64_t>::max() : budget;
+  if (!cpu) {
+    STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
+    room = std::min(room, info.free_bytes);
+  } else if (const int64_t available = AvailableMemory(); available >= 0) {
+    room = std::min(room, available / std::max(1, world.info().local_size));
+  }
+  if (plan.arena_bytes + plan.overhead_bytes >= room) return std::nullopt;
   return config;
 }
 
-// What a step of it takes, the same number on all ranks, without waits for the data axis; and the
-// configuration as it ran. Nothing where a rank has no such run.
+// What a step takes, the same number on all ranks, and the configuration as it ran.
 struct Measured {
   TrainConfig config;
   double seconds = 0;
 };
+// Nothing where a rank has no such run. With `lengths` of documents the time is without waits for
+// the data axis's sums, of which the planner's clock knows nothing.
 absl::StatusOr<std::optional<Measured>> Measure(World& world, const TrainConfig& of, int64_t count,
                                                 const std::vector<int64_t>* lengths = nullptr) {
   absl::StatusOr<std::optional<TrainConfig>> run = RunToMeasure(world, of, count);
@@ -54,8 +64,10 @@ absl::StatusOr<std::optional<Measured>> Measure(World& world, const TrainConfig&
   STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> runs,
                            world.AllGather("a step", run->has_value() ? "yes" : "no"));
   if (std::find(runs.begin(), runs.end(), "no") != runs.end()) {
-    if (count > 0 && lengths == nullptr && world.rank() == 0) {
-      LogWarning("--steps: a rank has no room for the whole model: layers are as in a few blocks");
+    if (count > 0 && world.rank() == 0) {
+      LogWarning(absl::StrCat("--steps: a rank has no room for the whole model: ",
+                              lengths == nullptr ? "layers are as in a few blocks"
+                                                 : "what rings add up costs nothing"));
     }
     return std::nullopt;
   }
@@ -124,8 +136,9 @@ absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostMod
   constexpr int64_t kLongest = 2048, kMicroBatches = 2;
   const int64_t ranks = world.size();
   TrainConfig config = of;
-  const int64_t room = config.batch.capacity > 0 ? config.batch.capacity : kMostTokens;
-  config.batch.capacity = std::min(kMostTokens, room);
+  // As much as a run's micro-batches have.
+  if (config.batch.capacity == 0) config.batch.capacity = config.data.sequence_length;
+  config.batch.capacity = std::min(kMostTokens, config.batch.capacity);
   const int64_t length =
       std::min({kLongest, config.data.sequence_length, config.batch.capacity * ranks});
   if (length < 2) return absl::OkStatus();  // no document
@@ -140,12 +153,9 @@ absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostMod
   config.parallel.chunks = 0;
   config.parallel.cost_model.clear();
   const std::vector<int64_t> batch(static_cast<size_t>(documents), length);
-  std::vector<int64_t> lengths;
-  for (int64_t step = 0; step < kWarmUp + count; ++step) {
-    lengths.insert(lengths.end(), batch.begin(), batch.end());
-  }
+  // All of an epoch, so every step has them again.
   STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured,
-                           Measure(world, config, count, &lengths));
+                           Measure(world, config, count, &batch));
   if (!measured) return absl::OkStatus();
   const auto predicted = [&](double ring) -> absl::StatusOr<double> {
     cost->parts->ring_per_token = ring;
@@ -157,8 +167,10 @@ absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostMod
   constexpr double kUnit = 1e-9;
   STRETTO_ASSIGN_OR_RETURN(const double without, predicted(0));
   STRETTO_ASSIGN_OR_RETURN(const double with, predicted(kUnit));
+  // A step that something held up does not make costs that planners refuse.
+  constexpr double kMost = 3e-4;
   cost->parts->ring_per_token =
-      std::max(0.0, (measured->seconds - without) / (with - without) * kUnit);
+      std::clamp((measured->seconds - without) / (with - without) * kUnit, 0.0, kMost);
   return absl::OkStatus();
 }
 

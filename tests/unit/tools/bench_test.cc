@@ -423,13 +423,25 @@ TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
             (std::set<std::string>{"dp 2", "tp 2", "1f1b, pp 2", "zb-h1, pp 2", "zero 3, dp 2"}));
   for (const auto& result : file["results"]) EXPECT_GT(result["ratio"], 0) << result;
   // A ring of both ranks, and what planners make of it.
-  EXPECT_EQ(parts["ring_per_token"], 0);
+  EXPECT_FALSE(parts.contains("ring_per_token"));
   const std::string documents =
-      " --set data.documents=true --set data.sequence_length=64 "
-      "--set batch.tokens=256 --set batch.capacity=64 ";
-  r = ranks2("fit small.json --repetitions 1 --steps 2 --output ring.json" + documents);
+      " --set data.documents=true --set data.sequence_length=64 --set batch.tokens=256 ";
+  // Micro-batches are as large as a run's, which have room.
+  r = ranks2(
+      "fit small.json --repetitions 1 --steps 2 --set runtime.host_memory_bytes=200000000 "
+      "--output ring.json" +
+      documents);
   ASSERT_EQ(r.code, 0) << r.output;
-  EXPECT_GE(Results("ring.json")["parts"]["ring_per_token"], 0);
+  EXPECT_THAT(r.output, Not(HasSubstr("no room")));
+  // Nor is a whole model's lack of room an error: layers and links are measured all the same.
+  r = ranks2(
+      "fit small.json --repetitions 1 --steps 2 --set runtime.host_memory_bytes=1000 "
+      "--output blocks.json" +
+      documents);
+  ASSERT_EQ(r.code, 0) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("what rings add up costs nothing"));
+  EXPECT_THAT(r.output, HasSubstr("as in a few blocks"));
+  EXPECT_FALSE(Results("blocks.json")["parts"].contains("ring_per_token"));
   r = ranks2("varlen small.json --fit ring.json --rounds 1 --warm-up 0 --json v.json" + documents);
   ASSERT_EQ(r.code, 0) << r.output;
   for (const auto& result : Results("v.json")["results"]) EXPECT_GT(result["ratio"], 0) << result;

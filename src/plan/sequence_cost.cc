@@ -54,7 +54,7 @@ absl::Status SequenceClock::Check(const SequenceCost& cost) {
     return absl::InvalidArgumentError(
         absl::StrCat("the cost of a sequence has ", name, " ", value, "; give 0 to ", most));
   };
-  // Within these bounds products stay below 2^127 of 1e-18 seconds.
+  // Within these bounds each number stays below 2^63 of 1e-18 seconds, and products below 2^127.
   for (const StageCost* half : {&cost.forward, &cost.backward}) {
     STRETTO_RETURN_IF_ERROR(number("seconds of a layer", half->fixed, 1));
     STRETTO_RETURN_IF_ERROR(number("seconds of a token", half->per_token, 1e-3));
@@ -76,7 +76,7 @@ absl::Status SequenceClock::Check(const SequenceCost& cost) {
     }
   }
   STRETTO_RETURN_IF_ERROR(number("ring bytes of a token", cost.ring_bytes_per_token, 1e6));
-  STRETTO_RETURN_IF_ERROR(number("backward messages of", cost.backward_messages, 100));
+  STRETTO_RETURN_IF_ERROR(number("backward messages of", cost.backward_messages, 8));
   for (const double sums : {cost.forward_sums, cost.backward_sums}) {
     STRETTO_RETURN_IF_ERROR(number("seconds of a token in a ring's sums", sums, 1e-3));
   }

@@ -362,6 +362,9 @@ TEST(PlanSequences, NamesWhatIsWrong) {
   o.capacity = int64_t{1} << 31;
   EXPECT_THAT(error({int64_t{1} << 31}, o), HasSubstr("seconds one after the other"));
   o = good;
+  o.cost.backward_messages = 9;
+  EXPECT_THAT(error({5}, o), HasSubstr("backward messages of 9; give 0 to 8"));
+  o = good;
   o.cost.layers = 10000;
   o.cost.backward_sums = 2e-3;
   EXPECT_THAT(error({5}, o), HasSubstr("seconds of a token in a ring's sums 0.002"));
@@ -430,6 +433,19 @@ TEST(SequenceClock, HidesMessagesOrAddsThem) {
   // The slowest stage has two of three layers.
   cost.layers = 3;
   EXPECT_EQ(SequenceClock(cost, 2).Forward(load, 1, false), 2 * (1000 + 100000 + 505000));
+}
+
+TEST(SequenceClock, TheLargestCostsDoNotOverflow) {
+  SequenceCost cost = {.ring_bytes_per_token = 1e6, .backward_messages = 8};
+  cost.backward = {.fixed = 1, .per_token = 1e-3, .per_pair = 1e-6};
+  cost.backward_sums = 1e-3;
+  cost.machine = {.latency = 1, .bytes_per_second = 1e6};
+  ASSERT_TRUE(SequenceClock::Check(cost).ok());
+  // Two tokens on each rank: a layer, a message of 16 s and one of its latency, sums, the last
+  // step.
+  const int64_t micro = 1000;
+  EXPECT_EQ(SequenceClock(cost, 1).Backward(SequenceClock::LoadOf(4), 2, false),
+            (1000000 + 2000 + 17000000 + 2000) * micro + 10 * micro / 4);
 }
 
 TEST(SequenceCostOf, TakesBlocksAndLinksOfAFit) {

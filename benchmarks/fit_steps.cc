@@ -134,43 +134,51 @@ absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, Cos
 absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostModel* cost) {
   if (count == kDefaultSteps) count = 4;
   constexpr int64_t kLongest = 2048, kMicroBatches = 2;
+  constexpr double kUnit = 1e-9;
   const int64_t ranks = world.size();
   TrainConfig config = of;
   // As much as a run's micro-batches have.
   if (config.batch.capacity == 0) config.batch.capacity = config.data.sequence_length;
   config.batch.capacity = std::min(kMostTokens, config.batch.capacity);
-  const int64_t length =
-      std::min({kLongest, config.data.sequence_length, config.batch.capacity * ranks});
+  const int64_t length = std::min({kLongest, config.data.sequence_length, config.batch.capacity});
   if (length < 2) return absl::OkStatus();  // no document
-  const int64_t documents = kMicroBatches * (config.batch.capacity * ranks / length);
+  const int64_t documents = kMicroBatches * (config.batch.capacity / length) * ranks;
   config.data.sequence_length = length;
   config.data.shuffle = false;
   config.batch.tokens = documents * length;
-  config.parallel.pp = config.parallel.tp = config.parallel.zero = config.parallel.dp = 1;
-  config.parallel.cp = ranks;
+  config.parallel.pp = config.parallel.tp = config.parallel.zero = 1;
   config.parallel.mesh = "static";
   config.parallel.schedule = "1f1b";
   config.parallel.chunks = 0;
   config.parallel.cost_model.clear();
   const std::vector<int64_t> batch(static_cast<size_t>(documents), length);
-  // All of an epoch, so every step has them again.
-  STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured,
-                           Measure(world, config, count, &batch));
-  if (!measured) return absl::OkStatus();
-  const auto predicted = [&](double ring) -> absl::StatusOr<double> {
-    cost->parts->ring_per_token = ring;
+  cost->parts->ring_per_token = 0;
+  const auto predicted = [&](const TrainConfig& measured) -> absl::StatusOr<double> {
     STRETTO_ASSIGN_OR_RETURN(const SequencePlanOptions options,
-                             SequenceOptionsOf(measured->config, world.info().local_size, cost));
+                             SequenceOptionsOf(measured, world.info().local_size, cost));
     STRETTO_ASSIGN_OR_RETURN(const SequencePlan plan, PlanSequences(batch, options));
-    return PredictedSeconds(measured->config, cost, plan);
+    return PredictedSeconds(measured, cost, plan);
   };
-  constexpr double kUnit = 1e-9;
-  STRETTO_ASSIGN_OR_RETURN(const double without, predicted(0));
-  STRETTO_ASSIGN_OR_RETURN(const double with, predicted(kUnit));
-  // A step that something held up does not make costs that planners refuse.
-  constexpr double kMost = 3e-4;
-  cost->parts->ring_per_token =
-      std::clamp((measured->seconds - without) / (with - without) * kUnit, 0.0, kMost);
+  // What sharing adds to a step, less what it adds by the clock: whatever else the costs have wrong
+  // is in both.
+  double added = 0, unit = 0;
+  for (const int64_t cp : {int64_t{1}, ranks}) {
+    config.parallel.cp = cp;
+    config.parallel.dp = ranks / cp;
+    // All of an epoch, so every step has them again.
+    STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured,
+                             Measure(world, config, count, &batch));
+    if (!measured) return absl::OkStatus();
+    STRETTO_ASSIGN_OR_RETURN(const double clock, predicted(measured->config));
+    added += (cp == 1 ? -1 : 1) * (measured->seconds - clock);
+    if (cp == 1) continue;
+    cost->parts->ring_per_token = kUnit;
+    STRETTO_ASSIGN_OR_RETURN(unit, predicted(measured->config));
+    unit -= clock;
+  }
+  // Where something held up a step: no more than all of a block's forward.
+  const double most = cost->forward[0].per_token;
+  cost->parts->ring_per_token = std::clamp(added / unit * kUnit, 0.0, most);
   return absl::OkStatus();
 }
 

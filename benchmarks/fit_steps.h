@@ -22,8 +22,8 @@ TrainConfig OfDataParallelism(TrainConfig config);
 absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, CostModel* cost,
                          double* scale);
 
-// What a ring of all ranks takes besides its pairs and messages: steps on documents of one length,
-// each of which all ranks share, beside the planner's clock.
+// What a ring of all ranks takes besides its pairs and messages, beside the planner's clock: steps
+// on documents of one length that all ranks share, and on the same ones that each rank has alone.
 absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostModel* cost);
 
 }  // namespace stretto::bench

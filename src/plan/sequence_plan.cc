@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <iterator>
 #include <map>
 #include <numeric>
 #include <utility>
@@ -113,9 +114,11 @@ absl::Status CheckTimes(const std::vector<int64_t>& lengths, const SequencePlanO
 class Pack {
  public:
   explicit Pack(int ranks) : ranks_(ranks) {}
+  // A rank has a part of every document, if an empty one, and room to describe `capacity` of them.
+  bool Full(int64_t capacity) const { return std::ssize(documents_) >= capacity; }
   // Adds the document if all ranks have room.
   bool Add(int64_t document, int64_t length, int64_t capacity) {
-    if (ContextTokens(total_ + length, ranks_, 0) > capacity) return false;
+    if (Full(capacity) || ContextTokens(total_ + length, ranks_, 0) > capacity) return false;
     total_ += length;
     documents_.push_back(document);
     return true;
@@ -161,7 +164,7 @@ std::vector<PlacedItem> PlaceStatic(const std::vector<int64_t>& lengths,
       pack = packs.size();
       packs.emplace_back(o.context).Add(d, length, o.capacity);
     }
-    left.emplace(all - packs[pack].total(), pack);
+    if (!packs[pack].Full(o.capacity)) left.emplace(all - packs[pack].total(), pack);
   }
   std::vector<PlacedItem> items;
   const int groups = o.pipelines / o.context;

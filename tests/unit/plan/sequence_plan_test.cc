@@ -222,6 +222,13 @@ TEST(PlanSequences, StaticFillsRingsInTurn) {
   EXPECT_EQ(Text({16, 10, 4, 12, 8, 6}, o), "0 0-1: 0 2\n0 2-3: 3 4\n1 0-1: 1 5\n");
 }
 
+// A ring of three ranks has room for six tokens, and each rank for a description of two documents.
+TEST(PlanSequences, StaticRingsHaveNoMoreDocumentsThanARankHasTokens) {
+  SequencePlanOptions o = Linear(3, 2, SequenceMethod::kStatic);
+  o.context = 3;
+  EXPECT_EQ(Text({2, 2, 2}, o), "0 0-2: 0 1\n1 0-2: 2\n");
+}
+
 TEST(PlanSequences, DynamicGoesRoundInTheOrderOfTheBatch) {
   // 25 needs 3 ranks; 4 and 6 are a pack; 12 goes on behind it and over the end.
   SequencePlanOptions o = Linear(5, 10, SequenceMethod::kUnbalanced);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -67,6 +68,25 @@ double Seconds(const std::vector<StageCost>& costs, int stage, const PlanItem& i
   const auto share = static_cast<double>(item.pipelines.size());
   return c.Seconds(static_cast<double>(item.tokens) / share, pairs / share);
 }
+
+// Refuses a name that an object has twice: of its values the library would keep the last.
+class Twice {
+ public:
+  bool operator()(Json::parse_event_t event, const Json& parsed) {
+    if (event == Json::parse_event_t::object_start) open_.emplace_back();
+    if (event == Json::parse_event_t::object_end && !open_.empty()) open_.pop_back();
+    if (event == Json::parse_event_t::key && !open_.empty() &&
+        !open_.back().insert(parsed.get<std::string>()).second && name_.empty()) {
+      name_ = parsed.get<std::string>();
+    }
+    return true;
+  }
+  const std::string& name() const { return name_; }
+
+ private:
+  std::vector<std::set<std::string>> open_;
+  std::string name_;
+};
 
 class Reader {
  public:
@@ -188,6 +208,10 @@ DeviceCost ReadDevice(Reader& reader, const Json& json) {
   });
   names.emplace_back(kRing);
   if (json.contains(kRing)) device.ring_per_token = reader.Number(json, kRing);
+  if (device.ring_per_token > DeviceCost::kMostRingPerToken) {
+    reader.Fail(absl::StrCat("\"", kRing, "\" must be at most ", DeviceCost::kMostRingPerToken,
+                             " seconds; fit the costs again"));
+  }
   if (device.hidden > 1) reader.Fail("\"hidden\" must be at most 1");
   for (const auto& [name, halves] : reader.Object(json, "layers").items()) {
     LayerCost& layer = device.layers.emplace_back();
@@ -287,12 +311,21 @@ absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::str
     return absl::InvalidArgumentError(
         absl::StrCat("the cost model '", source, "' is empty; make one with stretto-bench fit"));
   }
-  const Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  Twice twice;
+  const Json json = Json::parse(
+      text,
+      [&](int /*depth*/, Json::parse_event_t event, const Json& parsed) {
+        return twice(event, parsed);
+      },
+      /*allow_exceptions=*/false);
   if (!json.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(
         source, " is no cost model: it must be a valid JSON object, with numbers that fit"));
   }
   Reader reader(source);
+  if (!twice.name().empty()) {
+    reader.Fail(absl::StrCat("\"", twice.name(), "\" is given twice; remove one"));
+  }
   CostModel cost;
   std::vector<std::string> names = {"version", "device"};
   if (reader.Number(json, "version") != kVersion) {

@@ -77,8 +77,10 @@ absl::Status SequenceClock::Check(const SequenceCost& cost) {
   }
   STRETTO_RETURN_IF_ERROR(number("ring bytes of a token", cost.ring_bytes_per_token, 1e6));
   STRETTO_RETURN_IF_ERROR(number("backward messages of", cost.backward_messages, 8));
+  // Backward takes twice as long as forward, and computes that again where it must.
   for (const double sums : {cost.forward_sums, cost.backward_sums}) {
-    STRETTO_RETURN_IF_ERROR(number("seconds of a token in a ring's sums", sums, 1e-3));
+    STRETTO_RETURN_IF_ERROR(
+        number("seconds of a token in a ring's sums", sums, 3 * DeviceCost::kMostRingPerToken));
   }
   if (cost.layers < 1 || cost.layers > 10000) {
     return absl::InvalidArgumentError(

@@ -61,6 +61,7 @@ struct DeviceCost {
   // What a step of ring attention but the first takes in a layer's forward besides its pairs, for
   // each token of a rank: parts of sums are written and added up. Backward takes twice as long.
   double ring_per_token = 0;
+  static constexpr double kMostRingPerToken = 1e-3;
   LinkCost machine;                 // between ranks of one machine
   std::optional<LinkCost> network;  // between machines; absent: was not measured
 

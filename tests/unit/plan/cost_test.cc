@@ -116,6 +116,14 @@ TEST(CostModel, NamesWhatIsWrongWithAFile) {
   EXPECT_THAT(error("\"a \\\"device\\\"\"", "3"), HasSubstr("\"device\""));
   EXPECT_THAT(error("\"forward\": [", "\"forward\": 1, \"x\": ["), HasSubstr("\"forward\""));
   EXPECT_THAT(error("\"hidden\": 0.75", "\"hidden\": 1.5"), HasSubstr("\"hidden\""));
+  for (const char* number : {"-1", "1e300", "\"x\"", "null"}) {
+    EXPECT_THAT(error("\"ring_per_token\": 4e-09", std::string("\"ring_per_token\": ") + number),
+                HasSubstr("\"ring_per_token\" must be a number from 0 to 1e9"));
+  }
+  EXPECT_THAT(error("\"ring_per_token\": 4e-09", "\"ring_per_token\": 1.1e-3"),
+              HasSubstr("costs.json: \"ring_per_token\" must be at most 0.001 seconds"));
+  EXPECT_THAT(error("\"ring_per_token\"", "\"ring_per_token\": 0, \"ring_per_token\""),
+              HasSubstr("costs.json: \"ring_per_token\" is given twice; remove one"));
   EXPECT_THAT(error("\"assumed\": false", "\"assumed\": 0"), HasSubstr("\"assumed\""));
   EXPECT_THAT(error("\"latency\": 1e-06", "\"latency\": -1"), HasSubstr("\"latency\""));
   EXPECT_THAT(error("\"latency\": 1e-06", "\"latency\": 1e308"),

@@ -30,6 +30,7 @@
 #include "benchmarks/operations.h"
 #include "stretto/comm/transport.h"
 #include "stretto/core/phase_timer.h"
+#include "stretto/data/tokenizer.h"
 #include "stretto/train/prediction.h"
 #include "tools/arguments.h"
 #include "tools/files.h"
@@ -136,12 +137,25 @@ std::set<std::pair<int64_t, int64_t>> LayerSizes(const TrainConfig& config) {
 
 // INVALID_ARGUMENT when one size is all there is: nothing would tell what a token costs from what a
 // call does.
-absl::Status SeveralSizes(const TrainConfig& config) {
+absl::Status SeveralSizes(const TrainConfig& config, bool documents) {
   if (LayerSizes(config).size() > 1) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(
       "micro-batches of ", config.batch.micro, " x ", config.data.sequence_length,
       " tokens have one size only, which does not tell what a token costs from what a call does; "
-      "raise batch.micro or data.sequence_length"));
+      "raise ",
+      documents ? "data.sequence_length and batch.capacity to 2 at least"
+                : "batch.micro or data.sequence_length"));
+}
+
+// Of documents that are made up.
+absl::Status HasSeparator(const TrainConfig& config) {
+  STRETTO_ASSIGN_OR_RETURN(const auto tokenizer, OpenTokenizer(config.data.tokenizer));
+  const int64_t separator = tokenizer->end_of_text();
+  if (separator < config.model.vocabulary) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("documents of data.tokenizer (", config.data.tokenizer, ") end with token ",
+                   separator, ", and model.vocabulary is ", config.model.vocabulary,
+                   "; raise it, or give --steps 0 to measure no documents"));
 }
 
 class Fitter {
@@ -332,11 +346,12 @@ class Fitter {
 absl::StatusOr<CostModel> FitParts(World& world, TrainConfig config, int repetitions) {
   // Several blocks, so that caches are as in a model; all of a large one would only take time.
   constexpr int64_t kBlocks = 4;
+  const bool documents = config.data.documents;
   config = OfDataParallelism(std::move(config));
   config.runtime.recompute = "none";
   config.batch.micro = std::min(config.batch.micro, config.batch.global);
   absl::Status resolved = config.Resolve(1);
-  if (resolved.ok()) resolved = SeveralSizes(config);
+  if (resolved.ok()) resolved = SeveralSizes(config, documents);
   STRETTO_RETURN_IF_ERROR(world.Agree("reading the configuration", resolved));
   const absl::StatusOr<Device> chosen =
       ChooseDevice(config.runtime.device, world.info().local_rank);
@@ -394,12 +409,15 @@ absl::StatusOr<CostModel> FitCosts(World& world, TrainConfig config, int repetit
                                    int64_t steps) {
   STRETTO_RETURN_IF_ERROR(
       SameEverywhere(world, config, absl::StrCat("repetitions ", repetitions, " steps ", steps)));
+  const bool rings = config.data.documents && world.size() > 1 && steps != 0;
+  if (rings) {
+    // Before anything takes its time.
+    STRETTO_RETURN_IF_ERROR(world.Agree("opening the tokenizer", HasSeparator(config)));
+  }
   STRETTO_ASSIGN_OR_RETURN(CostModel cost, FitParts(world, config, repetitions));
   double scale = 0;
   STRETTO_RETURN_IF_ERROR(ScaleByStep(world, config, steps, &cost, &scale));
-  if (config.data.documents && world.size() > 1) {
-    STRETTO_RETURN_IF_ERROR(FitRing(world, config, steps, &cost));
-  }
+  if (rings) STRETTO_RETURN_IF_ERROR(FitRing(world, config, steps, &cost));
   absl::StrAppend(&cost.parts->measured,
                   scale > 0 ? absl::StrFormat(", layers x %.3f as in whole steps", scale)
                             : ", layers as in a few blocks");

@@ -34,6 +34,8 @@ absl::StatusOr<std::optional<TrainConfig>> RunToMeasure(const World& world, Trai
   if (count == kDefaultSteps) count = cpu ? 0 : 4;
   if (count == 0) return std::nullopt;
   config.steps = kWarmUp + count;
+  // Its learning rates matter to nobody, and the run that it stands for is longer.
+  config.optimizer.warmup = std::min(config.optimizer.warmup, config.steps);
   TrainConfig resolved = config;
   STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &resolved));
   STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(resolved, world.size(), world.rank()));
@@ -177,7 +179,7 @@ absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostMod
     unit -= clock;
   }
   // Where something held up a step: no more than all of a block's forward.
-  const double most = cost->forward[0].per_token;
+  const double most = std::min(cost->forward[0].per_token, DeviceCost::kMostRingPerToken);
   cost->parts->ring_per_token = std::clamp(added / unit * kUnit, 0.0, most);
   return absl::OkStatus();
 }

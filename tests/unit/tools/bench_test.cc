@@ -425,7 +425,8 @@ TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
   // A ring of both ranks, and what planners make of it.
   EXPECT_FALSE(parts.contains("ring_per_token"));
   const std::string documents =
-      " --set data.documents=true --set data.sequence_length=64 --set batch.tokens=256 ";
+      " --set data.documents=true --set data.sequence_length=64 --set batch.tokens=256 "
+      "--set optimizer.warmup=100 ";
   // Micro-batches are as large as a run's, which have room.
   r = ranks2(
       "fit small.json --repetitions 1 --steps 2 --set runtime.host_memory_bytes=200000000 "
@@ -433,6 +434,7 @@ TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
       documents);
   ASSERT_EQ(r.code, 0) << r.output;
   EXPECT_THAT(r.output, Not(HasSubstr("no room")));
+  EXPECT_THAT(r.output, Not(HasSubstr("warmup")));  // of a run that is not this one
   // Nor is a whole model's lack of room an error: layers and links are measured all the same.
   r = ranks2(
       "fit small.json --repetitions 1 --steps 2 --set runtime.host_memory_bytes=1000 "
@@ -442,6 +444,13 @@ TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
   EXPECT_THAT(r.output, HasSubstr("what rings add up costs nothing"));
   EXPECT_THAT(r.output, HasSubstr("as in a few blocks"));
   EXPECT_FALSE(Results("blocks.json")["parts"].contains("ring_per_token"));
+  r = ranks2("fit small.json --output r.json --set model.vocabulary=100" + documents);
+  EXPECT_EQ(r.code, 2);
+  EXPECT_THAT(r.output, HasSubstr("opening the tokenizer: documents of data.tokenizer (bytes) end "
+                                  "with token 256, and model.vocabulary is 100; raise it"));
+  r = ranks2("fit small.json --output r.json --set batch.capacity=1" + documents);
+  EXPECT_EQ(r.code, 2);
+  EXPECT_THAT(r.output, HasSubstr("raise data.sequence_length and batch.capacity to 2 at least"));
   r = ranks2("varlen small.json --fit ring.json --rounds 1 --warm-up 0 --json v.json" + documents);
   ASSERT_EQ(r.code, 0) << r.output;
   for (const auto& result : Results("v.json")["results"]) EXPECT_GT(result["ratio"], 0) << result;

@@ -34,8 +34,6 @@ absl::StatusOr<std::optional<TrainConfig>> RunToMeasure(const World& world, Trai
   if (count == kDefaultSteps) count = cpu ? 0 : 4;
   if (count == 0) return std::nullopt;
   config.steps = kWarmUp + count;
-  // Its learning rates matter to nobody, and the run that it stands for is longer.
-  config.optimizer.warmup = std::min(config.optimizer.warmup, config.steps);
   TrainConfig resolved = config;
   STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &resolved));
   STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(resolved, world.size(), world.rank()));

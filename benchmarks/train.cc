@@ -161,6 +161,8 @@ absl::Status WithTrainer(World& world, TrainConfig config, const std::vector<int
   config.data.train = Tokens::File(folders[0]);
   config.checkpoint.resume = "never";
   config.steps = resolved.steps;
+  // Its learning rates matter to nobody, and the run that it stands for is longer.
+  config.optimizer.warmup = std::min(config.optimizer.warmup, config.steps);
   {
     STRETTO_ASSIGN_OR_RETURN(auto trainer, Trainer::Create(world, config));
     // All ranks have the tokens open, and steps alone write nothing there: from here on nothing is

@@ -32,6 +32,7 @@ namespace {
 
 constexpr double kMostWarmUp = 300;  // seconds until both slots have been filled
 constexpr double kPatience = 300;    // seconds for a snapshot to become durable
+constexpr double kTrouble = 5;       // seconds in which a keeper may get out of trouble by itself
 
 struct Options {
   int64_t steps = 20, keepers = 1;
@@ -118,6 +119,25 @@ absl::StatusOr<LinkRates> MeasureLink(Device device) {
   STRETTO_ASSIGN_OR_RETURN(rates.in, rate(there.data(), here.data()));
   return rates;
 }
+
+// Whether this rank's keeper has been in trouble (no memory, say) all the time for a while.
+class Trouble {
+ public:
+  bool Lasts() {
+    if (Now() - asked_ < 1) return lasts_;
+    asked_ = Now();
+    const auto state = AskKeeper(Variable("STRETTO_KEEPER"), Variable("STRETTO_JOB_TOKEN"));
+    const bool now = state.ok() && state->find("\ntrouble ") != std::string::npos;
+    if (!now) since_.reset();
+    if (now && !since_) since_ = asked_;
+    return lasts_ = now && asked_ - *since_ > kTrouble;
+  }
+
+ private:
+  double asked_ = Now();
+  std::optional<double> since_;
+  bool lasts_ = false;
+};
 
 // Waits until `there` holds; the seconds since `start`.
 template <class Condition>
@@ -223,8 +243,9 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
     const double start = Now();
     double asked = start;
     Durable durable;
-    bool enough = false;
+    bool enough = false, stuck = false;
     absl::Status spilled;
+    Trouble trouble;
     while (!enough) {
       STRETTO_RETURN_IF_ERROR(trainer.Step().status());
       if (first_snapshot == 0 && trainer.snapshot_stats()->captured > 0) {
@@ -242,20 +263,27 @@ absl::Status Measure(World& world, const TrainConfig& config, const Options& opt
       asked = Now();
       trainer.Snapshot();
       ++warm_up;
-      // The same for all ranks.
+      // The same for all ranks: where one has no memory, none has snapshots.
       const bool mine = trainer.snapshot_stats()->captured >= 3 || Now() - start > kMostWarmUp;
-      STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> all,
-                               world.AllGather(absl::StrCat("warm ", warm_up), mine ? "1" : "0"));
-      enough = std::count(all.begin(), all.end(), "1") == world.size();
+      stuck = !mine && trouble.Lasts();
+      STRETTO_ASSIGN_OR_RETURN(
+          const std::vector<std::string> all,
+          world.AllGather(absl::StrCat("warm ", warm_up), mine    ? "warm"
+                                                          : stuck ? "stuck"
+                                                                  : "not yet"));
+      enough = std::count(all.begin(), all.end(), "warm") == world.size() ||
+               std::count(all.begin(), all.end(), "stuck") > 0;
       STRETTO_RETURN_IF_ERROR(world.Agree(absl::StrCat("writing ", warm_up), spilled));
       // Small models are faster than their keepers' set-up.
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
     absl::Status some_taken;
-    if (trainer.snapshot_stats()->captured == 0) {
+    const int64_t captured = trainer.snapshot_stats()->captured;
+    if (captured == 0 || stuck) {
       const auto state = AskKeeper(Variable("STRETTO_KEEPER"), Variable("STRETTO_JOB_TOKEN"));
       some_taken = absl::ResourceExhaustedError(absl::StrCat(
-          "no snapshot was taken within ", kMostWarmUp,
+          captured == 0 ? "no snapshot was" : "too few snapshots were", " taken within ",
+          std::llround(Now() - start),
           " s; the keeper says: ", state.ok() ? *state : std::string(state.status().message())));
     }
     STRETTO_RETURN_IF_ERROR(world.Agree("the first snapshots", some_taken));

@@ -230,11 +230,10 @@ bool KeeperSlots::Prepare(int slot, const Capacities& ranks, int64_t parity_byte
             NewParity(slot, parity_bytes, /*touch=*/true).IgnoreError();
         }
         const std::lock_guard<std::mutex> done(mutex_);
-        const std::string error(status.message());
         Place& made = places_[slot];
-        if (!status.ok() && error != made.error) LogWarning(absl::StrCat("no snapshots: ", error));
-        made.error = error;
+        made.error = std::string(status.message());
         made.making = false;
+        Tell(status);
       });
   if (maker.ok()) {
     place.maker = *std::move(maker);
@@ -243,6 +242,19 @@ bool KeeperSlots::Prepare(int slot, const Capacities& ranks, int64_t parity_byte
     place.error = std::string(maker.status().message());
   }
   return false;
+}
+
+// It is tried again and again, and how much memory lacks changes. error() has what it is now.
+void KeeperSlots::Tell(const absl::Status& status) {
+  if (!status.ok()) {
+    if (status.code() != told_) {
+      LogWarning(absl::StrCat("no snapshots: ", std::string(status.message())));
+    }
+    told_ = status.code();
+  } else if (std::all_of(places_.begin(), places_.end(),
+                         [](const Place& place) { return place.error.empty(); })) {
+    told_ = absl::StatusCode::kOk;
+  }
 }
 
 absl::StatusOr<bool> KeeperSlots::BeginFill(int slot, const SnapshotId& id,

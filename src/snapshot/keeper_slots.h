@@ -122,6 +122,8 @@ class KeeperSlots {
   absl::Status MakeInto(int slot, const Capacities& ranks, bool touch,
                         std::map<int, std::shared_ptr<SlotMemory>>* made);
   bool Suits(const Place& place, const Capacities& ranks) const;
+  // With mutex_ held, when memory was made or not: warns once.
+  void Tell(const absl::Status& status);
   void WriteHeaders(Place& place);
   absl::Status VerifyParity(int slot) const;
   static bool Holds(const Place& place, const SnapshotId& id, SlotState least);
@@ -136,6 +138,7 @@ class KeeperSlots {
   std::array<std::mutex, kSlots> parity_mutexes_;
   mutable std::mutex mutex_;
   std::array<Place, kSlots> places_;
+  absl::StatusCode told_ = absl::StatusCode::kOk;  // why there is no memory
   std::atomic<int64_t> made_ = 0;
 };
 

@@ -175,6 +175,21 @@ TEST_F(BenchProgram, SnapshotsCountWhatWasTaken) {
   EXPECT_TRUE(IsOneSentence(again.output)) << again.output;
 }
 
+// It says so soon, and the keeper once.
+TEST_F(BenchProgram, SnapshotsWithoutMemoryAreAnError) {
+  WriteText("m.json", kModel);
+  const Result r = Run("export STRETTO_JOB_TOKEN=secret STRETTO_KEEPER=./s.sock; { " STRETTO_KEEPER
+                       " --job small --socket s.sock --memory 1000 > ready 2> said & } && "
+                       "until [ -s ready ]; do sleep 0.01; done; timeout 60 " STRETTO_BENCH
+                       " snapshot m.json --steps 2 2>&1; code=$?; kill $!; wait; exit $code");
+  EXPECT_EQ(r.code, 1) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("no snapshot was taken within"));
+  EXPECT_THAT(r.output, HasSubstr("trouble "));
+  const std::string said = ReadText("said"), warning = "no snapshots: ";
+  ASSERT_NE(said.find(warning), std::string::npos) << said;
+  EXPECT_EQ(said.find(warning, said.find(warning) + 1), std::string::npos) << said;
+}
+
 // A keeper there removes what it takes for older snapshots.
 TEST_F(BenchProgram, SnapshotsAreWrittenToAFolderOfTheirOwn) {
   WriteText("m.json", kModel);

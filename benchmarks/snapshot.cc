@@ -128,14 +128,12 @@ class Trouble {
     asked_ = Now();
     const auto state = AskKeeper(Variable("STRETTO_KEEPER"), Variable("STRETTO_JOB_TOKEN"));
     const bool now = state.ok() && state->find("\ntrouble ") != std::string::npos;
-    if (!now) since_.reset();
-    if (now && !since_) since_ = asked_;
-    return lasts_ = now && asked_ - *since_ > kTrouble;
+    if (!now || since_ < 0) since_ = now ? asked_ : -1;
+    return lasts_ = now && asked_ - since_ > kTrouble;
   }
 
  private:
-  double asked_ = Now();
-  std::optional<double> since_;
+  double asked_ = Now(), since_ = -1;  // not in trouble
   bool lasts_ = false;
 };
 

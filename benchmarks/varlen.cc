@@ -19,6 +19,18 @@
 #include "tools/files.h"
 
 namespace stretto::bench {
+
+double PredictedSeconds(const TrainConfig& config, const CostModel* cost,
+                        const SequencePlan& plan) {
+  double seconds = plan.makespan;
+  if (cost != nullptr && cost->parts) {
+    seconds += cost->parts->step_fixed + cost->parts->update_per_element *
+                                             static_cast<double>(ParameterCount(config.model)) /
+                                             static_cast<double>(config.parallel.data_ranks());
+  }
+  return seconds;
+}
+
 namespace {
 
 struct Method {
@@ -81,21 +93,6 @@ std::vector<Method> Methods(const TrainConfig& config, int64_t data_ranks,
   }
   return methods;
 }
-
-}  // namespace
-
-double PredictedSeconds(const TrainConfig& config, const CostModel* cost,
-                        const SequencePlan& plan) {
-  double seconds = plan.makespan;
-  if (cost != nullptr && cost->parts) {
-    seconds += cost->parts->step_fixed + cost->parts->update_per_element *
-                                             static_cast<double>(ParameterCount(config.model)) /
-                                             static_cast<double>(config.parallel.data_ranks());
-  }
-  return seconds;
-}
-
-namespace {
 
 struct Options {
   std::string lengths = "byted", fit;

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -12,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "src/core/config_text.h"
+#include "src/core/duplicate_names.h"
 #include "src/core/format.h"
 #include "stretto/core/read_file.h"
 #include "stretto/core/status.h"
@@ -78,45 +78,6 @@ bool TooDeep(const std::string& text) {
   return false;
 }
 
-// Refuses names that appear twice in one object, which the library would settle silently.
-class DuplicateNames {
- public:
-  explicit DuplicateNames(std::vector<std::string>* errors) : errors_(errors) {}
-
-  bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
-    switch (event) {
-      case Json::parse_event_t::object_start:
-        open_.emplace_back();
-        break;
-      case Json::parse_event_t::object_end:
-        if (!open_.empty()) open_.pop_back();
-        break;
-      case Json::parse_event_t::key: {
-        if (open_.empty()) break;
-        Object& object = open_.back();
-        object.key = parsed.get<std::string>();
-        if (!object.names.insert(object.key).second) {
-          std::string path;
-          for (const Object& o : open_) path = JoinPath(path, o.key);
-          errors_->push_back(path + ": is given twice; remove one");
-        }
-        break;
-      }
-      default:
-        break;
-    }
-    return true;
-  }
-
- private:
-  struct Object {
-    std::set<std::string> names;
-    std::string key;
-  };
-  std::vector<std::string>* errors_;
-  std::vector<Object> open_;
-};
-
 // Parses `text`; on failure returns the reason in `error`.
 bool Parse(const std::string& text, bool comments, std::vector<std::string>* duplicates, Json* out,
            std::string* error) {
@@ -130,7 +91,7 @@ bool Parse(const std::string& text, bool comments, std::vector<std::string>* dup
   }
   try {
     // Shared, since the parser copies the callback.
-    auto names = std::make_shared<DuplicateNames>(duplicates);
+    auto names = std::make_shared<DuplicateNames<Json>>(duplicates);
     *out = Json::parse(
         text,
         [names](int depth, Json::parse_event_t event, Json& parsed) {

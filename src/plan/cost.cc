@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "src/core/duplicate_names.h"
 #include "stretto/core/read_file.h"
 
 namespace stretto {
@@ -68,25 +69,6 @@ double Seconds(const std::vector<StageCost>& costs, int stage, const PlanItem& i
   const auto share = static_cast<double>(item.pipelines.size());
   return c.Seconds(static_cast<double>(item.tokens) / share, pairs / share);
 }
-
-// Refuses a name that an object has twice: of its values the library would keep the last.
-class Twice {
- public:
-  bool operator()(Json::parse_event_t event, const Json& parsed) {
-    if (event == Json::parse_event_t::object_start) open_.emplace_back();
-    if (event == Json::parse_event_t::object_end && !open_.empty()) open_.pop_back();
-    if (event == Json::parse_event_t::key && !open_.empty() &&
-        !open_.back().insert(parsed.get<std::string>()).second && name_.empty()) {
-      name_ = parsed.get<std::string>();
-    }
-    return true;
-  }
-  const std::string& name() const { return name_; }
-
- private:
-  std::vector<std::set<std::string>> open_;
-  std::string name_;
-};
 
 class Reader {
  public:
@@ -311,21 +293,15 @@ absl::StatusOr<CostModel> ParseCostModel(const std::string& text, const std::str
     return absl::InvalidArgumentError(
         absl::StrCat("the cost model '", source, "' is empty; make one with stretto-bench fit"));
   }
-  Twice twice;
-  const Json json = Json::parse(
-      text,
-      [&](int /*depth*/, Json::parse_event_t event, const Json& parsed) {
-        return twice(event, parsed);
-      },
-      /*allow_exceptions=*/false);
+  std::vector<std::string> twice;
+  DuplicateNames<Json> names_of(&twice);
+  const Json json = Json::parse(text, std::ref(names_of), /*allow_exceptions=*/false);
   if (!json.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(
         source, " is no cost model: it must be a valid JSON object, with numbers that fit"));
   }
   Reader reader(source);
-  if (!twice.name().empty()) {
-    reader.Fail(absl::StrCat("\"", twice.name(), "\" is given twice; remove one"));
-  }
+  if (!twice.empty()) reader.Fail(twice.front());
   CostModel cost;
   std::vector<std::string> names = {"version", "device"};
   if (reader.Number(json, "version") != kVersion) {

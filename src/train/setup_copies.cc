@@ -38,7 +38,7 @@ absl::Status Trainer::Impl::SetUpCopyEngines() {
     if (why.empty()) continue;
     budget.Release(memory, owner);
     if (world.rank() == 0) {
-      (config.parallel.copy_engines == "on" ? LogWarning : LogInfo)(
+      Log(config.parallel.copy_engines == "on" ? LogLevel::kWarning : LogLevel::kInfo,
           absl::StrCat("parallel.copy_engines: not on axis ", axis->name,
                        ", which NCCL's kernels serve: ", why));
     }

@@ -123,7 +123,7 @@ TEST(CostModel, NamesWhatIsWrongWithAFile) {
   EXPECT_THAT(error("\"ring_per_token\": 4e-09", "\"ring_per_token\": 1.1e-3"),
               HasSubstr("costs.json: \"ring_per_token\" must be at most 0.001 seconds"));
   EXPECT_THAT(error("\"ring_per_token\"", "\"ring_per_token\": 0, \"ring_per_token\""),
-              HasSubstr("costs.json: \"ring_per_token\" is given twice; remove one"));
+              HasSubstr("costs.json: parts.ring_per_token: is given twice; remove one"));
   EXPECT_THAT(error("\"assumed\": false", "\"assumed\": 0"), HasSubstr("\"assumed\""));
   EXPECT_THAT(error("\"latency\": 1e-06", "\"latency\": -1"), HasSubstr("\"latency\""));
   EXPECT_THAT(error("\"latency\": 1e-06", "\"latency\": 1e308"),

@@ -11,7 +11,8 @@
 #   --repetitions N   of what the fit measures (default 7, minutes on a slow link); 0: no fit, costs
 #                  follow FLOPs and know nothing of the link
 #   --rate RATE    ranks in two network namespaces that a link of this rate joins, as tc writes it:
-#                  100mbit. Needs root, `ip netns` and `tc`; exit code 77 without
+#                  100mbit. Needs root, `ip netns` and `tc`; exit code 77 without. On CPUs, since both
+#                  namespaces see the same GPUs
 #   --set ...      overrides configs/varlen.json; what is behind -- goes to stretto-bench varlen
 #                  (programs come from build/release, or from the directory in STRETTO_BUILD)
 # Documents have 64 to 4,096 tokens, twice as long ones half as often.
@@ -39,7 +40,7 @@ while [ $# -gt 0 ]; do
       shift 2
       ;;
     --) shift; break ;;
-    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h | --help) sed -n '2,19s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) refuse "unknown option '$1'; see --help" ;;
   esac
 done
@@ -63,7 +64,9 @@ for length in 64 128 256 512 1024 2048 4096; do
   for _ in $(seq $((4096 / length))); do echo $((length - length / 7)); done
   echo "$length"
 done > "$scratch/lengths.txt"
-settings=(--set "steps=$steps" --set data.sequence_length=4096 --set "batch.capacity=$capacity"
+settings=()
+[ -z "$rate" ] || settings+=(--set runtime.device=cpu)
+settings+=(--set "steps=$steps" --set data.sequence_length=4096 --set "batch.capacity=$capacity"
   --set batch.tokens=16384 "${sets[@]}")
 options=("$@")
 # By way of whatever starts all ranks.

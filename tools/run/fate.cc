@@ -146,28 +146,39 @@ std::string RankNames(const std::vector<int>& ranks) {
   return text;
 }
 
-std::string Describe(const Cause& cause) {
+std::string Describe(const Cause& cause, const std::string& when) {
   const std::string who = RankNames(cause.ranks);
   const char* was = cause.ranks.size() > 1 ? " were " : " was ";
+  const std::string then = when.empty() ? "" : " " + when;
   switch (cause.kind) {
     case Cause::Kind::kUnknown:
-      return "the reason is unknown";
+      break;
     case Cause::Kind::kKilled:
-      return absl::StrCat(who, was, "killed by ", SignalName(cause.signal));
+      return absl::StrCat(who, was, "killed by ", SignalName(cause.signal), then);
     case Cause::Kind::kExited:
-      return absl::StrCat(who, " ended with code ", cause.code);
+      return absl::StrCat(who, " ended with code ", cause.code, then);
     case Cause::Kind::kStopped:
-      return absl::StrCat(who, was, "stopped by ", SignalName(cause.signal));
+      return absl::StrCat(who, was, "stopped by ", SignalName(cause.signal), then);
     case Cause::Kind::kHung:
-      if (cause.ranks.empty()) return "the job hung, and it is unknown which rank held it up";
-      return absl::StrCat("the job hung: the others waited for ", who);
-    case Cause::Kind::kLauncher:
-      return cause.signal != 0
-                 ? absl::StrCat("the launcher was killed by ", SignalName(cause.signal))
-                 : absl::StrCat("the launcher ended with code ", cause.code,
-                                " before any rank had ended");
+      return absl::StrCat("the job hung", then,
+                          cause.ranks.empty() ? ", and it is unknown which rank held it up"
+                                              : ": the others waited for " + who);
+    case Cause::Kind::kLauncher: {
+      const std::string how = cause.signal != 0 ? "was killed by " + SignalName(cause.signal)
+                                                : absl::StrCat("ended with code ", cause.code);
+      // Without ranks there is no step to tell of.
+      if (!cause.started) {
+        return absl::StrCat("the launcher ", how, " before it had started any rank");
+      }
+      return absl::StrCat("the launcher ", how, then, then.empty() ? "" : ",",
+                          " while ranks still ran");
+    }
   }
-  return "the reason is unknown";
+  return absl::StrCat("the job failed", then, " for an unknown reason");
+}
+
+std::string When(const std::optional<int64_t>& step) {
+  return step ? absl::StrCat("after step ", *step) : "before any step";
 }
 
 }  // namespace stretto

@@ -2,6 +2,8 @@
 #ifndef STRETTO_TOOLS_RUN_FATE_H_
 #define STRETTO_TOOLS_RUN_FATE_H_
 
+#include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -47,20 +49,23 @@ struct Cause {
     kExited,    // ranks, with `code`
     kStopped,   // ranks, by `signal`: they wait to be continued
     kHung,      // nothing moved any more; ranks: those that the others waited for, where known
-    kLauncher,  // the launcher ended with `code` (or by `signal`) before any rank had ended
+    kLauncher,  // the launcher ended with `code` (or by `signal`), and no rank had ended by itself
   };
   Kind kind = Kind::kUnknown;
   std::vector<int> ranks;  // empty: unknown which
   int code = 0;
   int signal = 0;
-  double time = 0;  // Unix seconds; 0: unknown
+  double time = 0;       // Unix seconds; 0: unknown
+  bool started = false;  // kLauncher: at least one rank, as far as is known
 };
 // The first trouble that came without being asked for: what follows it is not its own. Ranks that
 // end within a tenth of a second in the same way ended together. A rank that left as it should
 // (code 0, or `requested` after a signal) is no trouble.
 Cause FindCause(const std::vector<RankFate>& fates, int requested);
-// "rank 1 was killed by SIGKILL".
-std::string Describe(const Cause& cause);
+// "rank 1 was killed by SIGKILL"; `when`, such as "after step 7", stands where it belongs.
+std::string Describe(const Cause& cause, const std::string& when = "");
+// "after step 7", the last that is done; "before any step".
+std::string When(const std::optional<int64_t>& step);
 // "rank 1", "ranks 0 and 2", "ranks 0 to 7".
 std::string RankNames(const std::vector<int>& ranks);
 

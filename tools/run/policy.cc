@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "tools/run/fate.h"
 
 namespace stretto {
 
@@ -87,10 +88,8 @@ Decision RestartPolicy::OnFailure(const Failure& failure, const std::optional<Jo
     }
   }
   if (options_.same > 0 && same_ >= options_.same) {
-    return {.reason = absl::StrCat(
-                "the same failure came ", same_, " times ",
-                failure.step ? absl::StrCat("after step ", *failure.step) : "before any step",
-                decision.reason.empty() ? "" : "; ", decision.reason)};
+    return {.reason = absl::StrCat("the same failure came ", same_, " times ", When(failure.step),
+                                   decision.reason.empty() ? "" : "; ", decision.reason)};
   }
   if (options_.window > 0) {
     while (!recent_.empty() && recent_.front() <= now - options_.window) recent_.pop_front();

@@ -332,7 +332,10 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
   incident.fates = job_->Fates();
   incident.cause = FindCause(incident.fates, kSaved);
   bool done = true, saved = false;
+  bool started = std::any_of(progress.begin(), progress.end(),
+                             [](const RankProgress& p) { return p.beat > 0 || p.met > 0; });
   for (const RankFate& fate : incident.fates) {
+    started = started || fate.state != RankFate::State::kUnknown;
     const bool left = fate.state == RankFate::State::kExited;
     done = done && left && fate.code == 0;
     saved = saved || (left && fate.code == kSaved);
@@ -346,7 +349,10 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
     const bool ended = std::any_of(incident.fates.begin(), incident.fates.end(), [](const auto& f) {
       return f.state == RankFate::State::kExited && f.asked == 0;
     });
-    if (!ended && (cause.code != 0 || cause.signal != 0)) cause.kind = Cause::Kind::kLauncher;
+    if (!ended && (cause.code != 0 || cause.signal != 0 || !started)) {
+      cause.kind = Cause::Kind::kLauncher;
+      cause.started = started;
+    }
   }
   incident.ranks = job_->ranks();
   incident.restarts = policy_.restarts();
@@ -423,10 +429,9 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
                             decision_.delay, decision_.reason.empty() ? "" : "; ", decision_.reason)
           : absl::StrCat("no restart: ", decision_.reason);
   std::filesystem::rename(live_, folder + "/ranks", ignored);
-  const std::string after = incident.last_step ? absl::StrCat(" after step ", *incident.last_step)
-                                               : std::string(" before any step");
   Write(incident);
-  Say(absl::StrCat(failure.what, after, "; ", incident.decision, "; see ", folder, "/report.txt"));
+  Say(absl::StrCat(Describe(cause, When(incident.last_step)), "; ", incident.decision, "; see ",
+                   folder, "/report.txt"));
   incidents_.push_back(std::move(incident));
   following_ = decision_.restart;
   return stop_signal_ != 0 ? Ending::kInterrupted : Ending::kFailed;

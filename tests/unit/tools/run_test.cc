@@ -200,6 +200,50 @@ TEST(Fate, RanksThatAgreeOnAnErrorEndTogether) {
   EXPECT_EQ(RankNames({}), "an unknown rank");
 }
 
+TEST(Cause, IsASentenceWithAndWithoutAStep) {
+  const auto all = [](const Cause& cause) {
+    return std::vector<std::string>{Describe(cause), Describe(cause, When(7)),
+                                    Describe(cause, When(std::nullopt))};
+  };
+  using Kind = Cause::Kind;
+  EXPECT_THAT(all({}), ElementsAre("the job failed for an unknown reason",
+                                   "the job failed after step 7 for an unknown reason",
+                                   "the job failed before any step for an unknown reason"));
+  EXPECT_THAT(
+      all({.kind = Kind::kKilled, .ranks = {1}, .signal = SIGKILL}),
+      ElementsAre("rank 1 was killed by SIGKILL", "rank 1 was killed by SIGKILL after step 7",
+                  "rank 1 was killed by SIGKILL before any step"));
+  EXPECT_THAT(
+      all({.kind = Kind::kExited, .ranks = {0, 2}, .code = 3}),
+      ElementsAre("ranks 0 and 2 ended with code 3", "ranks 0 and 2 ended with code 3 after step 7",
+                  "ranks 0 and 2 ended with code 3 before any step"));
+  EXPECT_THAT(all({.kind = Kind::kStopped, .ranks = {0, 1, 2}, .signal = SIGSTOP}),
+              ElementsAre("ranks 0 to 2 were stopped by SIGSTOP",
+                          "ranks 0 to 2 were stopped by SIGSTOP after step 7",
+                          "ranks 0 to 2 were stopped by SIGSTOP before any step"));
+  EXPECT_THAT(all({.kind = Kind::kHung, .ranks = {1}}),
+              ElementsAre("the job hung: the others waited for rank 1",
+                          "the job hung after step 7: the others waited for rank 1",
+                          "the job hung before any step: the others waited for rank 1"));
+  EXPECT_THAT(all({.kind = Kind::kHung}),
+              ElementsAre("the job hung, and it is unknown which rank held it up",
+                          "the job hung after step 7, and it is unknown which rank held it up",
+                          "the job hung before any step, and it is unknown which rank held it up"));
+  EXPECT_THAT(all({.kind = Kind::kLauncher, .signal = SIGKILL, .started = true}),
+              ElementsAre("the launcher was killed by SIGKILL while ranks still ran",
+                          "the launcher was killed by SIGKILL after step 7, while ranks still ran",
+                          "the launcher was killed by SIGKILL before any step, while ranks still "
+                          "ran"));
+  EXPECT_THAT(all({.kind = Kind::kLauncher, .code = 1, .started = true}),
+              ElementsAre("the launcher ended with code 1 while ranks still ran",
+                          "the launcher ended with code 1 after step 7, while ranks still ran",
+                          "the launcher ended with code 1 before any step, while ranks still ran"));
+  EXPECT_EQ(Describe({.kind = Kind::kLauncher, .code = 1}, When(std::nullopt)),
+            "the launcher ended with code 1 before it had started any rank");
+  EXPECT_EQ(Describe({.kind = Kind::kLauncher, .signal = SIGKILL}),
+            "the launcher was killed by SIGKILL before it had started any rank");
+}
+
 FlightNote Note(int rank, std::map<std::string, int64_t> entered) {
   return {.rank = rank, .entered = std::move(entered)};
 }
@@ -494,6 +538,13 @@ TEST_F(RunProgram, CtrlCEndsItAtOnce) {
                        "until [ -s child ]; do sleep 0.01; done; kill -INT $!; wait $!; echo $?; "
                        "kill -0 $(cat child) 2> /dev/null || echo gone; cat log; }");
   EXPECT_EQ(r.output.substr(0, 9), "130\ngone\n") << r.output;
+}
+
+TEST_F(RunProgram, ALauncherThatStartsNothingIsTheCause) {
+  const Result r = Run(STRETTO_RUN " --mpirun true --delay 0 --restarts 0 -- true 2>&1");
+  EXPECT_EQ(r.code, 1) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("the launcher ended with code 0 before it had started any rank; "
+                                  "no restart: --restarts is 0"));
 }
 
 TEST_F(RunProgram, AProgramThatIsNotThereIsNotTriedAgain) {

@@ -20,6 +20,7 @@
 #include "stretto/observe/progress.h"
 #include "tools/run/fate.h"
 #include "tools/run/process.h"
+#include "tools/run/stream.h"
 
 namespace stretto {
 namespace {
@@ -27,57 +28,6 @@ namespace {
 constexpr size_t kSaid = 2000;  // bytes of standard error that are kept for the report
 // What the launcher's end becomes: a signal that nobody else sends.
 const int kOrphaned = SIGRTMIN + 5;
-
-// Passes on what the program writes, line by line where lines are marked.
-class Stream {
- public:
-  Stream(int from, int to, std::string prefix) : from_(from), to_(to), prefix_(std::move(prefix)) {
-    fcntl(from_, F_SETFL, O_NONBLOCK);
-  }
-  int from() const { return from_; }
-  // False at the end.
-  bool Pump() {
-    std::array<char, 65536> buffer;
-    while (true) {
-      const ssize_t n = read(from_, buffer.data(), buffer.size());
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0 && errno == EAGAIN) return true;
-      if (n <= 0) {
-        Flush();
-        close(from_);
-        from_ = -1;
-        return false;
-      }
-      Take(std::string(buffer.data(), static_cast<size_t>(n)));
-    }
-  }
-  void Flush() {
-    if (!line_.empty()) Write(prefix_ + line_);
-    line_.clear();
-  }
-  const std::string& said() const { return said_; }
-
- private:
-  void Take(const std::string& text) {
-    said_ += text;
-    if (said_.size() > kSaid) said_.erase(0, said_.size() - kSaid);
-    if (prefix_.empty()) return Write(text);
-    line_ += text;
-    size_t begin = 0;
-    std::string out;
-    for (size_t end; (end = line_.find('\n', begin)) != std::string::npos; begin = end + 1) {
-      absl::StrAppend(&out, prefix_, line_.substr(begin, end - begin), "\n");
-    }
-    line_.erase(0, begin);
-    Write(out);
-  }
-  // Whoever reads may be gone; the program need not end for that.
-  void Write(const std::string& text) {
-    (void)observe_internal::WriteAll(to_, "output", text).ok();
-  }
-  int from_, to_;
-  std::string prefix_, line_, said_;
-};
 
 class Events {
  public:
@@ -148,9 +98,9 @@ int RunGuard(const GuardOptions& options, const std::vector<std::string>& comman
   events.Write({.kind = RankEvent::Kind::kStarted, .pid = program, .host = host.data()});
 
   const std::string prefix = options.prefix ? absl::StrCat("[", info->rank, "] ") : "";
-  Stream errors(error[0], STDERR_FILENO, prefix);
+  Stream errors(error[0], STDERR_FILENO, prefix, kSaid);
   std::vector<Stream*> streams = {&errors};
-  Stream outputs(output[0], STDOUT_FILENO, prefix);
+  Stream outputs(output[0], STDOUT_FILENO, prefix, 0);
   if (options.prefix) streams.push_back(&outputs);
 
   int ended = 0;

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "tools/run/process.h"
+#include "tools/run/words.h"
 
 namespace stretto {
 namespace {
@@ -45,8 +46,9 @@ std::array<std::pair<const char*, const std::optional<double>*>, 6> Phases(const
 }
 
 // The last line that says something.
-std::string LastLine(std::string text) {
-  while (!text.empty() && (text.back() == '\n' || text.back() == '\r')) text.pop_back();
+std::string LastLine(const std::string& said) {
+  std::string text = CleanText(said);
+  while (!text.empty() && (text.back() == '\n' || text.back() == ' ')) text.pop_back();
   const size_t newline = text.rfind('\n');
   return newline == std::string::npos ? text : text.substr(newline + 1);
 }
@@ -96,6 +98,7 @@ std::string ToJson(const Incident& i) {
   seconds["total"] = OrUnknown(i.SecondsLost());
   j["seconds"] = std::move(seconds);
   j["decision"] = i.decision;
+  j["launcher_said"] = i.launcher;
   j["ranks"] = Json::array();
   for (const RankFate& fate : i.fates) {
     Json rank;
@@ -133,6 +136,7 @@ std::string ToText(const Incident& i) {
                       lost && *lost == 1 ? " step" : " steps", " lost"));
   }
   for (const RankFate& fate : i.fates) {
+    if (i.cause.kind == Cause::Kind::kLauncher && !i.cause.started) continue;  // there is none
     const std::string name = absl::StrCat("rank ", fate.rank);
     std::string what = Describe(fate);
     if (fate.state == RankFate::State::kRunning) what = "has left no record of its end";
@@ -164,6 +168,10 @@ std::string ToText(const Incident& i) {
   if (total) absl::StrAppendFormat(&seconds, "; %.2f in all", *total);
   line("seconds", seconds);
   line("decision", i.decision);
+  if (!i.launcher.empty()) text += "  the launcher's last lines:\n";
+  for (const std::string& said : i.launcher) {
+    absl::StrAppend(&text, said.empty() ? "" : "    ", said, "\n");
+  }
   return text;
 }
 

@@ -20,8 +20,9 @@ struct Incident {
   Cause cause;
   double noticed = 0;  // Unix seconds
   std::vector<RankFate> fates;
-  std::map<int, FlightNote> flights;     // by rank
-  std::optional<int64_t> last_step;      // the last that any rank had completed
+  std::map<int, FlightNote> flights;  // by rank
+  std::vector<std::string> launcher;  // its last lines, where its end is the cause or none is known
+  std::optional<int64_t> last_step;   // the last that any rank had completed
   std::optional<int64_t> restored_step;  // what the job went on from afterwards; 0: the beginning
   bool restarting = false;
   std::string decision;  // "restart 1 with 2 ranks in 1 s"

@@ -6,12 +6,14 @@
 
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "stretto/core/status.h"
 #include "stretto/observe/progress.h"
 #include "tools/run/fate.h"
+#include "tools/run/stream.h"
 
 namespace stretto {
 
@@ -39,6 +41,9 @@ class Job {
   // Of the first of them that did not end with code 0.
   int code() const { return code_; }
   int signal() const { return signal_; }
+  // What the launcher, or the guards where there is none, write to standard error; it has to be
+  // pumped there.
+  Stream& words() const { return *words_; }
   // To all ranks.
   void Signal(int signal) const;
 
@@ -48,10 +53,15 @@ class Job {
   std::vector<RankProgress> Progress() const;
 
  private:
+  // Starts the guards, which write to the descriptor `error`.
+  absl::Status Launch(const LaunchOptions& options, const std::vector<std::string>& guard,
+                      int error, const std::function<bool()>& asked);
+
   std::string live_;
   int ranks_ = 0;
   double started_ = 0;
   std::map<pid_t, int> running_;
+  std::unique_ptr<Stream> words_;
   int code_ = 0, signal_ = 0;
 };
 

@@ -116,9 +116,11 @@ int Main(int argc, char** argv) {
   arguments.Add("restarts", "N", "restarts within --window", &options.restart.restarts);
   arguments.Add("window", "SECONDS", "0: --restarts counts for the whole run",
                 &options.restart.window);
-  arguments.Add("same", "N",
-                "give up when the same failure comes so often without progress; 0: never",
-                &options.restart.same);
+  arguments.Add(
+      "same", "N",
+      "give up when the same failure comes so often without progress (twice when no rank ever "
+      "started); 0: never",
+      &options.restart.same);
   arguments.Add("delay", "SECONDS", "before a restart; doubles while there is no progress",
                 &options.restart.delay);
   arguments.Add("delay-cap", "SECONDS", "... up to this", &options.restart.delay_cap);

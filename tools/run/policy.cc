@@ -9,6 +9,11 @@
 #include "tools/run/fate.h"
 
 namespace stretto {
+namespace {
+
+constexpr int64_t kRefusals = 2;
+
+}  // namespace
 
 int FewerRanks(int ranks, int lost, int min_ranks, const std::optional<JobFacts>& facts,
                std::string* reason) {
@@ -58,6 +63,12 @@ Decision RestartPolicy::OnFailure(const Failure& failure, const std::optional<Jo
   same_ = alike && !progress ? same_ + 1 : 1;
   const bool same_ranks = !failure.lost.empty() && failure.lost == last_lost_;
   same_lost_ = failure.lost.empty() ? 0 : same_ranks ? same_lost_ + 1 : 1;
+  // A command that has started ranks before is right, so what fails now may heal. One that never
+  // did, for a reason that it gives twice, is most likely wrong.
+  ever_started_ = ever_started_ || failure.started;
+  const bool again = failure.what == last_what_ && failure.said == last_said_;
+  refused_ = ever_started_ || failure.said.empty() ? 0 : again ? refused_ + 1 : 1;
+  last_said_ = failure.said;
   last_what_ = failure.what;
   last_step_ = failure.step;
   last_lost_ = failure.lost;
@@ -86,6 +97,11 @@ Decision RestartPolicy::OnFailure(const Failure& failure, const std::optional<Jo
     } else {
       decision.reason = "not with fewer ranks: " + reason;
     }
+  }
+  if (options_.same > 0 && refused_ >= std::min(options_.same, kRefusals)) {
+    return {.reason = refused_ == 1 ? "the launcher started no rank, and --same is 1"
+                                    : absl::StrCat("the launcher started no rank in ", refused_,
+                                                   " tries and said the same each time")};
   }
   if (options_.same > 0 && same_ >= options_.same) {
     return {.reason = absl::StrCat("the same failure came ", same_, " times ", When(failure.step),

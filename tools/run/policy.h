@@ -17,7 +17,8 @@ struct RestartOptions {
   double window = 3600;   // ... in this many seconds; 0: in all
   double delay = 1;       // seconds before a restart; doubles while there is no progress ...
   double delay_cap = 60;  // ... up to this
-  int64_t same = 3;       // give up when the same failure comes so often without progress; 0: never
+  int64_t same = 3;       // give up when the same failure comes so often without progress, or twice
+                          // when no rank has ever started and the launcher says why; 0: never
   std::vector<int> fatal_codes = {2, 126, 127};  // exit codes that do not heal
   int ranks = 1;
   int min_ranks = 1;         // below `ranks`: may go on with fewer
@@ -29,6 +30,8 @@ struct Failure {
   int exit_code = 0;            // of a rank that ended by itself; 0: another kind
   std::optional<int64_t> step;  // the last completed one; nothing: none, or unknown
   std::vector<int> lost;        // ranks that died by a signal, or were stopped
+  bool started = true;          // at least one rank
+  std::string said;             // by a launcher that ended by itself and started none
 };
 
 struct Decision {
@@ -57,6 +60,9 @@ class RestartPolicy {
   std::string last_what_;
   std::optional<int64_t> last_step_;
   std::vector<int> last_lost_;
+  bool ever_started_ = false;  // a rank
+  int64_t refused_ = 0;        // in a row, in the same words
+  std::string last_said_;
 };
 
 // The most ranks below `ranks` - `lost` on which the job could go on: whole copies of the model

@@ -1,7 +1,9 @@
 #include "tools/run/supervisor.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -29,13 +31,15 @@
 #include "tools/run/flight.h"
 #include "tools/run/incident.h"
 #include "tools/run/process.h"
+#include "tools/run/words.h"
 
 namespace stretto {
 namespace {
 
 using observe_internal::UnixSeconds;
 
-constexpr long kTick = 100'000'000;  // nanoseconds between looks
+constexpr double kTick = 0.1;        // seconds between looks
+constexpr size_t kPiece = 4096;      // bytes that a pipe with room takes at once
 constexpr int kKeeperEnds = 10;      // that are made good
 constexpr double kAfterRanks = 0.5;  // seconds in which a launcher follows its ranks
 constexpr double kFarewell = 3;      // seconds in which ranks leave by themselves, and dump records
@@ -71,6 +75,8 @@ class Supervisor {
   // Whether a signal that asks it to stop has come and waits to be taken.
   bool Asked() const;
   void TakeSignals();
+  // Passes on what the launcher says, for at most `seconds` and until a signal comes.
+  void PassOn(double seconds);
   // Handles signals and ends of children until `until` holds or `seconds` are over or, but for
   // `hurry`, it is asked to stop at once.
   void WaitFor(double seconds, const std::function<bool()>& until);
@@ -98,6 +104,7 @@ class Supervisor {
   std::set<pid_t> earlier_;  // children from before
   std::optional<Job> job_;
   sigset_t signals_ = {};
+  int arrived_ = -1;  // readable while one of them waits to be taken
 
   int stop_signal_ = 0;       // asked to stop and save
   bool asked_ = false;        // the ranks were told
@@ -114,6 +121,7 @@ class Supervisor {
 };
 
 absl::Status Supervisor::SetUp() {
+  earlier_ = Descendants(getpid());
   std::error_code error;
   std::filesystem::create_directories(options_.directory, error);
   if (error) {
@@ -129,8 +137,11 @@ absl::Status Supervisor::SetUp() {
   if (hang_up.sa_handler != SIG_IGN) sigaddset(&signals_, SIGHUP);
   signal(SIGCHLD, SIG_DFL);
   sigprocmask(SIG_BLOCK, &signals_, nullptr);
+  arrived_ = signalfd(-1, &signals_, SFD_CLOEXEC | SFD_NONBLOCK);
+  if (arrived_ < 0) {
+    return absl::ResourceExhaustedError(absl::StrCat("signalfd failed: ", std::strerror(errno)));
+  }
   signal(SIGPIPE, SIG_IGN);
-  earlier_ = Descendants(getpid());
   BecomeReaper();
   if (options_.keepers.count > 0) {
     // Keepers and ranks know each other by it.
@@ -172,9 +183,27 @@ void Supervisor::Collect() {
   }
 }
 
+void Supervisor::PassOn(double seconds) {
+  const auto ready = [&](int descriptor, short events) {
+    struct pollfd watched[] = {{.fd = arrived_, .events = POLLIN, .revents = 0},
+                               {.fd = descriptor, .events = events, .revents = 0}};
+    return poll(watched, 2, static_cast<int>(std::ceil(1e3 * seconds))) > 0 &&
+           watched[0].revents == 0 && watched[1].revents != 0;
+  };
+  // Whoever reads it may be slow. Then the launcher has to wait, but not who watches it.
+  if (ready(job_ ? job_->words().from() : -1, POLLIN) && ready(STDERR_FILENO, POLLOUT)) {
+    job_->words().Pump(kPiece);
+  }
+}
+
 void Supervisor::TakeSignals() {
-  const struct timespec tick = {0, kTick};
-  const int s = sigtimedwait(&signals_, nullptr, &tick);
+  const double end = Monotonic() + kTick;
+  const struct timespec none = {};
+  int s = -1;
+  for (double left; (s = sigtimedwait(&signals_, nullptr, &none)) < 0;) {
+    if ((left = end - Monotonic()) <= 0) break;
+    PassOn(left);
+  }
   Collect();
   if (s == SIGTERM || s == SIGUSR1 || s == SIGHUP) {
     if (stop_signal_ == 0) Say(absl::StrCat("got ", SignalName(s), ": the job is to save and end"));
@@ -314,6 +343,7 @@ void Supervisor::EndJob(bool stalled) {
   if (keepers_) spared.merge(keepers_->pids());
   // Ends that are collected here belong to a job that is over.
   const std::set<pid_t> left = KillDescendants(spared);
+  job_->words().Pump();
   if (!left.empty()) Say(absl::StrCat("process ", *left.begin(), " does not end, even by SIGKILL"));
   Collect();
 }
@@ -323,6 +353,7 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
   std::set<pid_t> spared = earlier_;
   if (keepers_) spared.merge(keepers_->pids());
   KillDescendants(spared);  // what a rank that is gone left behind
+  job_->words().Pump();
   gone_ = UnixSeconds();
   const std::vector<RankProgress> progress = job_->Progress();
   FollowUp(progress);
@@ -412,6 +443,16 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
   if (cause.kind == Cause::Kind::kExited) failure.exit_code = cause.code;
   if (cause.kind == Cause::Kind::kLauncher && cause.code > 125) failure.exit_code = cause.code;
   failure.step = incident.last_step;
+  failure.started = started;
+  std::string quoted;
+  if (cause.kind == Cause::Kind::kLauncher || cause.kind == Cause::Kind::kUnknown) {
+    incident.launcher = LastLines(job_->words().said());
+  }
+  if (cause.kind == Cause::Kind::kLauncher && !started) {
+    if (cause.signal == 0) failure.said = WithoutNumbers(incident.launcher);
+    const std::string telling = Telling(incident.launcher);
+    quoted = telling.empty() ? ", and said nothing" : absl::StrCat(" (\"", telling, "\")");
+  }
   if (cause.kind == Cause::Kind::kKilled || cause.kind == Cause::Kind::kStopped) {
     failure.lost = cause.ranks;
   }
@@ -430,8 +471,8 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
           : absl::StrCat("no restart: ", decision_.reason);
   std::filesystem::rename(live_, folder + "/ranks", ignored);
   Write(incident);
-  Say(absl::StrCat(Describe(cause, When(incident.last_step)), "; ", incident.decision, "; see ",
-                   folder, "/report.txt"));
+  Say(absl::StrCat(Describe(cause, When(incident.last_step)), quoted, "; ", incident.decision,
+                   "; see ", folder, "/report.txt"));
   incidents_.push_back(std::move(incident));
   following_ = decision_.restart;
   return stop_signal_ != 0 ? Ending::kInterrupted : Ending::kFailed;

@@ -228,6 +228,20 @@ def misconfigured(scratch):
           f"the reason is not said once:\n{job.text()}")
 
 
+def refused(scratch):
+    """By an mpirun that does not know its option, and one that has no place for the ranks."""
+    for name, mpirun in (("option", "mpirun --no-such-option"),
+                         ("slots", "mpirun --host localhost:1")):
+        job = Job(scratch, name, "--mpirun", mpirun)
+        job.end(1)
+        reports = job.reports()
+        check([r["kind"] for r in reports] == ["launcher"] * 2, f"{name}: {reports}\n{job.text()}")
+        said = " ".join(reports[1]["launcher_said"])
+        check(("no-such-option" if name == "option" else "slots") in said, f"{name}: it said {said}")
+        check("before it had started any rank (\"" in job.text(), job.text())
+        check("gave up: the launcher started no rank in 2 tries" in job.text(), job.text())
+
+
 def repeated(scratch):
     """Fails after the same step each time."""
     job = Job(scratch, "repeated", settings=["spikes.max_loss=0.1", "spikes.max_skipped=4"])
@@ -310,7 +324,7 @@ def main():
             "checkpoint": {"every": 3, "keep": 2},
         }, words=lambda: random.choice(["beer", "milk", "ink"]))
         {f.__name__: f for f in (killed, stopped, asked, asked_early, orphaned, misconfigured,
-                                 repeated, fewer, keepers, snapshots)}[CASE](scratch)
+                                 refused, repeated, fewer, keepers, snapshots)}[CASE](scratch)
     finally:
         for pid in marked():
             os.kill(pid, signal.SIGKILL)

@@ -19,6 +19,7 @@
 #include "tools/run/flight.h"
 #include "tools/run/incident.h"
 #include "tools/run/policy.h"
+#include "tools/run/words.h"
 
 namespace stretto::testing {
 namespace {
@@ -89,6 +90,46 @@ TEST(RestartPolicy, SomeExitCodesDoNotHeal) {
   EXPECT_FALSE(decision.restart);
   EXPECT_EQ(decision.reason, "exit code 2 does not heal by itself (wrong usage or configuration)");
   EXPECT_TRUE(RestartPolicy({.fatal_codes = {3}}).OnFailure(Exited(2, {}), {}, 0).restart);
+}
+
+Failure Refused(const std::string& said) {
+  return {.what = "launcher", .started = false, .said = said};
+}
+
+TEST(RestartPolicy, ALauncherThatNeverStartedARankAndRepeatsItselfIsNotTriedAThirdTime) {
+  RestartPolicy policy({.restarts = 100});
+  EXPECT_TRUE(policy.OnFailure(Refused("no slots"), {}, 0).restart);
+  const Decision last = policy.OnFailure(Refused("no slots"), {}, 1);
+  EXPECT_FALSE(last.restart);
+  EXPECT_EQ(last.reason, "the launcher started no rank in 2 tries and said the same each time");
+  // Other words may be of something that heals; three failures of a kind are enough all the same.
+  RestartPolicy other({.restarts = 100});
+  EXPECT_TRUE(other.OnFailure(Refused("no route"), {}, 0).restart);
+  EXPECT_TRUE(other.OnFailure(Refused("no slots"), {}, 1).restart);
+  EXPECT_EQ(other.OnFailure(Refused("no route"), {}, 2).reason,
+            "the same failure came 3 times before any step");
+  // One that gives no reason may have been ended.
+  RestartPolicy silent({.restarts = 100});
+  EXPECT_TRUE(silent.OnFailure(Refused(""), {}, 0).restart);
+  EXPECT_TRUE(silent.OnFailure(Refused(""), {}, 1).restart);
+  EXPECT_FALSE(silent.OnFailure(Refused(""), {}, 2).restart);
+}
+
+TEST(RestartPolicy, ALauncherThatHasStartedRanksGetsAllTries) {
+  RestartPolicy policy({.restarts = 100});
+  EXPECT_TRUE(policy.OnFailure(Killed(1, 10), {}, 0).restart);
+  EXPECT_TRUE(policy.OnFailure(Refused("no route"), {}, 1).restart);
+  EXPECT_TRUE(policy.OnFailure(Refused("no route"), {}, 2).restart);
+  EXPECT_FALSE(policy.OnFailure(Refused("no route"), {}, 3).restart);
+}
+
+TEST(RestartPolicy, OptionsHoldForALauncherThatStartsNothing) {
+  RestartPolicy patient({.restarts = 5, .same = 0});
+  for (int i = 0; i < 5; ++i) EXPECT_TRUE(patient.OnFailure(Refused("x"), {}, i).restart) << i;
+  EXPECT_EQ(patient.OnFailure(Refused("x"), {}, 5).reason, "all 5 restarts within 3600 s are used");
+  EXPECT_FALSE(RestartPolicy({.same = 1}).OnFailure(Refused("x"), {}, 0).restart);
+  EXPECT_EQ(RestartPolicy({.restarts = 0}).OnFailure(Refused("x"), {}, 0).reason,
+            "--restarts is 0");
 }
 
 TEST(RestartPolicy, ShrinksWhenTheSameRankIsLostAgain) {
@@ -280,6 +321,41 @@ TEST(Flight, BehindIsWhoEnteredFewer) {
   EXPECT_THAT(Behind({Note(0, {{"all", 7}}), Note(1, {{"all", 6}})}, 3, "all"), IsEmpty());
 }
 
+TEST(Words, HaveNothingThatATerminalActsOn) {
+  EXPECT_EQ(CleanText("a\x1b[31;1mb\x1b[0m\x07 c\x1b]0;title\x07"
+                      "d\x1b"
+                      "7e\tf\r\n50 %\r51 %\n"),
+            "ab cde f\n50 %\n51 %\n");
+  EXPECT_EQ(CleanText("\xc3\xa9 \xc2\x9b"
+                      "31m \x9b \xff."),
+            "\xc3\xa9 31m \xef\xbf\xbd \xef\xbf\xbd.");
+  EXPECT_EQ(CleanText(std::string("a\0b", 3) + "\x1b[31"), "ab");
+}
+
+TEST(Words, TheLastLinesAreWholeAndBounded) {
+  EXPECT_THAT(LastLines("\n\n---\nno slots  \n\nask for fewer\n\n"),
+              ElementsAre("---", "no slots", "", "ask for fewer"));
+  EXPECT_THAT(LastLines(""), IsEmpty());
+  std::string many;
+  for (int i = 0; i < 1000; ++i) absl::StrAppend(&many, "line ", i, "\n");
+  EXPECT_EQ(LastLines(many).size(), kWordLines);
+  EXPECT_EQ(LastLines(many).front(), "line 960");
+  EXPECT_EQ(LastLines(many).back(), "line 999");
+  const std::string wide = std::string(3000, 'a') + "\n" + std::string(3000, 'b') + "\nc\n";
+  EXPECT_THAT(LastLines(wide), ElementsAre(std::string(3000, 'b'), "c"));
+  const std::vector<std::string> endless = LastLines(std::string(9999, 'x'));
+  EXPECT_THAT(endless, ElementsAre(std::string(kWordBytes, 'x')));
+}
+
+TEST(Words, WhatIsQuotedIsTheFirstParagraph) {
+  EXPECT_EQ(Telling({"-----", "There are not enough slots to satisfy the 40",
+                     "slots requested:", "", "  /bin/true"}),
+            "There are not enough slots to satisfy the 40 slots requested");
+  EXPECT_EQ(Telling({"---", ""}), "");
+  EXPECT_EQ(Telling({std::string(500, 'x')}), std::string(200, 'x') + "...");
+  EXPECT_EQ(WithoutNumbers({"[node7:123] port 80"}), "[node#:#] port #\n");
+}
+
 Incident Example() {
   Incident incident;
   incident.number = 3;
@@ -341,7 +417,36 @@ TEST(Incident, AddsUpWhatWasLost) {
   EXPECT_EQ(History({}), "no incident");
 }
 
-using RunProgram = Programs;
+TEST(Incident, WithoutRanksTheLauncherHasTheWord) {
+  Incident incident;
+  incident.ranks = 2;
+  incident.fates = {Fate(0, State::kUnknown, 0, 0), Fate(1, State::kUnknown, 0, 0)};
+  incident.cause = {.kind = Cause::Kind::kLauncher, .code = 1};
+  incident.launcher = {"no slots", "", "ask for fewer"};
+  EXPECT_EQ(nlohmann::json::parse(ToJson(incident))["launcher_said"],
+            nlohmann::json(incident.launcher));
+  EXPECT_THAT(ToText(incident), HasSubstr("  the launcher's last lines:\n    no slots\n\n    ask"));
+  EXPECT_THAT(ToText(incident), Not(HasSubstr("rank 0")));
+  EXPECT_EQ(nlohmann::json::parse(ToJson(Example()))["launcher_said"], nlohmann::json::array());
+  EXPECT_THAT(ToText(Example()), Not(HasSubstr("launcher")));
+}
+
+class RunProgram : public Programs {
+ protected:
+  // In place of mpirun; `refuse` is what it does first.
+  void WriteLauncher(const std::string& refuse) const {
+    WriteText("mpirun.sh",
+              "#!/bin/sh\nn=$(cat tries 2> /dev/null || echo 0)\necho $((n + 1)) > tries\n" +
+                  refuse +
+                  "\nshift 2\nRANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 "
+                  "MASTER_ADDR=127.0.0.1 MASTER_PORT=1 exec \"$@\"\n");
+    std::filesystem::permissions(Path("mpirun.sh"), std::filesystem::perms::owner_all);
+  }
+  nlohmann::json Report(int number) const {
+    return nlohmann::json::parse(
+        ReadText(absl::StrCat("incidents/incident-000", number, "/report.json")), nullptr, false);
+  }
+};
 
 TEST_F(RunProgram, WrongUsageIsOneSentence) {
   for (const char* options :
@@ -543,8 +648,54 @@ TEST_F(RunProgram, CtrlCEndsItAtOnce) {
 TEST_F(RunProgram, ALauncherThatStartsNothingIsTheCause) {
   const Result r = Run(STRETTO_RUN " --mpirun true --delay 0 --restarts 0 -- true 2>&1");
   EXPECT_EQ(r.code, 1) << r.output;
-  EXPECT_THAT(r.output, HasSubstr("the launcher ended with code 0 before it had started any rank; "
-                                  "no restart: --restarts is 0"));
+  EXPECT_THAT(r.output,
+              HasSubstr("the launcher ended with code 0 before it had started any rank, and "
+                        "said nothing; no restart: --restarts is 0"));
+}
+
+TEST_F(RunProgram, TheLaunchersWordsAreReportedAndARefusalIsTriedTwice) {
+  WriteLauncher("printf '\\033[31m----\\nno slots for %s\\033[0m\\n----\\n' $$ >&2; exit 1");
+  const Result r = Run(STRETTO_RUN " --mpirun ./mpirun.sh --delay 0.01 -- true 2>&1");
+  EXPECT_EQ(r.code, 1) << r.output;
+  EXPECT_EQ(ReadText("tries"), "2\n") << r.output;
+  EXPECT_THAT(r.output, HasSubstr("\033[31m----\nno slots for "));  // untouched on its way
+  EXPECT_THAT(r.output,
+              HasSubstr("stretto-run: the launcher ended with code 1 before it had started "
+                        "any rank (\"no slots for "));
+  EXPECT_THAT(r.output,
+              HasSubstr("gave up: the launcher started no rank in 2 tries and said the same "
+                        "each time; 2 incidents: "));
+  const nlohmann::json j = Report(2);
+  ASSERT_TRUE(j.is_object());
+  EXPECT_EQ(j["kind"], "launcher");
+  ASSERT_EQ(j["launcher_said"].size(), 3U) << j;
+  EXPECT_EQ(j["launcher_said"][0], "----");
+  EXPECT_THAT(j["launcher_said"][1].get<std::string>(), ::testing::StartsWith("no slots for "));
+  EXPECT_THAT(ReadText("incidents/incident-0001/report.txt"),
+              HasSubstr("  the launcher's last lines:\n    ----\n    no slots for "));
+}
+
+TEST_F(RunProgram, ALauncherThatHealsStartsTheJob) {
+  WriteLauncher("[ $n = 0 ] && { echo 'no route to host' >&2; exit 255; }");
+  const Result r = Run(STRETTO_RUN " --mpirun ./mpirun.sh --delay 0.01 -- sh -c 'echo done' 2>&1");
+  EXPECT_EQ(r.code, 0) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("any rank (\"no route to host\"); restart 1 with 1 rank"));
+  EXPECT_THAT(r.output, HasSubstr("done\n"));
+}
+
+TEST_F(RunProgram, AfterRanksHaveRunALauncherGetsAllTries) {
+  WriteLauncher("[ $n = 0 ] || { echo 'no route to host' >&2; exit 255; }");
+  const Result r =
+      Run(STRETTO_RUN " --mpirun ./mpirun.sh --delay 0.01 --restarts 9 -- sh -c 'exit 3' 2>&1");
+  EXPECT_EQ(r.code, 1) << r.output;
+  EXPECT_EQ(ReadText("tries"), "4\n") << r.output;
+}
+
+TEST_F(RunProgram, WhatRanksWriteComesThroughWhole) {
+  WriteText("write.sh", "seq 200000 >&2\n");
+  const Result r =
+      Run(STRETTO_RUN " --launcher env -- sh write.sh 2>&1 | grep -v stretto-run | md5sum");
+  EXPECT_EQ(r.output, Run("seq 200000 | md5sum").output);
 }
 
 TEST_F(RunProgram, AProgramThatIsNotThereIsNotTriedAgain) {

@@ -1,0 +1,36 @@
+// What a process writes, on its way to where it would go without us.
+#ifndef STRETTO_TOOLS_RUN_STREAM_H_
+#define STRETTO_TOOLS_RUN_STREAM_H_
+
+#include <cstddef>
+#include <limits>
+#include <string>
+
+namespace stretto {
+
+// Passes on what comes, line by line where lines are marked, and keeps the end of it.
+class Stream {
+ public:
+  // Reads from `from`, which it closes. The newest `kept` bytes are what was said.
+  Stream(int from, int to, std::string prefix, size_t kept);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  int from() const { return from_; }  // -1 after its end
+  // What is there, or about `most` bytes of it, without waiting for more. False at the end.
+  bool Pump(size_t most = std::numeric_limits<size_t>::max());
+  void Flush();
+  const std::string& said() const { return said_; }
+
+ private:
+  void Take(const std::string& text);
+  void Write(const std::string& text) const;
+  int from_, to_;
+  std::string prefix_, line_, said_;
+  size_t kept_;
+};
+
+}  // namespace stretto
+
+#endif  // STRETTO_TOOLS_RUN_STREAM_H_

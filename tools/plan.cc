@@ -276,8 +276,11 @@ absl::StatusOr<int> Main(int argc, char** argv) {
   SuggestArguments suggestions;
   Arguments arguments(
       "stretto-plan",
-      "Prints memory, FLOPs and communication of one rank's step, or suggests layouts. "
-      "Exit code 1:\nthe memory does not suffice; 2: wrong usage or configuration.",
+      "Prints memory, FLOPs and communication of one rank's step, or suggests layouts. Exit code "
+      "0:\n"
+      "it fits, with --suggest at least one layout does, or no memory to fit in is named; 1: it "
+      "does\n"
+      "not, no layout does, or the output cannot be written; 2: wrong usage or configuration.",
       "CONFIG.json");
   arguments.Add("set", "section.name=value", "overrides the file; may be repeated", &sets);
   arguments.Add("ranks", "N", "ranks of the run", &ranks);

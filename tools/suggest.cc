@@ -47,13 +47,20 @@ void SuggestArguments::AddTo(Arguments& arguments) {
 
 absl::Status SuggestArguments::Check(const Arguments& arguments, bool suggest) {
   const std::string wrong =
-      suggest ? arguments.FirstGiven({"json", "buckets", "ranks", "device-memory"})
-              : arguments.FirstGiven({"gpus", "memory", "fit", "machine", "top"});
+      suggest
+          ? arguments.FirstGiven({"json", "buckets", "ranks", "device-memory", "keepers", "parity"})
+          : arguments.FirstGiven({"gpus", "memory", "fit", "machine", "top"});
   if (wrong.empty()) return absl::OkStatus();
+  if (!suggest) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--", wrong, " belongs to --suggest; give both or neither"));
+  }
   return absl::InvalidArgumentError(absl::StrCat(
-      "--", wrong,
-      suggest ? " does not go with --suggest, which prints a text for --gpus and --memory"
-              : " belongs to --suggest; give both or neither"));
+      "--", wrong, " does not go with --suggest",
+      wrong == "ranks"           ? "; give --gpus, the devices of the run, in its place"
+      : wrong == "device-memory" ? "; give --memory, what each device has, in its place"
+                                 : absl::StrCat(", which lists many layouts as text; leave out --",
+                                                wrong, ", or --suggest to plan one layout")));
 }
 
 namespace {

@@ -256,6 +256,7 @@ TEST_F(PlanTool, SuggestsLayoutsThatFit) {
   const Result none = Plan("c.json --suggest --gpus 2 --memory 1GiB");
   EXPECT_EQ(none.code, 1) << none.output;
   EXPECT_THAT(none.output, HasSubstr("\n0 fit, "));
+  EXPECT_THAT(Plan("--help").output, HasSubstr("; 1: it does\nnot, no layout does, "));
 }
 
 TEST_F(PlanTool, SuggestsByAFitOfTheSameModelOnly) {
@@ -288,8 +289,12 @@ TEST_F(PlanTool, SuggestsByAFitOfTheSameModelOnly) {
       {good + "--fit one.json", "one.json was fitted on one rank"},
       {good + "--set runtime.device=cpu", "runtime.device is cpu; give --fit"},
       {good + "--set runtime.dtype=f64", "runtime.dtype is f64"},
-      {good + "--json", "--json does not go with --suggest"},
-      {good + "--ranks 1", "--ranks does not go with --suggest"},
+      {good + "--json", "leave out --json, or --suggest to plan one layout"},
+      {good + "--buckets", "leave out --buckets, or --suggest to plan one layout"},
+      {good + "--keepers 1", "leave out --keepers, or --suggest to plan one layout"},
+      {good + "--parity 0", "leave out --parity, or --suggest to plan one layout"},
+      {good + "--ranks 1", "--ranks does not go with --suggest; give --gpus"},
+      {good + "--device-memory 80GiB", "--device-memory does not go with --suggest; give --memory"},
       {good + "--fit broken.json", "broken.json is no cost model"},
       {good + "--fit stages.json", "stages only"},
       {good + "--fit other.json", "was fitted to another model"},

@@ -86,10 +86,11 @@ function(stretto_layer name)
 endfunction()
 
 # A program of the project: stretto_program(stretto-plan SOURCES main.cc LINK train). Those named
-# stretto-* are installed; tests and benchmarks have other names. PRECOMPILED: the kind of headers.
+# stretto-* are installed, and with INSTALL others that users run; tests and benchmarks are not.
+# PRECOMPILED: the kind of headers.
 file(RELATIVE_PATH STRETTO_BIN_TO_LIB /prefix/${CMAKE_INSTALL_BINDIR} /prefix/${CMAKE_INSTALL_LIBDIR})
 function(stretto_program name)
-  cmake_parse_arguments(ARG "" "PRECOMPILED" "SOURCES;LINK" ${ARGN})
+  cmake_parse_arguments(ARG "INSTALL" "PRECOMPILED" "SOURCES;LINK" ${ARGN})
   if(NOT ARG_PRECOMPILED)
     set(ARG_PRECOMPILED program)
   endif()
@@ -102,7 +103,7 @@ function(stretto_program name)
   foreach(layer ${ARG_LINK})
     target_link_libraries(${name} PRIVATE stretto_${layer})
   endforeach()
-  if(name MATCHES "^stretto-")
+  if(ARG_INSTALL OR name MATCHES "^stretto-")
     set_target_properties(${name} PROPERTIES INSTALL_RPATH $ORIGIN/${STRETTO_BIN_TO_LIB})
     set_property(GLOBAL APPEND PROPERTY STRETTO_PROGRAMS ${name})
   endif()

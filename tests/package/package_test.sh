@@ -28,7 +28,8 @@ case $kind in
     if grep -rlF --include='*.cmake' --include='*.pc' -e "$from" -e "$work/prefix" moved; then
       die "these files hold paths of the build or of the first prefix"
     fi
-    for program in stretto-gpt stretto-tokenize; do
+    # Trainers that the documentation has users run, and programs that look for another beside them.
+    for program in stretto-gpt train_varlen stretto-tokenize stretto-run stretto-keeper; do
       "moved/bin/$program" --help > /dev/null || die "$program does not start"
     done
     ;;

@@ -599,6 +599,14 @@ TEST_F(RunProgram, NothingStaysBehindStrettoRun) {
   EXPECT_EQ(r.code, 0);
 }
 
+// Of a script that becomes stretto-run.
+TEST_F(RunProgram, ChildrenFromBeforeStayWhereItCannotBegin) {
+  const Result r = Run("(touch file; sleep 300 > /dev/null & echo $! > child; exec " STRETTO_RUN
+                       " --launcher env --directory file/x -- true 2>&1); echo $?; "
+                       "kill $(cat child) && echo alive");
+  EXPECT_THAT(r.output, ::testing::EndsWith("; see --directory\n1\nalive\n"));
+}
+
 TEST_F(RunProgram, AHangIsNoticed) {
   WriteText("hang.sh", Hanging(false));
   const Result r = Run(STRETTO_RUN

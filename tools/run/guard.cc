@@ -12,9 +12,13 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <set>
 #include <string>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
 #include "src/observe/file.h"
 #include "stretto/comm/world.h"
 #include "stretto/observe/progress.h"
@@ -25,6 +29,7 @@
 namespace stretto {
 namespace {
 
+constexpr int kLook = 200;      // milliseconds between looks at what is requested
 constexpr size_t kSaid = 2000;  // bytes of standard error that are kept for the report
 // What the launcher's end becomes: a signal that nobody else sends.
 const int kOrphaned = SIGRTMIN + 5;
@@ -44,7 +49,32 @@ class Events {
   int descriptor_;
 };
 
+std::string RequestPath(const std::string& directory) { return directory + "/request"; }
+
 }  // namespace
+
+// In place and always as long, so that a full disk has room for it.
+absl::Status WriteRequest(const std::string& directory, int signal) {
+  const std::string path = RequestPath(directory);
+  const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  const absl::Status written =
+      observe_internal::WriteAll(file, path, absl::StrFormat("%3d\n", signal));
+  if (file >= 0) close(file);
+  return written;
+}
+
+int ReadRequest(const std::string& directory) {
+  // Opened each time: network file systems look for what others wrote then.
+  const int file = open(RequestPath(directory).c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) return 0;
+  std::array<char, 4> text = {};
+  const ssize_t n = read(file, text.data(), text.size());
+  close(file);
+  int signal = 0;
+  const bool whole = n == static_cast<ssize_t>(text.size()) &&
+                     absl::SimpleAtoi(absl::string_view(text.data(), text.size()), &signal);
+  return whole && signal > 0 && signal < NSIG ? signal : 0;
+}
 
 int RunGuard(const GuardOptions& options, const std::vector<std::string>& command) {
   const auto fail = [](const std::string& what) {
@@ -104,13 +134,19 @@ int RunGuard(const GuardOptions& options, const std::vector<std::string>& comman
   if (options.prefix) streams.push_back(&outputs);
 
   int ended = 0;
+  std::set<int> passed;
   bool running = true;
+  const auto pass_on = [&](int which) {
+    if (which != SIGUSR2) events.Write({.kind = RankEvent::Kind::kAsked, .signal = which});
+    kill(-program, which);
+    passed.insert(which);
+  };
   while (running) {
     std::vector<struct pollfd> watched = {{.fd = arrived, .events = POLLIN, .revents = 0}};
     for (const Stream* s : streams) {
       if (s->from() >= 0) watched.push_back({.fd = s->from(), .events = POLLIN, .revents = 0});
     }
-    if (poll(watched.data(), watched.size(), -1) < 0 && errno != EINTR) break;
+    if (poll(watched.data(), watched.size(), kLook) < 0 && errno != EINTR) break;
     for (Stream* s : streams) {
       if (s->from() >= 0) s->Pump();
     }
@@ -120,13 +156,12 @@ int RunGuard(const GuardOptions& options, const std::vector<std::string>& comman
       if (which == kOrphaned) {
         events.Write({.kind = RankEvent::Kind::kAsked, .signal = SIGKILL});
         kill(program, SIGKILL);
-      } else if (which == SIGUSR2) {
-        kill(-program, which);
       } else if (which != SIGCHLD) {
-        events.Write({.kind = RankEvent::Kind::kAsked, .signal = which});
-        kill(-program, which);
+        pass_on(which);
       }
     }
+    const int requested = ReadRequest(options.directory);
+    if (requested != 0 && passed.count(requested) == 0) pass_on(requested);
     int status = 0;
     for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG | WUNTRACED | WCONTINUED)) > 0;) {
       if (pid != program) continue;

@@ -44,7 +44,7 @@ class Job {
   // What the launcher, or the guards where there is none, write to standard error; it has to be
   // pumped there.
   Stream& words() const { return *words_; }
-  // To all ranks.
+  // To the launcher, which may pass it on, or to the guards where there is none.
   void Signal(int signal) const;
 
   int ranks() const { return ranks_; }

@@ -29,6 +29,7 @@
 #include "stretto/core/exit_code.h"
 #include "tools/files.h"
 #include "tools/run/flight.h"
+#include "tools/run/guard.h"
 #include "tools/run/incident.h"
 #include "tools/run/process.h"
 #include "tools/run/words.h"
@@ -226,6 +227,7 @@ absl::Status Supervisor::StartJob() {
     return absl::UnavailableError(
         absl::StrCat("cannot make the directory ", live_, ": ", std::strerror(errno)));
   }
+  STRETTO_RETURN_IF_ERROR(WriteRequest(live_, 0));
   if (keepers_) {
     // Not as an argument, which everybody can read.
     const int token =
@@ -268,14 +270,16 @@ Supervisor::Ending Supervisor::Watch() {
     if (!job_->running()) return Judge(false);
     // A stopped rank may go on: a debugger, a person. That nothing moves is what counts.
     const std::vector<RankFate> fates = job_->Fates();
-    // An mpirun that has not started its ranks yet passes nothing on. No rank leaves before all are
-    // asked, so that none is asked when it no longer listens.
+    // An mpirun that has not started its ranks yet passes nothing on, and some never do. Signals
+    // come first: they reach all ranks before one leaves, so that none is asked when it no longer
+    // listens.
     const bool unasked = std::any_of(fates.begin(), fates.end(), [](const RankFate& f) {
       return f.asked == 0 &&
              (f.state == RankFate::State::kUnknown || f.state == RankFate::State::kRunning);
     });
     if (asked_ && unasked && Monotonic() > ask_again_) {
-      job_->Signal(SIGUSR1);
+      const absl::Status requested = WriteRequest(live_, SIGUSR1);
+      if (!requested.ok()) Say(std::string(requested.message()));
       ask_again_ = Monotonic() + kAskAgain;
     }
     const Cause::Kind trouble = FindCause(fates, kSaved).kind;
@@ -321,6 +325,7 @@ void Supervisor::EndJob(bool stalled) {
     // Ranks that hang still answer this with their flight records.
     const double asked = UnixSeconds();
     job_->Signal(SIGUSR2);
+    WriteRequest(live_, SIGUSR2).IgnoreError();  // without it a launcher decides
     std::vector<std::string> records;
     for (const RankFate& fate : job_->Fates()) {
       if (fate.state != RankFate::State::kRunning) continue;

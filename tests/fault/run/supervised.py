@@ -94,12 +94,12 @@ class Job:
         wait_for(lambda: self.step() >= step or self.process.poll() is not None, f"step {step}")
         return self.process.poll() is None
 
-    def records(self):
+    def records(self, count=STEPS):
         """Of all steps."""
         with open(f"{self.output}/metrics.jsonl") as lines:
             records = [json.loads(line) for line in lines]
         steps = [r["step"] for r in records]
-        check(steps == list(range(1, STEPS + 1)), f"metrics have the steps {steps}")
+        check(steps == list(range(1, count + 1)), f"metrics have the steps {steps}")
         return [(r["loss"], r["grad_norm"], r.get("eval_loss")) for r in records]
 
     def reports(self):
@@ -173,18 +173,33 @@ def stopped(scratch):
     check(report["ranks"][0]["operation"].startswith(("all_", "reduce_")), f"{report['ranks'][0]}")
 
 
-def asked(scratch):
-    expected = undisturbed(scratch)
-    job = harmed(scratch, "asked", lambda job: job.process.send_signal(signal.SIGTERM))
+def asked(scratch, *options):
+    job = harmed(scratch, "asked", lambda job: job.process.send_signal(signal.SIGTERM), *options,
+                 settings=["steps=100000"])
     job.end(75)
     with open(f"{job.output}/metrics.jsonl") as lines:
         steps = sum(1 for _ in lines)
-    check(steps < STEPS, "the job was done before it was asked to stop")
     check(os.path.exists(f"{job.output}/checkpoints/step-{steps:08}"), f"step {steps} is not saved")
     check(not job.reports(), "being asked to stop is no incident")
-    job = Job(scratch, os.path.basename(job.output))
-    job.end(0)
-    check(job.records() == expected, "the losses differ from those of an undisturbed run")
+    records = []
+    for name in (os.path.basename(job.output), "undisturbed"):
+        job = Job(scratch, name, settings=[f"steps={steps + 10}"])
+        job.end(0)
+        records.append(job.records(steps + 10))
+    check(records[0] == records[1], "the losses differ from those of an undisturbed run")
+
+
+def asked_deaf(scratch):
+    """By way of an mpirun that passes no signal on."""
+    launcher = f"{scratch.replace(' ', '_')}.mpirun"
+    with open(launcher, "w") as f:
+        f.write("#!/bin/bash\ntrap '' USR1 USR2\nmpirun --oversubscribe \"$@\" &\n"
+                "trap 'kill $!' TERM\nwait $!\nwait $!\n")
+    os.chmod(launcher, 0o755)
+    try:
+        asked(scratch, "--mpirun", launcher)
+    finally:
+        os.remove(launcher)
 
 
 def asked_early(scratch):
@@ -323,8 +338,8 @@ def main():
             "evaluate": {"every": 10, "samples": 8},
             "checkpoint": {"every": 3, "keep": 2},
         }, words=lambda: random.choice(["beer", "milk", "ink"]))
-        {f.__name__: f for f in (killed, stopped, asked, asked_early, orphaned, misconfigured,
-                                 refused, repeated, fewer, keepers, snapshots)}[CASE](scratch)
+        {f.__name__: f for f in (killed, stopped, asked, asked_deaf, asked_early, orphaned,
+                                 misconfigured, refused, repeated, fewer, keepers, snapshots)}[CASE](scratch)
     finally:
         for pid in marked():
             os.kill(pid, signal.SIGKILL)

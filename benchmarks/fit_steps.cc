@@ -1,7 +1,6 @@
 #include "benchmarks/fit_steps.h"
 
 #include <algorithm>
-#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -10,9 +9,10 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
 #include "benchmarks/bench.h"
 #include "stretto/core/log.h"
-#include "stretto/observe/memory.h"
 #include "stretto/plan/sequence_plan.h"
 #include "stretto/train/prediction.h"
 #include "stretto/train/sequence_planner.h"
@@ -23,63 +23,37 @@ namespace {
 // Of documents in one measured micro-batch, on a rank.
 constexpr int64_t kMostTokens = 32768;
 
-// A run whose `count` steps are measured beside what the costs predict of them, with what it needs
-// besides filled in. None where no steps are asked for, or this rank has no room for the model.
-absl::StatusOr<std::optional<TrainConfig>> RunToMeasure(const World& world, TrainConfig config,
-                                                        int64_t count) {
-  STRETTO_ASSIGN_OR_RETURN(const Device device,
-                           ChooseDevice(config.runtime.device, world.info().local_rank));
-  const bool cpu = device.kind == DeviceKind::kCpu;
-  config.runtime.device = cpu ? "cpu" : "cuda";
-  if (count == kDefaultSteps) count = cpu ? 0 : 4;
-  if (count == 0) return std::nullopt;
-  config.steps = kWarmUp + count;
-  TrainConfig resolved = config;
-  STRETTO_RETURN_IF_ERROR(ResolveSteps(world.size(), &resolved));
-  STRETTO_ASSIGN_OR_RETURN(const RunPlan plan, PlanRun(resolved, world.size(), world.rank()));
-  const int64_t budget =
-      cpu ? config.runtime.host_memory_bytes : config.runtime.device_memory_bytes;
-  int64_t room = budget < 0 ? std::numeric_limits<int64_t>::max() : budget;
-  if (!cpu) {
-    STRETTO_ASSIGN_OR_RETURN(const DeviceInfo info, DescribeDevice(device));
-    room = std::min(room, info.free_bytes);
-  } else if (const int64_t available = AvailableMemory(); available >= 0) {
-    room = std::min(room, available / std::max(1, world.info().local_size));
-  }
-  if (plan.arena_bytes + plan.overhead_bytes >= room) return std::nullopt;
-  return config;
-}
-
 // What a step takes, the same number on all ranks, and the configuration as it ran.
 struct Measured {
   TrainConfig config;
   double seconds = 0;
 };
-// Nothing where a rank has no such run. With `lengths` of documents the time is without waits for
-// the data axis's sums, of which the planner's clock knows nothing.
-absl::StatusOr<std::optional<Measured>> Measure(World& world, const TrainConfig& of, int64_t count,
+// Nothing where a rank has no room for the model: a fit has its other parts all the same, and says
+// what it does `instead`. With `lengths` of documents the time is without waits for the data axis's
+// sums, of which the planner's clock knows nothing.
+absl::StatusOr<std::optional<Measured>> Measure(World& world, TrainConfig config, int64_t count,
+                                                const std::string& instead,
                                                 const std::vector<int64_t>* lengths = nullptr) {
-  absl::StatusOr<std::optional<TrainConfig>> run = RunToMeasure(world, of, count);
-  STRETTO_RETURN_IF_ERROR(world.Agree("planning a step", run.status()));
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<std::string> runs,
-                           world.AllGather("a step", run->has_value() ? "yes" : "no"));
-  if (std::find(runs.begin(), runs.end(), "no") != runs.end()) {
-    if (count > 0 && world.rank() == 0) {
-      LogWarning(absl::StrCat("--steps: a rank has no room for the whole model: ",
-                              lengths == nullptr ? "layers are as in a few blocks"
-                                                 : "what rings add up costs nothing"));
-    }
-    return std::nullopt;
-  }
-  Measured measured = {.config = **std::move(run)};
+  config.steps = kWarmUp + count;
+  Measured measured;
   const auto resolve = [&](Trainer& trainer) {
     measured.config = trainer.config();
     return absl::OkStatus();
   };
-  STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps,
-                           TimedSteps(world, measured.config, resolve, lengths));
+  const absl::StatusOr<std::vector<StepStats>> steps =
+      TimedSteps(world, std::move(config), resolve, lengths);
+  if (IsNoRoom(steps.status())) {
+    if (world.rank() == 0) {
+      // A table of what takes room may be behind the sentence.
+      const absl::string_view message = steps.status().message();
+      LogWarning(absl::StrCat("no room for whole steps: ", instead, " (",
+                              absl::StripSuffix(message.substr(0, message.find('\n')), ":"), ")"));
+    }
+    return std::nullopt;
+  }
+  STRETTO_RETURN_IF_ERROR(steps.status());
   std::vector<double> seconds;
-  for (const StepStats& stats : steps) {
+  for (const StepStats& stats : *steps) {
     seconds.push_back(1e-3 * (stats.step_ms - (lengths != nullptr ? stats.exposed_data_ms : 0)));
   }
   const bool gpu = measured.config.runtime.device == "cuda";
@@ -112,11 +86,18 @@ TrainConfig OfDataParallelism(TrainConfig config) {
 
 absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, CostModel* cost,
                          double* scale) {
+  if (count == kDefaultSteps) {
+    const absl::StatusOr<Device> device = ChooseDevice(of.runtime.device, world.info().local_rank);
+    STRETTO_RETURN_IF_ERROR(world.Agree("choosing the device", device.status()));
+    count = device->kind == DeviceKind::kCpu ? 0 : 4;
+  }
+  if (count == 0) return absl::OkStatus();
   TrainConfig config = OfDataParallelism(of);
   config.parallel.dp = world.size();
   config.batch.global = std::max(config.batch.global, 2 * config.batch.micro * world.size());
   config.batch.global -= config.batch.global % world.size();
-  STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured, Measure(world, config, count));
+  STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured,
+                           Measure(world, config, count, "layers are as in a few blocks"));
   if (!measured) return absl::OkStatus();
   STRETTO_ASSIGN_OR_RETURN(const StepPrediction predicted,
                            PredictStep(measured->config, world.size(), *cost));
@@ -166,8 +147,9 @@ absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostMod
     config.parallel.cp = cp;
     config.parallel.dp = ranks / cp;
     // All of an epoch, so every step has them again.
-    STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured,
-                             Measure(world, config, count, &batch));
+    STRETTO_ASSIGN_OR_RETURN(
+        const std::optional<Measured> measured,
+        Measure(world, config, count, "what rings add up costs nothing", &batch));
     if (!measured) return absl::OkStatus();
     STRETTO_ASSIGN_OR_RETURN(const double clock, predicted(measured->config));
     added += (cp == 1 ? -1 : 1) * (measured->seconds - clock);

@@ -556,7 +556,9 @@ absl::Status Trainer::Impl::SetUp() {
   OpenProgress();
   STRETTO_RETURN_IF_ERROR(world.Agree("setting up the runtime", SetUpRuntime()));
   set_up.Enter("communicators");
-  STRETTO_RETURN_IF_ERROR(world.Agree("planning and building the model", SetUpModel()));
+  const absl::Status built = world.Agree("planning and building the model", SetUpModel());
+  no_room = IsAgreed(built) && absl::IsResourceExhausted(built);
+  STRETTO_RETURN_IF_ERROR(built);
   STRETTO_RETURN_IF_ERROR(world.Agree("sharing memory", ShareMemory()));
   set_up.Enter("arenas");
   WriteFacts();
@@ -577,6 +579,7 @@ absl::Status Trainer::Impl::SetUp() {
 
 namespace {
 constexpr char kSetUpPayload[] = "stretto/set-up";
+constexpr char kNoRoom[] = "no room";
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const TrainConfig& config,
@@ -586,7 +589,9 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const Tra
   absl::Status status = impl->SetUp();
   if (status.ok()) return std::unique_ptr<Trainer>(new Trainer(std::move(impl)));
   // What ranks do not agree on is an error between them.
-  if (IsAgreed(status)) status.SetPayload(kSetUpPayload, absl::Cord("1"));
+  if (IsAgreed(status)) {
+    status.SetPayload(kSetUpPayload, absl::Cord(impl->no_room ? kNoRoom : "1"));
+  }
   return status;
 }
 
@@ -594,6 +599,10 @@ int TrainerExitCode(const absl::Status& status) {
   const bool by_code =
       absl::IsInvalidArgument(status) || status.GetPayload(kSetUpPayload).has_value();
   return by_code || status.ok() ? ExitCodeOf(status) : kExitFailed;
+}
+
+bool IsNoRoom(const absl::Status& status) {
+  return status.GetPayload(kSetUpPayload) == absl::Cord(kNoRoom);
 }
 
 }  // namespace stretto

@@ -94,6 +94,11 @@ class Trainer {
 // later ones only when they are INVALID_ARGUMENT; else kExitFailed.
 int TrainerExitCode(const absl::Status& status);
 
+// True for an error of Trainer::Create that all ranks hold: the model has no room on one of them,
+// in its memory or in the configuration's budget for it. They are in one place, and nothing of the
+// model is left, so the world can go on with something smaller.
+bool IsNoRoom(const absl::Status& status);
+
 }  // namespace stretto
 
 #endif  // STRETTO_TRAIN_TRAINER_H_

@@ -450,15 +450,6 @@ TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
   ASSERT_EQ(r.code, 0) << r.output;
   EXPECT_THAT(r.output, Not(HasSubstr("no room")));
   EXPECT_THAT(r.output, Not(HasSubstr("warmup")));  // of a run that is not this one
-  // Nor is a whole model's lack of room an error: layers and links are measured all the same.
-  r = ranks2(
-      "fit small.json --repetitions 1 --steps 2 --set runtime.host_memory_bytes=1000 "
-      "--output blocks.json" +
-      documents);
-  ASSERT_EQ(r.code, 0) << r.output;
-  EXPECT_THAT(r.output, HasSubstr("what rings add up costs nothing"));
-  EXPECT_THAT(r.output, HasSubstr("as in a few blocks"));
-  EXPECT_FALSE(Results("blocks.json")["parts"].contains("ring_per_token"));
   r = ranks2("fit small.json --output r.json --set model.vocabulary=100" + documents);
   EXPECT_EQ(r.code, 2);
   EXPECT_THAT(r.output, HasSubstr("opening the tokenizer: documents of data.tokenizer (bytes) end "
@@ -479,6 +470,56 @@ TEST_F(Costs, LayoutsOfTwoRanksAreMeasuredAndPredicted) {
   EXPECT_THAT(r.output, HasSubstr("was fitted on one rank"));
 }
 #endif
+
+// A whole model's lack of room is no error: costs are those of a fit that takes no whole steps.
+TEST_F(Costs, WithoutRoomNoWholeStepsAreMeasured) {
+  const auto fit = [&](int ranks, const std::string& arguments) {
+    const std::string program = ranks == 1 ? "" : absl::StrCat(STRETTO_MPIRUN " ", ranks, " ");
+    return Run(absl::StrCat("mkdir -p T && TMPDIR=$PWD/T ", program, STRETTO_BENCH,
+                            " fit small.json --repetitions 1 ", arguments, " 2>&1"));
+  };
+  const std::string documents =
+      " --set data.documents=true --set data.sequence_length=64 --set batch.tokens=256";
+  const std::string little = " --set runtime.host_memory_bytes=1000";
+  // What is in a file, whatever its times are.
+  const auto fields = [&](const std::string& file) {
+    const nlohmann::json flat = Results(file).flatten();
+    std::set<std::string> names;
+    for (const auto& [name, value] : flat.items()) names.insert(name);
+    return names;
+  };
+#ifdef STRETTO_WITH_MPI
+  const int most = 2;
+#else
+  const int most = 1;
+#endif
+  for (int ranks = 1; ranks <= most; ++ranks) {
+    for (const std::string& samples : {std::string(), documents}) {
+      const std::string what = absl::StrCat(ranks, " ranks", samples);
+      Result r = fit(ranks, absl::StrCat("--steps 0 --output none.json", samples));
+      ASSERT_EQ(r.code, 0) << what << r.output;
+      EXPECT_THAT(r.output, Not(HasSubstr("no room"))) << what;
+      r = fit(ranks, absl::StrCat("--steps 2 --output little.json", samples, little));
+      ASSERT_EQ(r.code, 0) << what << r.output;
+      EXPECT_THAT(r.output, HasSubstr("no room for whole steps: layers are as in a few blocks "
+                                      "(rank 0 failed in planning"))
+          << what;
+      EXPECT_EQ(r.output.find("what rings add up costs nothing") != std::string::npos,
+                ranks > 1 && !samples.empty())
+          << r.output;
+      EXPECT_EQ(fields("little.json"), fields("none.json")) << what;
+      EXPECT_EQ(Results("little.json")["parts"]["measured"],
+                Results("none.json")["parts"]["measured"]);
+      EXPECT_EQ(Run("ls T | grep stretto-bench").output, "") << what;
+    }
+  }
+  // Rings are measured unless told otherwise, whole steps are not on a CPU.
+  if (most == 1) return;
+  const Result r = fit(most, absl::StrCat("--output default.json", documents, little));
+  ASSERT_EQ(r.code, 0) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("what rings add up costs nothing"));
+  EXPECT_THAT(r.output, Not(HasSubstr("no room for whole steps: layers")));
+}
 
 TEST_F(BenchProgram, WrongArgumentsAreOneSentence) {
   for (const char* arguments : {"",

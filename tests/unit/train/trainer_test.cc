@@ -13,6 +13,7 @@
 
 #include "stretto/core/exit_code.h"
 #include "stretto/core/log.h"
+#include "stretto/train/memory.h"
 #include "tests/support/training.h"
 
 namespace stretto {
@@ -342,6 +343,48 @@ TEST(Trainer, EverythingThatTakesMemoryDrawsOnTheBudget) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("matrix products"));
   config.runtime.host_memory_bytes = int64_t{80} << 20;
   EXPECT_TRUE(TrainOnThreads(1, config).status.ok());
+}
+
+// One rank has room for its shard, which is smaller than the other one's: both hear of it, and go
+// on in the same world.
+TEST(Trainer, WithoutRoomOnOneRankTheWorldGoesOn) {
+  ScratchDirectory directory;
+  TrainConfig config = TinyRun(directory);
+  config.steps = 1;
+  config.optimizer.warmup = 0;
+  config.model.vocabulary += 1 - config.model.vocabulary % 2;  // rows that two ranks cannot halve
+  TrainConfig resolved = config;
+  ASSERT_TRUE(resolved.Resolve(2).ok());
+  const auto larger = PlanRun(resolved, 2, 0), smaller = PlanRun(resolved, 2, 1);
+  ASSERT_TRUE(larger.ok() && smaller.ok());
+  ASSERT_GT(larger->arena_bytes, smaller->arena_bytes);
+  const auto with = [&](int64_t bytes) {
+    TrainConfig c = config;
+    c.runtime.host_memory_bytes = bytes;
+    return c;
+  };
+  const absl::Status status = World::RunThreads(2, [&](World& world) -> absl::Status {
+    int64_t low = 1, high = int64_t{1} << 32;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      const absl::Status made = Trainer::Create(world, with(middle)).status();
+      EXPECT_EQ(made.ok(), !IsNoRoom(made)) << made;
+      (made.ok() ? high : low) = middle;
+    }
+    const absl::Status refused = Trainer::Create(world, with(low)).status();
+    EXPECT_TRUE(IsNoRoom(refused) && IsAgreed(refused)) << refused;
+    EXPECT_THAT(std::string(refused.message()), HasSubstr("rank 0 failed in"));
+    STRETTO_ASSIGN_OR_RETURN(const auto trainer, Trainer::Create(world, with(high)));
+    STRETTO_RETURN_IF_ERROR(trainer->Step().status());
+    return trainer->Finish();
+  });
+  EXPECT_TRUE(status.ok()) << status;
+  // The same code of another place.
+  const absl::Status other = absl::ResourceExhaustedError("too many open files");
+  EXPECT_FALSE(IsNoRoom(other));
+  const absl::Status agreed =
+      World::RunThreads(1, [&](World& world) { return world.Agree("opening the data", other); });
+  EXPECT_TRUE(absl::IsResourceExhausted(agreed) && !IsNoRoom(agreed)) << agreed;
 }
 
 // What starting again cannot heal is told from what it may.

@@ -131,6 +131,14 @@ absl::Status CheckOutput(World& world, const std::string& path) {
                      world.rank() == 0 ? CheckWritable(path) : absl::OkStatus());
 }
 
+void Tell(const World& world, const std::string& line) {
+  if (world.rank() != 0) return;
+  // Without the library's own lines of this level, of which each trainer has some.
+  SetLogLevel(LogLevel::kInfo);
+  LogInfo(line);
+  SetLogLevel(LogLevel::kWarning);
+}
+
 int RunInWorld(const std::function<absl::Status(World&)>& work) {
   auto world = World::Create({});
   if (!world.ok()) return Fail(world.status(), ExitCodeOf(world.status()));

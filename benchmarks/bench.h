@@ -62,6 +62,9 @@ absl::StatusOr<TrainConfig> LoadOne(const std::string& subcommand,
                                     const std::vector<std::string>& files,
                                     const std::vector<std::string>& sets);
 
+// Says on standard error, once for all ranks, what is measured next or has been.
+void Tell(const World& world, const std::string& line);
+
 // Runs `work` on all ranks of a new world; the exit code, when what is wrong has been printed. Does
 // not return after an error that leaves the world in disorder.
 int RunInWorld(const std::function<absl::Status(World&)>& work);

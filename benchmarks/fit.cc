@@ -390,13 +390,17 @@ absl::StatusOr<CostModel> FitParts(World& world, TrainConfig config, int repetit
       config.runtime.threads, config.runtime.threads == 1 ? " thread" : " threads",
       " each, stretto " STRETTO_VERSION);
   Fitter fitter(config, comm, *stream, **batch, repetitions);
+  Tell(world, absl::StrCat("measuring layers on ", LayerSizes(config).size(),
+                           " sizes of micro-batch, ", repetitions + 1, " times each"));
   STRETTO_RETURN_IF_ERROR(fitter.Layers(&cost));
   STRETTO_RETURN_IF_ERROR(fitter.Update(&parts));
   if (world.size() > 1) {
     // Between ranks of several machines the network is what is measured; inside a machine links are
     // no slower.
+    Tell(world, absl::StrCat("measuring links between ", world.size(), " ranks over ", links));
     STRETTO_RETURN_IF_ERROR(fitter.Links(&parts.machine));
     if (!one_machine) parts.network = parts.machine;
+    Tell(world, "measuring how much of a collective a micro-batch hides");
     STRETTO_RETURN_IF_ERROR(fitter.Hidden(parts.machine, &parts.hidden));
   }
   SetBoundary(config, &cost);

@@ -96,6 +96,8 @@ absl::Status ScaleByStep(World& world, const TrainConfig& of, int64_t count, Cos
   config.parallel.dp = world.size();
   config.batch.global = std::max(config.batch.global, 2 * config.batch.micro * world.size());
   config.batch.global -= config.batch.global % world.size();
+  Tell(world,
+       absl::StrCat("measuring ", kWarmUp + count, " whole steps, by which layers are scaled"));
   STRETTO_ASSIGN_OR_RETURN(const std::optional<Measured> measured,
                            Measure(world, config, count, "layers are as in a few blocks"));
   if (!measured) return absl::OkStatus();
@@ -146,6 +148,8 @@ absl::Status FitRing(World& world, const TrainConfig& of, int64_t count, CostMod
   for (const int64_t cp : {int64_t{1}, ranks}) {
     config.parallel.cp = cp;
     config.parallel.dp = ranks / cp;
+    Tell(world, absl::StrCat("measuring rings: ", kWarmUp + count, " steps on documents that ",
+                             cp == 1 ? "each rank has alone" : "all ranks share"));
     // All of an epoch, so every step has them again.
     STRETTO_ASSIGN_OR_RETURN(
         const std::optional<Measured> measured,

@@ -103,6 +103,8 @@ absl::Status Run(World& world, TrainConfig config, const std::string& fit, int64
   }
   STRETTO_RETURN_IF_ERROR(Predictions(world, resolved, cost).status());
   // In turn, so that a machine that is slower for a while is so for all of them.
+  Tell(world, absl::StrFormat("measuring %d layouts, in %d round%s of %d steps", layouts.size(),
+                              rounds, rounds == 1 ? "" : "s", resolved.front().config.steps));
   for (int64_t round = 0; round < rounds; ++round) {
     for (Layout& layout : layouts) {
       const auto inspect = [&](Trainer& trainer) {
@@ -111,7 +113,13 @@ absl::Status Run(World& world, TrainConfig config, const std::string& fit, int64
       };
       STRETTO_ASSIGN_OR_RETURN(const std::vector<StepStats> steps,
                                TimedSteps(world, layout.config, inspect));
-      for (const StepStats& stats : steps) layout.seconds.push_back(1e-3 * stats.step_ms);
+      double sum = 0;
+      for (const StepStats& stats : steps) {
+        layout.seconds.push_back(1e-3 * stats.step_ms);
+        sum += stats.step_ms;
+      }
+      Tell(world, absl::StrFormat("round %d of %d, %s: %.1f ms a step", round + 1, rounds,
+                                  layout.name, sum / static_cast<double>(steps.size())));
     }
   }
   STRETTO_ASSIGN_OR_RETURN(const std::vector<StepPrediction> predictions,

@@ -10,7 +10,6 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "benchmarks/bench.h"
-#include "stretto/core/log.h"
 #include "stretto/data/length_distribution.h"
 #include "stretto/plan/sequence_plan.h"
 #include "stretto/train/flops.h"
@@ -135,7 +134,18 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
     return absl::OkStatus();
   };
   STRETTO_RETURN_IF_ERROR(world.Agree("drawing documents", draw()));
+  CostModel fitted;
+  absl::Status read;
+  if (!options.fit.empty()) {
+    absl::StatusOr<CostModel> file = ReadCostModel(options.fit);
+    read = file.status();
+    if (read.ok()) fitted = *std::move(file);
+  }
+  STRETTO_RETURN_IF_ERROR(world.Agree("reading the cost model", read));
+  const CostModel* const cost = options.fit.empty() ? nullptr : &fitted;
   std::vector<Method> methods = Methods(config, resolved.parallel.data_ranks(), options.meshes);
+  Tell(world, absl::StrFormat("measuring %d meshes, in %d round%s of %d steps", methods.size(),
+                              options.rounds, options.rounds == 1 ? "" : "s", config.steps));
   for (int64_t round = 0; round < options.rounds; ++round) {
     for (Method& m : methods) {
       double sent = 0;
@@ -157,19 +167,13 @@ absl::Status Run(World& world, TrainConfig config, const Options& options, Resul
         m.seconds[i].push_back(1e-3 * steps[i].step_ms);
         m.exposed += 1e-3 * steps[i].comm_exposed_ms / static_cast<double>(steps.size());
       }
-      if (world.rank() == 0 && !steps.empty()) {
-        double sum = 0;
-        for (const auto& of_batch : m.seconds) sum += of_batch.back();
-        LogInfo(absl::StrFormat("round %d of %d, %s: %.0f ms a step", round + 1, options.rounds,
-                                m.name, 1e3 * sum / static_cast<double>(steps.size())));
-      }
+      double sum = 0;
+      for (const auto& of_batch : m.seconds) sum += of_batch.back();
+      Tell(world, absl::StrFormat("round %d of %d, %s on lengths of %s: %.1f ms a step", round + 1,
+                                  options.rounds, m.name, options.lengths,
+                                  1e3 * sum / static_cast<double>(steps.size())));
     }
   }
-  CostModel fitted;
-  if (!options.fit.empty()) {
-    STRETTO_ASSIGN_OR_RETURN(fitted, ReadCostModel(options.fit));
-  }
-  const CostModel* const cost = options.fit.empty() ? nullptr : &fitted;
   const size_t measured = methods.front().seconds.size();
   const size_t skipped = batches.size() - measured;  // while warming up
   for (Method& m : methods) {

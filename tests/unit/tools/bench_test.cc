@@ -2,10 +2,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "support/run_program.h"
@@ -521,6 +523,50 @@ TEST_F(Costs, WithoutRoomNoWholeStepsAreMeasured) {
   EXPECT_THAT(r.output, Not(HasSubstr("no room for whole steps: layers")));
 }
 
+// On standard error, by one rank.
+TEST_F(Costs, WhatTakesItsTimeIsSaid) {
+#ifdef STRETTO_WITH_MPI
+  const std::string program = STRETTO_MPIRUN " 2 " STRETTO_BENCH " ";
+  const std::string alone = "static, cp 1 on lengths of byted", dp = "dp 2";
+#else
+  const std::string program = STRETTO_BENCH " ";
+  const std::string alone = "dynamic on lengths of byted", dp = "dp 1";
+#endif
+  const auto says = [&](const std::string& arguments, const std::vector<std::string>& parts) {
+    const Result r = Run(absl::StrCat(program, arguments, " 2>said"));
+    const std::string said = ReadText("said");
+    EXPECT_EQ(r.code, 0) << said;
+    EXPECT_THAT(r.output, Not(HasSubstr("measuring"))) << arguments;
+    EXPECT_THAT(r.output, Not(HasSubstr("round 1 of"))) << arguments;
+    size_t at = 0;
+    for (const std::string& part : parts) {
+      const size_t found = said.find(part, at);
+      ASSERT_NE(found, std::string::npos) << part << " is not in\n" << said;
+      at = found + part.size();
+      EXPECT_EQ(said.find(part, at), std::string::npos) << part << " is twice in\n" << said;
+    }
+    EXPECT_LE(std::count(said.begin(), said.end(), '\n'), 20) << said;
+    EXPECT_THAT(said, Not(HasSubstr("set-up"))) << said;  // the library's
+  };
+  const std::string documents = " --set data.sequence_length=64 --set batch.tokens=256 ";
+  std::vector<std::string> parts = {"measuring layers on"};
+#ifdef STRETTO_WITH_MPI
+  parts.insert(parts.end(), {"measuring links between 2 ranks", "a micro-batch hides"});
+#endif
+  std::vector<std::string> all = parts;
+  all.push_back("measuring 5 whole steps");
+#ifdef STRETTO_WITH_MPI
+  all.insert(all.end(), {"steps on documents that each rank has alone",
+                         "steps on documents that all ranks share"});
+#endif
+  says("fit small.json --repetitions 1 --steps 2 --set data.documents=true" + documents, all);
+  says("varlen small.json --rounds 2" + documents,
+       {"meshes, in 2 rounds of 4 steps", absl::StrCat("round 1 of 2, ", alone),
+        absl::StrCat("round 2 of 2, ", alone)});
+  parts.insert(parts.end(), {"in 1 round of 4 steps", absl::StrCat("round 1 of 1, ", dp)});
+  says("predict small.json --rounds 1", parts);
+}
+
 TEST_F(BenchProgram, WrongArgumentsAreOneSentence) {
   for (const char* arguments : {"",
                                 "kernles",
@@ -591,6 +637,7 @@ TEST_F(BenchProgram, VarlenComparesMeshes) {
         std::pair("--json pipe", "pipe is a pipe"),
         std::pair("--lengths pipe", "no regular file but a pipe"),
         std::pair("--fit pipe", "no regular file but a pipe"),
+        std::pair("--mesh static --fit pipe", "no regular file but a pipe"),
         std::pair("--set data.sequence_length=1", "a document has two tokens at least"),
         std::pair("--warm-up -1", "--warm-up must be 0 to")}) {
     r = Bench(absl::StrCat(small, "--set steps=1000000 ", option));

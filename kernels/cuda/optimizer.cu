@@ -145,11 +145,14 @@ struct Update {
   static constexpr bool kRandomMoments = std::is_same_v<M, __nv_bfloat16>;
   static constexpr bool kRandomParam = std::is_same_v<P, __nv_bfloat16> && !kMaster;
 
-  // The elements [begin, end) of an entry by one block, N at a time.
-  template <int N>
+  // The elements [begin, end) of an entry by one block, N at a time; kWhole: kBlockElements of
+  // them.
+  template <int N, bool kWhole>
   static __device__ void Range(const OptimizerEntry& e, int64_t begin, int64_t end,
                                const AdamWStep& c) {
     constexpr int kInFlight = 2;
+    static_assert(kBlockElements % (kInFlight * kThreads * N) == 0);
+    const auto remaining = [&](int64_t i) { return kWhole ? N : Remaining<N>(i, end); };
     auto* const param = reinterpret_cast<P*>(e.param);
     auto* const weights = reinterpret_cast<Weight*>(kMaster ? e.master : e.param);
     const auto* const grad = reinterpret_cast<const float*>(e.grad);
@@ -162,7 +165,7 @@ struct Update {
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
         const int64_t i = at + u * kThreads * N;
-        const int n = Remaining<N>(i, end);
+        const int n = remaining(i);
         LoadVec(g[u], grad + i, n);
         LoadVec(m1[u], m + i, n);
         LoadVec(v1[u], v + i, n);
@@ -171,15 +174,19 @@ struct Update {
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
         const int64_t i = at + u * kThreads * N;
-        const int n = Remaining<N>(i, end);
+        const int n = remaining(i);
         const uint64_t element = e.first_element + static_cast<uint64_t>(i);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
           const float gradient = g[u][k] * scale;
           m1[u][k] = m1[u][k] * c.beta1 + gradient * c.one_minus_beta1;
           v1[u][k] = v1[u][k] * c.beta2 + gradient * gradient * c.one_minus_beta2;
-          w[u][k] = w[u][k] * keep -
-                    c.step_size * m1[u][k] / (sqrtf(v1[u][k]) * c.inverse_root_correction + c.eps);
+          // The hardware's root and quotient, good to some 1e-7 of the step: exact ones take half
+          // of this kernel's instructions.
+          float root;
+          asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(v1[u][k]));
+          const float scaled = root * c.inverse_root_correction + c.eps;
+          w[u][k] = w[u][k] * keep - __fdividef(c.step_size * m1[u][k], scaled);
         }
         uint32_t random[N] = {};
         if constexpr (kRandomMoments) Draw<N>(random, e, element, 0, c.step);
@@ -204,7 +211,7 @@ struct Update {
 };
 
 template <class P, class M, bool kMaster>
-__global__ void __launch_bounds__(kThreads) AdamWKernel(OptimizerShards shards, AdamWStep c) {
+__global__ void __launch_bounds__(kThreads, 3) AdamWKernel(OptimizerShards shards, AdamWStep c) {
   if (c.scalars[StepScalars::kSkip] != 0) return;
   const OptimizerChunk chunk = shards.chunks[blockIdx.x / kBlocksPerChunk];
   const OptimizerEntry e = shards.entries[chunk.entry];
@@ -212,10 +219,12 @@ __global__ void __launch_bounds__(kThreads) AdamWKernel(OptimizerShards shards, 
       chunk.index * OptimizerChunk::kElements + blockIdx.x % kBlocksPerChunk * kBlockElements;
   const int64_t end = min(e.elements, begin + kBlockElements);
   using Body = Update<P, M, kMaster>;
-  if (Body::ByFours(e)) {
-    Body::template Range<4>(e, begin, end, c);
+  if (!Body::ByFours(e)) {
+    Body::template Range<1, false>(e, begin, end, c);
+  } else if (end - begin == kBlockElements) {
+    Body::template Range<4, true>(e, begin, end, c);
   } else {
-    Body::template Range<1>(e, begin, end, c);
+    Body::template Range<4, false>(e, begin, end, c);
   }
 }
 

@@ -1,7 +1,6 @@
-// Softmax cross-entropy. One block for each token: it reads the logits of the token once, with a
-// running maximum and sum in every thread (Milakov & Gimelshein 2018, "Online normalizer
-// calculation for softmax"), and the fused form keeps them in shared memory until the gradient is
-// written.
+// Softmax cross-entropy. A block reads the logits of a token once, with a running maximum and sum
+// in every thread (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"). The
+// fused form keeps them in shared memory until the gradient is written.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -129,14 +128,13 @@ struct Row {
     }
   }
 
-  // This thread's part of the row's maximum and sum. Calls keep(i, what Pack(i) holds) on the way.
-  template <class Keep>
-  __device__ Softmax Fold(const Keep& keep) const {
+  // This thread's part of the row's maximum and sum. load(i) is what Pack(i) holds.
+  template <class Load>
+  __device__ Softmax Fold(const Load& load) const {
     Softmax part;
     const int edge = Edge();
     const float x_edge = edge >= 0 ? Widen(data[edge]) : kLowest;
-    ForPacks(Read(), [&](int i, uint4 raw) {
-      keep(i, raw);
+    ForPacks(load, [&](int, uint4 raw) {
       float x[kSize];
       Unpack(raw, x);
       float m = x[0];
@@ -159,10 +157,11 @@ struct Row {
   }
 
   // Overwrites this thread's columns with weight * (softmax - onehot(target)). `x_target` is the
-  // target's logit; `target` may be outside the row. load(i) is what Pack(i) holds.
-  template <class Load>
+  // target's logit; `target` may be outside the row. load(i) is what Pack(i) holds; used(i) is
+  // called when that is of no more use.
+  template <class Load, class Used>
   __device__ void Gradient(const Load& load, Softmax softmax, float weight, int64_t target,
-                           float x_target) const {
+                           float x_target, const Used& used) const {
     const float scale = weight / softmax.sum;
     ForPacks(load, [&](int i, uint4 raw) {
       float x[kSize];
@@ -170,6 +169,7 @@ struct Row {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) x[j] = Exp<T>(x[j] - softmax.max) * scale;
       __stcs(Pack(i), Repack(x));
+      used(i);
     });
     const int edge = Edge();
     if (edge >= 0) data[edge] = Narrow<T>(Exp<T>(Widen(data[edge]) - softmax.max) * scale);
@@ -187,10 +187,12 @@ struct Row {
 };
 
 // The threads' parts as one, in a fixed order; every thread gets it. Also a barrier: what threads
-// have read before it may be overwritten after it.
+// have read before it may be overwritten after it. Of two calls one after the other, one has `odd`:
+// warps may still be at what the call before has left.
 template <class T>
-__device__ Softmax Merge(Softmax part) {
-  __shared__ float2 warps[kMaxWarps];
+__device__ Softmax Merge(Softmax part, bool odd = false) {
+  __shared__ float2 both[2][kMaxWarps];
+  float2* const warps = both[odd ? 1 : 0];
   const int lane = threadIdx.x % 32, count = blockDim.x / 32;
   part.Raise<T>(WarpMax(part.max));
   part.sum = WarpSum(part.sum);
@@ -221,7 +223,7 @@ __global__ void __launch_bounds__(512, 2)
                const int32_t* targets, int64_t first, bool start) {
   const int64_t t = blockIdx.x;
   const Row<T> row(logits + t * stride, columns);
-  Softmax softmax = Merge<T>(row.Fold([](int, uint4) {}));
+  Softmax softmax = Merge<T>(row.Fold(row.Read()));
   if (threadIdx.x != 0) return;
   float* st = state + t * state_stride;
   float x_target = kLowest;
@@ -260,16 +262,66 @@ __global__ void __launch_bounds__(512, 2)
   if (target >= 0 && target < columns && row.Owns(static_cast<int>(target))) {
     x_target = Widen(row.data[target]);
   }
-  row.Gradient(row.Read(), softmax, weight, target, x_target);
+  row.Gradient(row.Read(), softmax, weight, target, x_target, [](int) {});
 }
 
-// `kept_packs` of the row stay in shared memory between the two passes: all of them (kWhole) when
-// it is large enough. Else the rest is read again: it was read last, and mostly still is in the
-// second-level cache.
-template <class T, bool kWhole>
+// Copies of 16 bytes to shared memory, which this thread does not wait for until it says so.
+__device__ void Fetch(uint4* to, const uint4* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+__device__ void WaitForFetched() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Rows are in shared memory between their two passes. A block takes the rows blockIdx.x,
+// blockIdx.x + gridDim.x, ... Each thread finds its own packs there, and where it has written a
+// gradient it fetches the next row's, so that reads and writes go on side by side.
+template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
-    FusedKernel(T* logits, int64_t stride, int columns, float* losses, const int32_t* targets,
-                const float* weights, int kept_packs, DeviceFault* fault) {
+    FusedKernel(T* logits, int64_t stride, int64_t rows, int columns, float* losses,
+                const int32_t* targets, const float* weights, DeviceFault* fault) {
+  extern __shared__ uint4 kept[];
+  const auto row_of = [&](int64_t t) { return Row<T>(logits + t * stride, columns); };
+  const auto fetch_from = [&](const Row<T>& row, int begin) {
+    for (int i = threadIdx.x; i < row.packs; i += blockDim.x) {
+      if (i >= begin) Fetch(kept + i, row.Pack(i));
+    }
+  };
+  fetch_from(row_of(blockIdx.x), 0);
+  bool odd = false;
+  for (int64_t t = blockIdx.x; t < rows; t += gridDim.x) {
+    const Row<T> row = row_of(t);
+    Row<T> next = row_of(min(t + gridDim.x, rows - 1));
+    if (t + gridDim.x >= rows) next.packs = 0;
+    const float weight = WeightOf(weights, t);
+    const int target = targets[t];
+    // Here, ahead of the barrier, where its latency is hidden.
+    const float x_target = target >= 0 && target < columns ? Widen(row.data[target]) : kLowest;
+    WaitForFetched();
+    if (weight == 0) {
+      if (threadIdx.x == 0) losses[t] = 0;
+      row.Zero();
+      fetch_from(next, 0);
+      continue;
+    }
+    const auto load = [&](int i) { return kept[i]; };
+    const Softmax softmax = Merge<T>(row.Fold(load), odd);
+    odd = !odd;
+    row.Gradient(load, softmax, weight, target, x_target, [&](int i) {
+      if (i < next.packs) Fetch(kept + i, next.Pack(i));
+    });
+    fetch_from(next, row.packs);  // a row that begins elsewhere within 16 bytes has a pack more
+    if (threadIdx.x == 0) losses[t] = LossOf(softmax, x_target, weight, t, target, fault);
+  }
+}
+
+// The same for rows that shared memory does not hold, one for each block: what is behind the first
+// `room` packs is read again. It was read last, and mostly still is in the second-level cache.
+template <class T>
+__global__ void __launch_bounds__(kMaxThreads)
+    FusedLongKernel(T* logits, int64_t stride, int columns, float* losses, const int32_t* targets,
+                    const float* weights, int room, DeviceFault* fault) {
   extern __shared__ uint4 kept[];
   const int64_t t = blockIdx.x;
   const Row<T> row(logits + t * stride, columns);
@@ -280,14 +332,15 @@ __global__ void __launch_bounds__(kMaxThreads)
     return row.Zero();
   }
   // Every thread finds its own packs in shared memory again.
-  const Softmax part = row.Fold([&](int i, uint4 raw) {
-    if (kWhole || i < kept_packs) kept[i] = raw;
+  const Softmax part = row.Fold([&](int i) {
+    const uint4 raw = __ldcs(row.Pack(i));
+    if (i < room) kept[i] = raw;
+    return raw;
   });
-  // Here, ahead of the barrier, where its latency is hidden.
   const float x_target = target >= 0 && target < columns ? Widen(row.data[target]) : kLowest;
   const Softmax softmax = Merge<T>(part);
-  row.Gradient([&](int i) { return kWhole || i < kept_packs ? kept[i] : __ldcs(row.Pack(i)); },
-               softmax, weight, target, x_target);
+  row.Gradient([&](int i) { return i < room ? kept[i] : __ldcs(row.Pack(i)); }, softmax, weight,
+               target, x_target, [](int) {});
   if (threadIdx.x == 0) losses[t] = LossOf(softmax, x_target, weight, t, target, fault);
 }
 
@@ -339,22 +392,40 @@ unsigned Threads(int64_t columns, int64_t most) {
   return static_cast<unsigned>(threads);
 }
 
-// Allows a fused kernel all shared memory that a block can have, and returns how much that is.
-template <class T, bool kWhole>
-int64_t SharedBytes() {
-  static const int64_t bytes = [] {
-    int device = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    most -= 1024;  // more than the kernel's own, see Merge
-    const auto kernel = FusedKernel<T, kWhole>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                         cudaSharedmemCarveoutMaxShared);
-    return most;
-  }();
-  return bytes;
-}
+// What the fused kernels get of the device, all shared memory that a block can have.
+template <class T>
+struct FusedLimits {
+  int64_t shared = 0;  // bytes of a block
+  int processors = 1;
+
+  static const FusedLimits& Get() {
+    static const FusedLimits limits = [] {
+      FusedLimits l;
+      int device = 0, most = 0;
+      cudaGetDevice(&device);
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      cudaDeviceGetAttribute(&l.processors, cudaDevAttrMultiProcessorCount, device);
+      l.shared = (most - 1024) / 16 * 16;  // 1024: more than the kernels' own, see Merge
+      const auto allow = [&](auto kernel) {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(l.shared));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared);
+      };
+      allow(FusedKernel<T>);
+      allow(FusedLongKernel<T>);
+      return l;
+    }();
+    return limits;
+  }
+  // Blocks of FusedKernel that the device runs at a time.
+  int64_t Blocks(unsigned threads, int64_t bytes) const {
+    int each = 1;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, FusedKernel<T>, static_cast<int>(threads),
+                                                  static_cast<size_t>(bytes));
+    return int64_t{std::max(each, 1)} * processors;
+  }
+};
 
 // One thread for each token: what `ranks` parts have of its state, one part behind the other.
 __global__ void MergeKernel(float* state, int64_t stride, const float* parts, int64_t part_stride,
@@ -433,21 +504,23 @@ class CudaLoss final : public LossKernels {
       if (logits.rows() == 0) return;
       const int64_t columns = logits.dims[1];
       const int64_t row_bytes = columns / Row<T>::kSize * 16;
-      const int64_t most = SharedBytes<T, true>();
-      // Two blocks of 512 threads on a multiprocessor, one reading while the other writes, as long
-      // as two rows fit; else one of 1024.
-      const unsigned threads = Threads<T>(columns, row_bytes <= most / 2 - 1024 ? 512 : 1024);
-      const auto launch = [&](auto kernel, int64_t shared) {
-        kernel<<<logits.rows(), threads, shared, Native(s)>>>(
+      const FusedLimits<T>& limits = FusedLimits<T>::Get();
+      const auto rows = static_cast<unsigned>(logits.rows());
+      if (row_bytes > limits.shared) {
+        FusedLongKernel<T><<<rows, kMaxThreads, limits.shared, Native(s)>>>(
             Data<T>(logits), logits.row_stride, columns, Data<float>(losses),
-            Data<int32_t>(targets), Data<float>(weights), static_cast<int>(shared / 16), s.fault());
-        Launched(s, "LossFused");
-      };
-      if (row_bytes <= most) {
-        launch(FusedKernel<T, true>, row_bytes);
+            Data<int32_t>(targets), Data<float>(weights), static_cast<int>(limits.shared / 16),
+            s.fault());
       } else {
-        launch(FusedKernel<T, false>, SharedBytes<T, false>() / 16 * 16);
+        // Two blocks of 512 threads on a multiprocessor as long as two rows fit, else one of 1024.
+        const unsigned threads =
+            Threads<T>(columns, row_bytes <= limits.shared / 2 - 1024 ? 512 : kMaxThreads);
+        const int64_t blocks = std::min<int64_t>(rows, limits.Blocks(threads, row_bytes));
+        FusedKernel<T><<<static_cast<unsigned>(blocks), threads, row_bytes, Native(s)>>>(
+            Data<T>(logits), logits.row_stride, rows, columns, Data<float>(losses),
+            Data<int32_t>(targets), Data<float>(weights), s.fault());
       }
+      Launched(s, "LossFused");
     });
     Total(s, losses, total, weights, acc);
   }

@@ -125,6 +125,63 @@ TEST_P(LossTest, FusedEqualsItsParts) {
   }
 }
 
+// More rows than blocks of a GPU run at a time, which take one after the other.
+TEST_P(LossTest, FusedOfManyRows) {
+  struct Case {
+    int64_t rows, vocab, padding;
+  };
+  // Rows beside each other begin at different places within 16 bytes; the last do not fit a GPU's
+  // shared memory in any type.
+  for (const Case& x : {Case{20000, 37, 0}, Case{3000, 257, 2}, Case{300, 120001, 0}}) {
+    if (x.rows * x.vocab > 10'000'000 && Buffer::where.kind == DeviceKind::kCpu) continue;
+    const auto row = [&](int64_t t) { return t % 7; };  // of which there are that many
+    Values logits, pattern = Random(7 * x.vocab, 1, 3.0);
+    Values weights, targets;
+    for (int64_t t = 0; t < x.rows; ++t) {
+      const auto from = pattern.begin() + row(t) * x.vocab;
+      logits.insert(logits.end(), from, from + x.vocab);
+      weights.push_back(t % 5 == 3 || t % 11 > 8 ? 0 : 1 + t % 3);
+      targets.push_back(static_cast<double>(row(t) * 5 % x.vocab));
+    }
+    Buffer all = run.Make({x.rows, x.vocab}, logits, x.padding);
+    const Values stored = all.Read();
+    Buffer losses(run.wide(), {x.rows}), total(DType::kF64, {2}, Values{0, 0});
+    Buffer w(DType::kF32, {x.rows}), to(DType::kI32, {x.rows});
+    w.Write(weights);
+    to.Write(targets);
+    ops::LossFused(c, all, losses, total, to, w, false);
+    run.ExpectOk();
+    const Values gradient = all.Read(), found = losses.Read();
+    double sum = 0, count = 0;
+    Values expected(7);  // of weight 1
+    for (int64_t r = 0; r < 7; ++r) {
+      expected[r] = reference::CrossEntropy(&stored[r * x.vocab], x.vocab, r * 5 % x.vocab);
+    }
+    Values losses_expected, gradient_expected;
+    for (int64_t t = 0; t < x.rows; ++t) {
+      losses_expected.push_back(weights[t] * expected[row(t)]);
+      sum += losses_expected.back();
+      count += weights[t];
+    }
+    EXPECT_TRUE(Near(found, losses_expected, run.wide_tolerance())) << x.rows << " " << x.vocab;
+    EXPECT_TRUE(Near(total.Read(), {sum, count}, run.wide_tolerance()));
+    std::vector<Values> softmax(7);
+    for (int64_t r = 0; r < 7; ++r) {
+      const double* const first = &stored[r * x.vocab];
+      const double max = *std::max_element(first, first + x.vocab);
+      double all_of = 0;
+      for (int64_t j = 0; j < x.vocab; ++j) all_of += std::exp(first[j] - max);
+      for (int64_t j = 0; j < x.vocab; ++j) {
+        softmax[r].push_back(std::exp(first[j] - max) / all_of - (j == r * 5 % x.vocab));
+      }
+    }
+    for (int64_t t = 0; t < x.rows; ++t) {
+      for (const double g : softmax[row(t)]) gradient_expected.push_back(weights[t] * g);
+    }
+    EXPECT_TRUE(Near(gradient, gradient_expected, run.tolerance())) << x.rows << " " << x.vocab;
+  }
+}
+
 TEST_P(LossTest, FusedOfNoTokensKeepsOrClearsTheTotal) {
   for (bool acc : {true, false}) {
     Buffer logits = run.Make({0, 7}), losses = run.Wide({0}), targets = Indices({});

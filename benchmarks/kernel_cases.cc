@@ -169,7 +169,7 @@ void AddAttention(const KernelShapes& s, bool causal, std::vector<KernelCase>* c
                     }});
 }
 
-void AddRows(const KernelShapes& s, std::vector<KernelCase>* cases) {
+void AddRows(const KernelShapes& s, const KernelTable& kernels, std::vector<KernelCase>* cases) {
   const auto e = static_cast<double>(SizeOf(s.dtype));
   const double row = e * static_cast<double>(s.tokens * s.hidden);
   const double ffn = e * static_cast<double>(s.tokens * s.ffn);
@@ -193,14 +193,19 @@ void AddRows(const KernelShapes& s, std::vector<KernelCase>* cases) {
                       [only](ops::Context c, const Tensors& t) {
                         ops::NormBackwardInput(c, t[0], t[1], t[2], only(t[3]), t[4], t[5], true);
                       }});
-    cases->push_back({label + " backward weight",
-                      2 * row,
-                      0,
-                      {dw, dw, x, x, statistic, statistic},
-                      [only](ops::Context c, const Tensors& t) {
-                        ops::NormBackwardWeight(c, t[0], only(t[1]), t[2], t[3], only(t[4]), t[5],
-                                                true);
-                      }});
+    // Both halves, as layers run them: the first leaves sums for the second.
+    const int64_t sums = kernels.norm->PartialBytes(s.dtype, s.hidden, mean) / SizeOf(s.wide());
+    const KernelOperand partials = {s.wide(), {std::max<int64_t>(sums, 1)}};
+    cases->push_back(
+        {label + " backward",
+         4 * row,
+         0,
+         {x, x, x, statistic, statistic, w, dw, dw, partials},
+         [only, sums](ops::Context c, const Tensors& t) {
+           const Tensor left = sums > 0 ? t[8] : Tensor();
+           ops::NormBackwardInput(c, t[0], t[1], t[2], only(t[3]), t[4], t[5], true, left);
+           ops::NormBackwardWeight(c, t[6], only(t[7]), t[1], t[2], only(t[3]), t[4], true, left);
+         }});
   }
   const KernelOperand f = {s.dtype, {s.tokens, s.ffn}}, ff = {s.dtype, {s.tokens, 2 * s.ffn}};
   cases->push_back({"gelu forward", 2 * ffn, 0, {f, f}, [](ops::Context c, const Tensors& t) {
@@ -388,12 +393,12 @@ void AddOptimizer(const KernelShapes& s, std::vector<KernelCase>* cases) {
 
 }  // namespace
 
-std::vector<KernelCase> KernelCases(const KernelShapes& s, bool float8) {
+std::vector<KernelCase> KernelCases(const KernelShapes& s, const KernelTable& kernels) {
   std::vector<KernelCase> cases;
   AddProducts(s, &cases);
-  if (float8) AddFloat8(s, &cases);
+  if (kernels.float8 != nullptr) AddFloat8(s, &cases);
   for (const bool causal : {true, false}) AddAttention(s, causal, &cases);
-  AddRows(s, &cases);
+  AddRows(s, kernels, &cases);
   AddRotary(s, &cases);
   AddLoss(s, &cases);
   AddOptimizer(s, &cases);

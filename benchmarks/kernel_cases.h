@@ -61,8 +61,8 @@ struct KernelCase {
   std::function<void(ops::Context, const Tensors&, const OptimizerTable&)> run_table = {};
 };
 
-// A call of each kernel of the model, forward and backward; of FP8 with `float8`.
-std::vector<KernelCase> KernelCases(const KernelShapes& shapes, bool float8);
+// A call of each kernel of the model, forward and backward; of FP8 where the backend has them.
+std::vector<KernelCase> KernelCases(const KernelShapes& shapes, const KernelTable& kernels);
 // What everything else stands beside.
 KernelCase CopyCase(Device device);
 KernelCase ProductCase(Device device, DType dtype);

@@ -176,7 +176,7 @@ absl::Status Run(const Options& o, Device device) {
   STRETTO_RETURN_IF_ERROR(measure(CopyCase(device)));
   STRETTO_RETURN_IF_ERROR(measure(ProductCase(device, o.shapes.dtype)));
   size_t chosen = 0;
-  for (const KernelCase& c : KernelCases(o.shapes, bench.kernels().float8 != nullptr)) {
+  for (const KernelCase& c : KernelCases(o.shapes, bench.kernels())) {
     if (c.name.find(o.only) == std::string::npos) continue;
     ++chosen;
     STRETTO_RETURN_IF_ERROR(measure(c));

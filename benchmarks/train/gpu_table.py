@@ -38,6 +38,7 @@ ROWS = {
            {"batch.global": 128, "batch.micro": 8, "optimizer.offload": "false"}, 14.2e3),
 }
 GPT2_RATIO = 1.25
+MOST_PARAMETERS = 1 << 28  # of the optimizer's tensors when their kernels are measured alone
 # What `train --profile` calls the layers of each family of kernels.
 FAMILIES = {
     "products of the blocks": ("attn.qkv", "attn.out", "mlp.up", "mlp.gate_up", "mlp.down"),
@@ -46,9 +47,7 @@ FAMILIES = {
     "norms": ("attn_norm", "mlp_norm", "norm"),
     "embedding": ("embed",),
 }
-# Those of them that the bytes bound; the least share of the copy rate that we ask of them.
-BOUND_BY_BYTES = r"layernorm|rmsnorm|swiglu|rope$|embedding forward|loss fused|adamw|sum of squares"
-LEAST_SHARE = 0.85
+LEAST_SHARE = 0.85  # of the copy rate, of kernels that their bytes bound
 
 
 def run(command, path):
@@ -99,6 +98,7 @@ def sizes_of(config):
             "tokens": config["batch"]["micro"] * config["data"]["sequence_length"],
             "length": config["data"]["sequence_length"], "hidden": hidden, "heads": heads,
             "kv-heads": kv_heads, "ffn": ffn, "vocabulary": (rows + 63) // 64 * 64,
+            "parameters": min(parameters, MOST_PARAMETERS),
         },
     }
 
@@ -123,6 +123,22 @@ def measure(row, args):
     path = args.output / f"{row}.kernels.json"
     shapes = [x for k, v in sizes_of(config_of(row))["shapes"].items() for x in (f"--{k}", v)]
     run([bench, "kernels", *shapes, "--dtype", "bf16", "--repetitions", 5, "--json", path], path)
+
+
+def bound_by_bytes(config):
+    """The kernels of a row that do little more than move bytes."""
+    gpt2 = config["model"]["family"] == "gpt2"
+    norm = "layernorm" if gpt2 else "rmsnorm"
+    names = [f"{norm} + residual forward", f"{norm} backward", "loss fused", update_of(config),
+             "sum of squares"]
+    return names if gpt2 else [*names, "rope", "swiglu forward", "swiglu backward"]
+
+
+def update_of(config):
+    """What `stretto-bench kernels` calls the update of this optimizer."""
+    optimizer = config["optimizer"]
+    name = "adamw" + (" bf16 moments" if optimizer.get("moments") == "bf16" else "")
+    return name + ("" if optimizer.get("masters", True) else ", no masters")
 
 
 def floors(row, kernels):
@@ -166,12 +182,9 @@ def floors(row, kernels):
     if not gpt2:
         micro["products of the blocks"] += layers * (moved("swiglu forward") +
                                                      moved("swiglu backward"))
-    optimizer = config["optimizer"]
-    update = "adamw" + (" bf16 moments" if optimizer.get("moments") == "bf16" else "")
-    update += "" if optimizer.get("masters", True) else ", no masters"
-    items = 1 << 24  # what `kernels` measures
+    update = (moved(update_of(config)) + moved("sum of squares")) / shapes["parameters"]
     step = {family: 1e3 * sizes["micro_batches"] * s for family, s in micro.items()}
-    step["norm and update"] = 1e3 * (moved(update) + moved("sum of squares")) / items * sizes["parameters"]
+    step["norm and update"] = 1e3 * update * sizes["parameters"]
     return step
 
 
@@ -224,12 +237,14 @@ def show(folder, rows):
             print(f"| {family} | {ms:.1f} | {floor[family]:.1f} | {ms / floor[family]:.2f} |")
         print(f"| all | {sum(took.values()):.1f} | {sum(floor.values()):.1f} "
               f"| {sum(took.values()) / sum(floor.values()):.2f} |")
-        shares = {k["name"]: k["share"] for k in kernels if re.match(BOUND_BY_BYTES, k["name"])}
-        low = [f"{n} {s:.2f}" for n, s in shares.items() if s < LEAST_SHARE]
-        copy = kernels[0]["bytes_per_second"] / 1e9
-        print(f"\nCopies: {copy:,.0f} GB/s. Of {len(shares)} kernels that bytes bound, "
-              f"{len(shares) - len(low)} reach {LEAST_SHARE:g} of that"
-              f"{'; the others: ' + ', '.join(low) if low else ''}.")
+        names = bound_by_bytes(config_of(row))
+        shares = sorted((k["share"], k["name"]) for k in kernels if k["name"] in names)
+        if len(shares) != len(names):
+            sys.exit(f"gpu_table.py: {row}: not all of {', '.join(names)} were measured")
+        low = sum(share < LEAST_SHARE for share, _ in shares)
+        print(f"\nOf the copy rate ({kernels[0]['bytes_per_second'] / 1e9:,.0f} GB/s; asked "
+              f"{LEAST_SHARE:g}, {low} below): "
+              f"{', '.join(f'{name} {share:.2f}' for share, name in shares)}.")
 
 
 def main():

@@ -65,7 +65,7 @@ TEST_F(BenchProgram, KernelsOfEveryFamilyAndType) {
     const std::set<std::string> names = Names(file);
     for (const char* name :
          {"copy", "linear qkv 24x48 forward", "linear up and gelu forward", "attention 2x5 forward",
-          "attention 2x5 backward", "layernorm backward weight", "rmsnorm + residual forward",
+          "attention 2x5 backward", "layernorm backward", "rmsnorm + residual forward",
           "swiglu backward", "rope", "qk norm and rope forward", "qk norm and rope backward input",
           "qk norm backward weight", "embedding backward", "loss fused", "adamw"}) {
       EXPECT_EQ(names.count(name), 1u) << name << " of " << dtype;

@@ -204,7 +204,9 @@ int main(int argc, char** argv) {
       return stretto::TrainerExitCode(world.status());
     }
     stretto::SetLogRank((*world)->rank(), (*world)->size());
-    auto signals = stretto::StopSignals::Install();
+    // Until the process is gone: a rank that is asked while it leaves has saved, and is not to die.
+    [[maybe_unused]] static const auto* const signals =
+        new absl::StatusOr<stretto::StopSignals>(stretto::StopSignals::Install());
     std::unique_ptr<stretto::Trainer> trainer;
     const absl::StatusOr<stretto::RunResult> result = Train(**world, config, trainer);
     if (!result.ok()) {

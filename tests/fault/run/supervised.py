@@ -189,6 +189,21 @@ def asked(scratch, *options):
     check(records[0] == records[1], "the losses differ from those of an undisturbed run")
 
 
+def asked_again(scratch):
+    """Guards and launchers do not ask all ranks in one moment: some are on their way out then."""
+    def ask(job):
+        left = [job.pid(rank) for rank in range(2)]
+        while left:
+            for pid in list(left):
+                try:
+                    os.kill(pid, signal.SIGUSR1)
+                except ProcessLookupError:
+                    left.remove(pid)
+            time.sleep(0.001)
+
+    harmed(scratch, "again", ask, "--restarts", "0", settings=["steps=100000"]).end(75)
+
+
 def asked_deaf(scratch):
     """By way of an mpirun that passes no signal on."""
     launcher = f"{scratch.replace(' ', '_')}.mpirun"
@@ -338,8 +353,9 @@ def main():
             "evaluate": {"every": 10, "samples": 8},
             "checkpoint": {"every": 3, "keep": 2},
         }, words=lambda: random.choice(["beer", "milk", "ink"]))
-        {f.__name__: f for f in (killed, stopped, asked, asked_deaf, asked_early, orphaned,
-                                 misconfigured, refused, repeated, fewer, keepers, snapshots)}[CASE](scratch)
+        {f.__name__: f for f in (killed, stopped, asked, asked_again, asked_deaf, asked_early,
+                                 orphaned, misconfigured, refused, repeated, fewer, keepers,
+                                 snapshots)}[CASE](scratch)
     finally:
         for pid in marked():
             os.kill(pid, signal.SIGKILL)

@@ -10,6 +10,8 @@
 
 #include <array>
 #include <cerrno>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <set>
@@ -29,7 +31,7 @@
 namespace stretto {
 namespace {
 
-constexpr int kLook = 200;      // milliseconds between looks at what is requested
+constexpr double kLook = 0.2;   // seconds between looks at what is requested
 constexpr size_t kSaid = 2000;  // bytes of standard error that are kept for the report
 // What the launcher's end becomes: a signal that nobody else sends.
 const int kOrphaned = SIGRTMIN + 5;
@@ -57,9 +59,10 @@ std::string RequestPath(const std::string& directory) { return directory + "/req
 absl::Status WriteRequest(const std::string& directory, int signal) {
   const std::string path = RequestPath(directory);
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
+  if (file < 0) return observe_internal::FileError("opened for writing", path, errno);
   const absl::Status written =
       observe_internal::WriteAll(file, path, absl::StrFormat("%3d\n", signal));
-  if (file >= 0) close(file);
+  close(file);
   return written;
 }
 
@@ -134,19 +137,25 @@ int RunGuard(const GuardOptions& options, const std::vector<std::string>& comman
   if (options.prefix) streams.push_back(&outputs);
 
   int ended = 0;
-  std::set<int> passed;
+  std::set<int> passed, requested;
   bool running = true;
   const auto pass_on = [&](int which) {
     if (which != SIGUSR2) events.Write({.kind = RankEvent::Kind::kAsked, .signal = which});
     kill(-program, which);
     passed.insert(which);
   };
+  // All guards look at the same time, by the clock: the first rank that is asked may be gone soon,
+  // and the others with it. A rank that writes much makes no looks of its own.
+  int64_t looked = 0;
   while (running) {
+    const double looks = observe_internal::UnixSeconds() / kLook;
+    const double next = kLook * (std::floor(looks) + 1 - looks);
     std::vector<struct pollfd> watched = {{.fd = arrived, .events = POLLIN, .revents = 0}};
     for (const Stream* s : streams) {
       if (s->from() >= 0) watched.push_back({.fd = s->from(), .events = POLLIN, .revents = 0});
     }
-    if (poll(watched.data(), watched.size(), kLook) < 0 && errno != EINTR) break;
+    const int wait = static_cast<int>(std::ceil(1e3 * next));
+    if (poll(watched.data(), watched.size(), wait) < 0 && errno != EINTR) break;
     for (Stream* s : streams) {
       if (s->from() >= 0) s->Pump();
     }
@@ -156,12 +165,19 @@ int RunGuard(const GuardOptions& options, const std::vector<std::string>& comman
       if (which == kOrphaned) {
         events.Write({.kind = RankEvent::Kind::kAsked, .signal = SIGKILL});
         kill(program, SIGKILL);
-      } else if (which != SIGCHLD) {
+      } else if (which != SIGCHLD && requested.count(which) == 0) {
+        // A launcher may bring late what was read already, to a rank that no longer listens.
         pass_on(which);
       }
     }
-    const int requested = ReadRequest(options.directory);
-    if (requested != 0 && passed.count(requested) == 0) pass_on(requested);
+    const auto look = static_cast<int64_t>(observe_internal::UnixSeconds() / kLook);
+    if (look != looked) {
+      looked = look;
+      const int request = ReadRequest(options.directory);
+      if (request != 0 && requested.insert(request).second && passed.count(request) == 0) {
+        pass_on(request);
+      }
+    }
     int status = 0;
     for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG | WUNTRACED | WCONTINUED)) > 0;) {
       if (pid != program) continue;

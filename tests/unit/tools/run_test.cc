@@ -644,6 +644,25 @@ TEST_F(RunProgram, IsStoppedWhileItWaits) {
   EXPECT_THAT(r.output, HasSubstr("asked to stop while no rank ran"));
 }
 
+// What guards have read, a launcher that was busy passes on later.
+TEST_F(RunProgram, ARankIsAskedOnce) {
+  WriteText("mpirun.sh",
+            "#!/bin/sh\nshift 2\nRANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 "
+            "MASTER_ADDR=127.0.0.1 MASTER_PORT=1 \"$@\" &\n"
+            "trap 'sleep 2; kill -USR1 $!; echo passed on >&2' USR1\nwait $!\nwait $!\n");
+  std::filesystem::permissions(Path("mpirun.sh"), std::filesystem::perms::owner_all);
+  WriteText("save.sh",
+            "trap 'echo asked >> asked' USR1\n: > ready\nuntil [ -s asked ]; do sleep 0.05; done\n"
+            "for i in $(seq 50); do sleep 0.05; done\nexit 75\n");
+  const Result r = Run("{ " STRETTO_RUN
+                       " --mpirun ./mpirun.sh -- sh save.sh > log 2>&1 & "
+                       "until [ -e ready ]; do sleep 0.01; done; kill -TERM $!; wait $!; echo $?; "
+                       "cat asked log; }");
+  EXPECT_EQ(r.output.substr(0, 9), "75\nasked\n") << r.output;
+  EXPECT_THAT(r.output, Not(HasSubstr("\nasked\nasked\n")));
+  EXPECT_THAT(r.output, HasSubstr("passed on\n"));
+}
+
 TEST_F(RunProgram, CtrlCEndsItAtOnce) {
   WriteText("stubborn.sh", "trap : TERM INT\necho $$ > child\nwhile true; do sleep 0.05; done\n");
   const Result r = Run("{ " STRETTO_RUN

@@ -130,7 +130,6 @@ absl::Status Supervisor::SetUp() {
                                                ": ", error.message(), "; see --directory"));
   }
   options_.directory = std::filesystem::absolute(options_.directory).string();
-  live_ = absl::StrCat(options_.directory, "/live-", getpid());
   sigemptyset(&signals_);
   for (const int s : {SIGCHLD, SIGTERM, SIGUSR1, SIGINT}) sigaddset(&signals_, s);
   struct sigaction hang_up;  // nohup has it ignored
@@ -222,6 +221,9 @@ void Supervisor::WaitFor(double seconds, const std::function<bool()>& until) {
 
 absl::Status Supervisor::StartJob() {
   std::error_code error;
+  std::filesystem::remove_all(live_, error);
+  // A name of its own: by that of the start before another machine may still find what was there.
+  live_ = absl::StrCat(options_.directory, "/live-", getpid(), "-", policy_.restarts());
   std::filesystem::remove_all(live_, error);
   if (mkdir(live_.c_str(), 0700) != 0) {
     return absl::UnavailableError(

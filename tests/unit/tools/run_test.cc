@@ -644,6 +644,14 @@ TEST_F(RunProgram, IsStoppedWhileItWaits) {
   EXPECT_THAT(r.output, HasSubstr("asked to stop while no rank ran"));
 }
 
+TEST_F(RunProgram, EachStartHasADirectoryOfItsOwn) {
+  const Result r = Run(STRETTO_RUN
+                       " --launcher env --delay 0 --restarts 2 -- "
+                       "sh -c 'echo $STRETTO_PROGRESS >> where; exit 3' > log 2>&1; "
+                       "sort -u where | wc -l; ls incidents");
+  EXPECT_EQ(r.output, "3\nincident-0001\nincident-0002\nincident-0003\n") << ReadText("log");
+}
+
 // What guards have read, a launcher that was busy passes on later.
 TEST_F(RunProgram, ARankIsAskedOnce) {
   WriteText("mpirun.sh",

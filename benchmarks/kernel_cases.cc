@@ -193,12 +193,12 @@ void AddRows(const KernelShapes& s, const KernelTable& kernels, std::vector<Kern
                       [only](ops::Context c, const Tensors& t) {
                         ops::NormBackwardInput(c, t[0], t[1], t[2], only(t[3]), t[4], t[5], true);
                       }});
-    // Both halves, as layers run them: the first leaves sums for the second.
+    // Both halves, as layers run them: the first leaves sums for the second, or both read the rows.
     const int64_t sums = kernels.norm->PartialBytes(s.dtype, s.hidden, mean) / SizeOf(s.wide());
     const KernelOperand partials = {s.wide(), {std::max<int64_t>(sums, 1)}};
     cases->push_back(
         {label + " backward",
-         4 * row,
+         (sums > 0 ? 4 : 6) * row,
          0,
          {x, x, x, statistic, statistic, w, dw, dw, partials},
          [only, sums](ops::Context c, const Tensors& t) {

@@ -5,8 +5,9 @@ same work on the same GPU, planned beside taken memory, and where the time goes.
 usage: gpu_table.py --build BUILD_DIR --output DIR [--rows ROW,...] [--steps 8] [--no-torch]
        gpu_table.py --print DIR
 
-Rows: gpt2 (with PyTorch between two runs of ours), 0.5b, 1.5b, 1.5b-fp8, 7b; all of them take ten
-minutes on an H200. DIR gets what was measured, one file each; --print makes the table of it again.
+Rows: gpt2 (with PyTorch between two runs of ours), 0.5b, 1.5b, 1.5b-fp8, 7b; all of them take ten to
+fifteen minutes on an H200. DIR gets what was measured, one file each; --print makes the table of it
+again.
 
 The floor of a step is the sum of three parts, each measured in the same run (`stretto-bench
 kernels`): products, each at the rate of its own shape; attention, at its own rate; and the bytes

@@ -9,7 +9,8 @@ namespace stretto {
 // While one exists, SIGTERM and SIGUSR1 (what schedulers send before the time is up, e.g. Slurm's
 // --signal=B:USR1@120) only set a flag. A training loop reads it between steps and in every other
 // long loop (evaluation, sampling), agrees with the other ranks, saves, and leaves. The handler
-// stores one lock-free atomic and nothing else, and interrupted system calls are restarted.
+// stores one lock-free atomic and nothing else, and interrupted system calls are restarted. Keep it
+// until the process ends: ranks are not asked in one moment, and one that has saved is not to die.
 //
 // SIGINT is left alone, so Ctrl-C still ends the program at once.
 class StopSignals {

@@ -59,11 +59,13 @@ std::string RequestPath(const std::string& directory) { return directory + "/req
 absl::Status WriteRequest(const std::string& directory, int signal) {
   const std::string path = RequestPath(directory);
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600);
-  if (file < 0) return observe_internal::FileError("opened for writing", path, errno);
-  const absl::Status written =
-      observe_internal::WriteAll(file, path, absl::StrFormat("%3d\n", signal));
-  close(file);
-  return written;
+  const bool written =
+      file >= 0 && observe_internal::WriteAll(file, path, absl::StrFormat("%3d\n", signal)).ok();
+  const int error = errno;
+  if (file >= 0) close(file);
+  if (written) return absl::OkStatus();
+  return absl::UnavailableError(
+      absl::StrCat("cannot write ", path, ": ", std::strerror(error), "; see --directory"));
 }
 
 int ReadRequest(const std::string& directory) {

@@ -111,6 +111,7 @@ class Supervisor {
   bool asked_ = false;        // the ranks were told
   double save_deadline_ = 0;  // Monotonic, as the next
   double ask_again_ = 0;
+  bool request_failed_ = false;  // which is said once
   bool interrupted_ = false;
   double noticed_ = 0;  // Unix seconds
 
@@ -239,7 +240,7 @@ absl::Status Supervisor::StartJob() {
     if (token >= 0) close(token);
     STRETTO_RETURN_IF_ERROR(written);
   }
-  asked_ = false;
+  asked_ = request_failed_ = false;
   STRETTO_ASSIGN_OR_RETURN(job_,
                            Job::Start(options_.launch, policy_.ranks(), policy_.restarts(), live_,
                                       keepers_ ? keepers_->addresses() : std::vector<std::string>(),
@@ -281,7 +282,11 @@ Supervisor::Ending Supervisor::Watch() {
     });
     if (asked_ && unasked && Monotonic() > ask_again_) {
       const absl::Status requested = WriteRequest(live_, SIGUSR1);
-      if (!requested.ok()) Say(std::string(requested.message()));
+      if (!requested.ok() && !request_failed_) {
+        Say(absl::StrCat(requested.message(),
+                         "; ranks save only if the launcher passes the signal on"));
+      }
+      request_failed_ = !requested.ok();
       ask_again_ = Monotonic() + kAskAgain;
     }
     const Cause::Kind trouble = FindCause(fates, kSaved).kind;

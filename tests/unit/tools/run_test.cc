@@ -726,6 +726,23 @@ TEST_F(RunProgram, AfterRanksHaveRunALauncherGetsAllTries) {
   EXPECT_EQ(ReadText("tries"), "4\n") << r.output;
 }
 
+TEST_F(RunProgram, ARequestThatCannotBeWrittenIsSaidOnce) {
+  WriteText("deaf.sh",
+            "#!/bin/bash\ntrap '' USR1\nshift 2\nRANK=0 WORLD_SIZE=1 LOCAL_RANK=0 "
+            "LOCAL_WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 \"$@\" &\nwait\n");
+  std::filesystem::permissions(Path("deaf.sh"), std::filesystem::perms::owner_all);
+  const Result r = Run("{ " STRETTO_RUN
+                       " --mpirun ./deaf.sh --save 3 --grace 0.1 -- sh -c 'echo $$ > child; exec "
+                       "sleep 99' > log 2>&1 & until [ -s child ]; do sleep 0.01; done; "
+                       "(cd incidents/live-*; rm request; mkdir request); "
+                       "kill -TERM $!; wait $!; echo $?; cat log; }");
+  EXPECT_EQ(r.output.substr(0, 3), "76\n") << r.output;
+  const std::string said = "/request: Is a directory; see --directory; ranks save only if";
+  const size_t found = r.output.find(said);
+  ASSERT_NE(found, std::string::npos) << r.output;
+  EXPECT_EQ(r.output.find(said, found + 1), std::string::npos) << r.output;
+}
+
 TEST_F(RunProgram, WhatRanksWriteComesThroughWhole) {
   WriteText("write.sh", "seq 200000 >&2\n");
   const Result r =

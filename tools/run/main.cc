@@ -39,6 +39,7 @@ int GuardMain(int argc, char** argv) {
       setenv("STRETTO_JOB_TOKEN", token.c_str(), 1);
     }
   }
+  OpenStandardStreams();
   return RunGuard(options, std::vector<std::string>(argv + kProgram, argv + argc));
 }
 
@@ -165,6 +166,7 @@ int Main(int argc, char** argv) {
   }
   options.restart.ranks = static_cast<int>(ranks);
   options.restart.min_ranks = static_cast<int>(min_ranks == 0 ? ranks : min_ranks);
+  OpenStandardStreams();
   return Supervise(options);
 }
 

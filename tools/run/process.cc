@@ -110,6 +110,12 @@ std::set<pid_t> Descendants(pid_t ancestor) {
   return found;
 }
 
+void OpenStandardStreams() {
+  for (const int stream : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (fcntl(stream, F_GETFD) < 0) open("/dev/null", O_RDWR);  // the lowest that is free
+  }
+}
+
 void BecomeReaper() { prctl(PR_SET_CHILD_SUBREAPER, 1); }
 
 std::set<pid_t> KillDescendants(const std::set<pid_t>& spared) {

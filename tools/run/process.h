@@ -32,6 +32,9 @@ absl::StatusOr<pid_t> Spawn(const std::vector<std::string>& command, const Spawn
 std::set<pid_t> Descendants(pid_t ancestor);
 // Orphans of this process's descendants become its children.
 void BecomeReaper();
+// Standard streams that are closed become /dev/null. Otherwise files of ours or of a rank get their
+// numbers, and what is printed goes into them.
+void OpenStandardStreams();
 // SIGKILL to all descendants of this process but `spared` and theirs, again until none is left, at
 // most for some seconds. Their ends are collected. Returns those that are still there.
 std::set<pid_t> KillDescendants(const std::set<pid_t>& spared);

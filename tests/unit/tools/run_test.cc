@@ -743,6 +743,16 @@ TEST_F(RunProgram, ARequestThatCannotBeWrittenIsSaidOnce) {
   EXPECT_EQ(r.output.find(said, found + 1), std::string::npos) << r.output;
 }
 
+TEST_F(RunProgram, WhereStandardStreamsAreClosedNothingTakesTheirNumbers) {
+  // Of a rank, which would print into the first file that it opens.
+  WriteText(
+      "streams.sh",
+      "links=$(for n in 0 1 2; do readlink /proc/$$/fd/$n; done)\necho \"$links\" > streams\n");
+  const Result r = Run(STRETTO_RUN " --launcher env -- sh streams.sh <&- >&- 2>&-; echo $?");
+  EXPECT_EQ(r.output, "0\n");
+  EXPECT_THAT(ReadText("streams"), ::testing::MatchesRegex("/dev/null\n/dev/null\npipe:.*\n"));
+}
+
 TEST_F(RunProgram, WhatRanksWriteComesThroughWhole) {
   WriteText("write.sh", "seq 200000 >&2\n");
   const Result r =

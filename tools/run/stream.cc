@@ -1,6 +1,7 @@
 #include "tools/run/stream.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -45,6 +46,11 @@ void Stream::Flush() {
   line_.clear();
 }
 
+void Stream::EndLine() {
+  if (within_line_) (void)WriteUnlessStuck(to_, "\n", 0);
+  within_line_ = false;
+}
+
 void Stream::Take(const std::string& text) {
   said_ += text;
   if (said_.size() > kept_) said_.erase(0, said_.size() - kept_);
@@ -60,8 +66,23 @@ void Stream::Take(const std::string& text) {
 }
 
 // Whoever reads may be gone; the program need not end for that.
-void Stream::Write(const std::string& text) const {
+void Stream::Write(const std::string& text) {
+  if (!text.empty()) within_line_ = text.back() != '\n';
   (void)observe_internal::WriteAll(to_, "output", text).ok();
+}
+
+bool WriteUnlessStuck(int to, const std::string& text, double seconds) {
+  constexpr size_t kPiece = 4096;  // bytes that a pipe with room takes at once
+  for (size_t done = 0; done < text.size(); done += kPiece) {
+    struct pollfd room = {.fd = to, .events = POLLOUT, .revents = 0};
+    int ready = 0;
+    while ((ready = poll(&room, 1, static_cast<int>(1e3 * seconds))) < 0 && errno == EINTR) {
+    }
+    if (ready <= 0 || !observe_internal::WriteAll(to, "output", text.substr(done, kPiece)).ok()) {
+      return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace stretto

@@ -21,15 +21,25 @@ class Stream {
   // What is there, or about `most` bytes of it, without waiting for more. False at the end.
   bool Pump(size_t most = std::numeric_limits<size_t>::max());
   void Flush();
+  // Ends a line that was passed on without its end.
+  void EndLine();
+  // Passes nothing on any more; what comes is kept as before.
+  void Mute() { to_ = -1; }
+  bool muted() const { return to_ < 0; }
   const std::string& said() const { return said_; }
 
  private:
   void Take(const std::string& text);
-  void Write(const std::string& text) const;
+  void Write(const std::string& text);
   int from_, to_;
   std::string prefix_, line_, said_;
   size_t kept_;
+  bool within_line_ = false;
 };
+
+// Writes it where somebody reads, or whoever reads goes on within so many seconds; otherwise false,
+// and some of it or all is not written.
+bool WriteUnlessStuck(int to, const std::string& text, double seconds);
 
 }  // namespace stretto
 

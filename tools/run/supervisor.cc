@@ -46,15 +46,20 @@ constexpr double kAfterRanks = 0.5;  // seconds in which a launcher follows its 
 constexpr double kFarewell = 3;      // seconds in which ranks leave by themselves, and dump records
 
 constexpr double kAskAgain = 1;  // seconds
+constexpr double kPatience = 2;  // seconds with whoever reads what we say
 constexpr int kStopSignals[] = {SIGTERM, SIGUSR1, SIGHUP, SIGINT};
 
 double Monotonic() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-void Say(const std::string& text) {
-  std::fprintf(stderr, "stretto-run: %s\n", text.c_str());
-  std::fflush(stderr);
+// Whoever reads it may have stopped: ranks have to be watched and asked to save all the same, and
+// what counts stands in reports, too. False where it is not said.
+bool Say(const std::string& text) {
+  static bool stuck = false;
+  stuck = !WriteUnlessStuck(STDERR_FILENO, absl::StrCat("stretto-run: ", text, "\n"),
+                            stuck ? 0 : kPatience);
+  return !stuck;
 }
 
 bool AllEnded(const std::vector<RankFate>& fates) {
@@ -78,6 +83,8 @@ class Supervisor {
   void TakeSignals();
   // Passes on what the launcher says, for at most `seconds` and until a signal comes.
   void PassOn(double seconds);
+  // The same of its last words, which are kept also where nobody takes them.
+  void PassOnTheRest();
   // Handles signals and ends of children until `until` holds or `seconds` are over or, but for
   // `hurry`, it is asked to stop at once.
   void WaitFor(double seconds, const std::function<bool()>& until);
@@ -192,9 +199,23 @@ void Supervisor::PassOn(double seconds) {
            watched[0].revents == 0 && watched[1].revents != 0;
   };
   // Whoever reads it may be slow. Then the launcher has to wait, but not who watches it.
-  if (ready(job_ ? job_->words().from() : -1, POLLIN) && ready(STDERR_FILENO, POLLOUT)) {
+  if (ready(job_ ? job_->words().from() : -1, POLLIN) &&
+      (job_->words().muted() || ready(STDERR_FILENO, POLLOUT))) {
     job_->words().Pump(kPiece);
   }
+}
+
+void Supervisor::PassOnTheRest() {
+  Stream& words = job_->words();
+  const auto ready = [](int descriptor, short events, double seconds) {
+    struct pollfd watched = {.fd = descriptor, .events = events, .revents = 0};
+    return poll(&watched, 1, static_cast<int>(1e3 * seconds)) > 0;
+  };
+  while (ready(words.from(), POLLIN, 0)) {
+    if (!words.muted() && !ready(STDERR_FILENO, POLLOUT, kPatience)) words.Mute();
+    if (!words.Pump(kPiece)) break;
+  }
+  words.EndLine();
 }
 
 void Supervisor::TakeSignals() {
@@ -207,7 +228,10 @@ void Supervisor::TakeSignals() {
   }
   Collect();
   if (s == SIGTERM || s == SIGUSR1 || s == SIGHUP) {
-    if (stop_signal_ == 0) Say(absl::StrCat("got ", SignalName(s), ": the job is to save and end"));
+    const bool said = stop_signal_ != 0 ||
+                      Say(absl::StrCat("got ", SignalName(s), ": the job is to save and end"));
+    // Ranks that wait for room could not save.
+    if (!said && job_) job_->words().Mute();
     stop_signal_ = s;
   } else if (s == SIGINT) {
     if (!interrupted_) Say("got SIGINT: the job is ended");
@@ -355,7 +379,7 @@ void Supervisor::EndJob(bool stalled) {
   if (keepers_) spared.merge(keepers_->pids());
   // Ends that are collected here belong to a job that is over.
   const std::set<pid_t> left = KillDescendants(spared);
-  job_->words().Pump();
+  PassOnTheRest();
   if (!left.empty()) Say(absl::StrCat("process ", *left.begin(), " does not end, even by SIGKILL"));
   Collect();
 }
@@ -365,7 +389,7 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
   std::set<pid_t> spared = earlier_;
   if (keepers_) spared.merge(keepers_->pids());
   KillDescendants(spared);  // what a rank that is gone left behind
-  job_->words().Pump();
+  PassOnTheRest();
   gone_ = UnixSeconds();
   const std::vector<RankProgress> progress = job_->Progress();
   FollowUp(progress);

@@ -743,6 +743,24 @@ TEST_F(RunProgram, ARequestThatCannotBeWrittenIsSaidOnce) {
   EXPECT_EQ(r.output.find(said, found + 1), std::string::npos) << r.output;
 }
 
+TEST_F(RunProgram, RanksSaveThoughNobodyReadsWhatIsSaid) {
+  WriteText("save.sh",
+            "trap 'exit 75' USR1\necho $$ > child\n"
+            "while true; do seq 100 >&2; sleep 0.01; done\n");
+  WriteText("fail.sh", "echo $$ > child\nseq 1000 >&2\nexit 3\n");
+  for (const auto& [program, code] : {std::pair("save.sh", "75\n"), std::pair("fail.sh", "1\n")}) {
+    // The pipe is full before anything is said.
+    const Result r = Run(absl::StrCat(
+        "rm -rf child stuck; mkfifo stuck; sleep 99 < stuck > /dev/null & reader=$!; "
+        "exec 3> stuck; timeout 0.5 cat /dev/zero >&3; timeout -s KILL 30 " STRETTO_RUN
+        " --launcher env --restarts 0 --grace 0.1 -- sh ",
+        program, " 2>&3 & until [ -s child ]; do sleep 0.01; done; sleep 0.5; ",
+        code[0] == '7' ? "pkill -TERM -P $!; " : "", "wait $!; echo $?; kill $reader"));
+    EXPECT_EQ(r.output, code) << program;
+  }
+  EXPECT_EQ(Report(1)["code"], 3);
+}
+
 TEST_F(RunProgram, WhereStandardStreamsAreClosedNothingTakesTheirNumbers) {
   // Of a rank, which would print into the first file that it opens.
   WriteText(
@@ -751,6 +769,12 @@ TEST_F(RunProgram, WhereStandardStreamsAreClosedNothingTakesTheirNumbers) {
   const Result r = Run(STRETTO_RUN " --launcher env -- sh streams.sh <&- >&- 2>&-; echo $?");
   EXPECT_EQ(r.output, "0\n");
   EXPECT_THAT(ReadText("streams"), ::testing::MatchesRegex("/dev/null\n/dev/null\npipe:.*\n"));
+}
+
+TEST_F(RunProgram, AMessageBeginsALine) {
+  WriteLauncher("printf 'no slots' >&2; exit 1");
+  const Result r = Run(STRETTO_RUN " --mpirun ./mpirun.sh --restarts 0 -- true 2>&1");
+  EXPECT_THAT(r.output, ::testing::StartsWith("no slots\nstretto-run: the launcher ended"));
 }
 
 TEST_F(RunProgram, WhatRanksWriteComesThroughWhole) {

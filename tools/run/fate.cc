@@ -164,8 +164,9 @@ std::string Describe(const Cause& cause, const std::string& when) {
                           cause.ranks.empty() ? ", and it is unknown which rank held it up"
                                               : ": the others waited for " + who);
     case Cause::Kind::kLauncher: {
-      const std::string how = cause.signal != 0 ? "was killed by " + SignalName(cause.signal)
-                                                : absl::StrCat("ended with code ", cause.code);
+      const std::string how = cause.hung          ? "hung"
+                              : cause.signal != 0 ? "was killed by " + SignalName(cause.signal)
+                                                  : absl::StrCat("ended with code ", cause.code);
       // Without ranks there is no step to tell of.
       if (!cause.started) {
         return absl::StrCat("the launcher ", how, " before it had started any rank");

@@ -57,6 +57,7 @@ struct Cause {
   int signal = 0;
   double time = 0;       // Unix seconds; 0: unknown
   bool started = false;  // kLauncher: at least one rank, as far as is known
+  bool hung = false;     // kLauncher: it did not end, but was ended
 };
 // The first trouble that came without being asked for: what follows it is not its own. Ranks that
 // end within a tenth of a second in the same way ended together. A rank that left as it should

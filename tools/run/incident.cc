@@ -85,8 +85,9 @@ std::string ToJson(const Incident& i) {
   j["first"] = i.cause.ranks.empty() ? Json("unknown") : Json(i.cause.ranks);
   const bool by_signal = i.cause.signal != 0;
   j["signal"] = by_signal ? Json(SignalName(i.cause.signal)) : Json(nullptr);
-  const bool by_itself = !by_signal && (i.cause.kind == Cause::Kind::kExited ||
-                                        i.cause.kind == Cause::Kind::kLauncher);
+  const bool by_itself =
+      !by_signal && !i.cause.hung &&
+      (i.cause.kind == Cause::Kind::kExited || i.cause.kind == Cause::Kind::kLauncher);
   j["code"] = by_itself ? Json(i.cause.code) : Json(nullptr);
   j["size"] = i.ranks;
   j["restarts_before"] = i.restarts;

@@ -24,6 +24,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/strip.h"
 #include "src/comm/socket.h"
 #include "src/observe/file.h"
 #include "stretto/core/exit_code.h"
@@ -97,12 +98,17 @@ class Supervisor {
   // Fills in what the restart after the newest incident has shown so far.
   void FollowUp(const std::vector<RankProgress>& progress);
   void Report(Ending ending);
-  void Write(const Incident& incident) const;
+  absl::Status Write(const Incident& incident) const;
+  void Rewrite() const;  // the newest
   std::string FolderOf(int64_t number) const {
     return absl::StrFormat("%s/incident-%04d", options_.directory, number);
   }
   int Finish(int code, const std::string& how);
   int EndBeforeRanks();  // it was asked to
+  // Whether somebody has removed what guards and ranks write into.
+  bool IsGone() const {
+    return access(live_.c_str(), F_OK) != 0 && (errno == ENOENT || errno == ENOTDIR);
+  }
 
   SupervisorOptions options_;
   RestartPolicy policy_;
@@ -123,6 +129,7 @@ class Supervisor {
   double noticed_ = 0;  // Unix seconds
 
   std::vector<Incident> incidents_;
+  bool reported_ = false;   // the newest
   bool following_ = false;  // the newest incident is not complete
   double gone_ = 0;         // Unix seconds when nothing of the failed job was left
   Decision decision_;
@@ -250,9 +257,10 @@ absl::Status Supervisor::StartJob() {
   // A name of its own: by that of the start before another machine may still find what was there.
   live_ = absl::StrCat(options_.directory, "/live-", getpid(), "-", policy_.restarts());
   std::filesystem::remove_all(live_, error);
+  std::filesystem::create_directories(options_.directory, error);
   if (mkdir(live_.c_str(), 0700) != 0) {
-    return absl::UnavailableError(
-        absl::StrCat("cannot make the directory ", live_, ": ", std::strerror(errno)));
+    return absl::UnavailableError(absl::StrCat("cannot make the directory ", live_, ": ",
+                                               std::strerror(errno), "; see --directory"));
   }
   STRETTO_RETURN_IF_ERROR(WriteRequest(live_, 0));
   if (keepers_) {
@@ -284,6 +292,7 @@ void Supervisor::AskToSave() {
 
 Supervisor::Ending Supervisor::Watch() {
   std::vector<double> beats;
+  bool started = false;
   double changed = Monotonic(), ended = 0;
   while (true) {
     TakeSignals();
@@ -297,6 +306,9 @@ Supervisor::Ending Supervisor::Watch() {
     if (!job_->running()) return Judge(false);
     // A stopped rank may go on: a debugger, a person. That nothing moves is what counts.
     const std::vector<RankFate> fates = job_->Fates();
+    started = started || std::any_of(fates.begin(), fates.end(), [](const RankFate& f) {
+                return f.state != RankFate::State::kUnknown;
+              });
     // An mpirun that has not started its ranks yet passes nothing on, and some never do. Signals
     // come first: they reach all ranks before one leaves, so that none is asked when it no longer
     // listens.
@@ -336,12 +348,16 @@ Supervisor::Ending Supervisor::Watch() {
     if (now != beats) changed = Monotonic();
     beats = std::move(now);
     const double limit = stepped ? options_.stall : options_.stall_start;
-    const bool stalled = any && limit > 0 && Monotonic() - changed > limit;
+    // Without its directory nothing is known of ranks.
+    const bool idle = !started && !IsGone();
+    const bool stalled = (any || idle) && limit > 0 && Monotonic() - changed > limit;
     const bool late = asked_ && Monotonic() > save_deadline_;
     if (stalled || late) {
       noticed_ = UnixSeconds();
-      Say(stalled ? absl::StrFormat("no sign of life of any rank for %g s", limit)
-                  : absl::StrFormat("the job did not save and end within %g s", options_.save));
+      Say(stalled && idle
+              ? absl::StrFormat("the launcher has started no rank for %g s (--stall-start)", limit)
+          : stalled ? absl::StrFormat("no sign of life of any rank for %g s", limit)
+                    : absl::StrFormat("the job did not save and end within %g s", options_.save));
       EndJob(true);
       return Judge(true);
     }
@@ -393,14 +409,23 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
   gone_ = UnixSeconds();
   const std::vector<RankProgress> progress = job_->Progress();
   FollowUp(progress);
-  if (following_) Write(incidents_.back());
+  if (following_) Rewrite();
 
   Incident incident;
   incident.fates = job_->Fates();
   incident.cause = FindCause(incident.fates, kSaved);
   bool done = true, saved = false;
-  bool started = std::any_of(progress.begin(), progress.end(),
-                             [](const RankProgress& p) { return p.beat > 0 || p.met > 0; });
+  const bool gone = IsGone();
+  if (gone) {
+    Say(absl::StrCat(live_,
+                     " was removed while the job ran, so that only the launcher's end is known"));
+    if (!stalled && !interrupted_ && !job_->running() && job_->signal() == 0) {
+      if (job_->code() == 0) return Ending::kDone;
+      if (job_->code() == kSaved) return Ending::kRequested;
+    }
+  }
+  bool started = gone || std::any_of(progress.begin(), progress.end(),
+                                     [](const RankProgress& p) { return p.beat > 0 || p.met > 0; });
   for (const RankFate& fate : incident.fates) {
     started = started || fate.state != RankFate::State::kUnknown;
     const bool left = fate.state == RankFate::State::kExited;
@@ -416,7 +441,7 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
     const bool ended = std::any_of(incident.fates.begin(), incident.fates.end(), [](const auto& f) {
       return f.state == RankFate::State::kExited && f.asked == 0;
     });
-    if (!ended && (cause.code != 0 || cause.signal != 0 || !started)) {
+    if (!gone && !ended && (cause.code != 0 || cause.signal != 0 || !started)) {
       cause.kind = Cause::Kind::kLauncher;
       cause.started = started;
     }
@@ -451,6 +476,10 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
       notes.push_back(*std::move(note));
     }
   }
+  if (cause.kind == Cause::Kind::kUnknown && stalled && !started) {
+    cause.kind = Cause::Kind::kLauncher;
+    cause.hung = true;
+  }
   if (cause.kind == Cause::Kind::kUnknown && stalled) {
     cause.kind = Cause::Kind::kHung;
     cause.time = last_sign;
@@ -464,10 +493,14 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
   incident.end = gone_ - noticed_;
 
   // Its folder takes what the job has left.
+  std::error_code ignored;
+  std::filesystem::create_directories(options_.directory, ignored);
+  bool made = false;
   do {
     ++incident.number;
-  } while (mkdir(FolderOf(incident.number).c_str(), 0755) != 0 && errno == EEXIST);
-  std::error_code ignored;
+    made = mkdir(FolderOf(incident.number).c_str(), 0755) == 0;
+  } while (!made && errno == EEXIST);
+  const int not_made = errno;
   const std::string folder = FolderOf(incident.number);
   for (const std::string& path : records) {
     std::filesystem::copy_file(path, folder + "/" + std::filesystem::path(path).filename().string(),
@@ -506,22 +539,33 @@ Supervisor::Ending Supervisor::Judge(bool stalled) {
                             decision_.delay, decision_.reason.empty() ? "" : "; ", decision_.reason)
           : absl::StrCat("no restart: ", decision_.reason);
   std::filesystem::rename(live_, folder + "/ranks", ignored);
-  Write(incident);
-  Say(absl::StrCat(Describe(cause, When(incident.last_step)), quoted, "; ", incident.decision,
-                   "; see ", folder, "/report.txt"));
+  const absl::Status written =
+      made ? Write(incident)
+           : absl::UnavailableError(absl::StrCat(folder, ": ", std::strerror(not_made)));
+  Say(absl::StrCat(
+      Describe(cause, gone ? "" : When(incident.last_step)), quoted, "; ", incident.decision,
+      written.ok()
+          ? absl::StrCat("; see ", folder, "/report.txt")
+          : absl::StrCat("; no report (", absl::StripSuffix(written.message(), "."), ")")));
+  reported_ = written.ok();
   incidents_.push_back(std::move(incident));
   following_ = decision_.restart;
   return stop_signal_ != 0 ? Ending::kInterrupted : Ending::kFailed;
 }
 
-void Supervisor::Write(const Incident& incident) const {
+absl::Status Supervisor::Write(const Incident& incident) const {
   const std::string folder = FolderOf(incident.number);
   for (const auto& [name, text] :
        {std::pair<std::string, std::string>("report.json", ToJson(incident)),
         {"report.txt", ToText(incident)}}) {
-    const absl::Status written = observe_internal::ReplaceFile(folder + "/" + name, text);
-    if (!written.ok()) Say(std::string(written.message()));
+    STRETTO_RETURN_IF_ERROR(observe_internal::ReplaceFile(folder + "/" + name, text));
   }
+  return absl::OkStatus();
+}
+
+void Supervisor::Rewrite() const {
+  const absl::Status written = Write(incidents_.back());
+  if (!written.ok() && reported_) Say(std::string(written.message()));
 }
 
 void Supervisor::FollowUp(const std::vector<RankProgress>& progress) {
@@ -543,7 +587,7 @@ void Supervisor::FollowUp(const std::vector<RankProgress>& progress) {
   if (!all_stepped || !all_restored) return;
   incident.first_step = stepped - restored;
   following_ = false;
-  Write(incident);
+  Rewrite();
   const std::optional<int64_t> steps = incident.StepsLost();
   const std::optional<double> seconds = incident.SecondsLost();
   Say(absl::StrCat(
@@ -555,7 +599,7 @@ void Supervisor::FollowUp(const std::vector<RankProgress>& progress) {
 }
 
 int Supervisor::Finish(int code, const std::string& how) {
-  if (following_) Write(incidents_.back());
+  if (following_) Rewrite();
   std::error_code ignored;
   std::filesystem::remove_all(live_, ignored);
   if (incidents_.empty()) std::filesystem::remove(options_.directory, ignored);  // when empty
@@ -592,7 +636,7 @@ int Supervisor::Run() {
     if (!started.ok()) return Finish(ExitCodeOf(started), std::string(started.message()));
     if (following_) incidents_.back().back_off = job_->started() - gone_;
     const Ending ending = Watch();
-    if (following_ && ending != Ending::kFailed) Write(incidents_.back());
+    if (following_ && ending != Ending::kFailed) Rewrite();
     switch (ending) {
       case Ending::kDone:
         return Finish(kDone, "the job is done");

@@ -771,6 +771,52 @@ TEST_F(RunProgram, WhereStandardStreamsAreClosedNothingTakesTheirNumbers) {
   EXPECT_THAT(ReadText("streams"), ::testing::MatchesRegex("/dev/null\n/dev/null\npipe:.*\n"));
 }
 
+TEST_F(RunProgram, ALauncherThatHangsBeforeItStartsARankIsNoticed) {
+  WriteLauncher("trap '' TERM; echo 'waiting for node7' >&2; exec sleep 99");
+  const Result r = Run(STRETTO_RUN
+                       " --mpirun ./mpirun.sh --stall-start 0.3 --delay 0.01 --grace 0.1 "
+                       "-- true 2>&1");
+  EXPECT_EQ(r.code, 1) << r.output;
+  EXPECT_EQ(ReadText("tries"), "2\n") << r.output;
+  EXPECT_THAT(r.output, HasSubstr("the launcher has started no rank for 0.3 s (--stall-start)\n"));
+  EXPECT_THAT(r.output, HasSubstr("the launcher hung before it had started any rank "
+                                  "(\"waiting for node7\"); restart 1"));
+  EXPECT_EQ(Report(1)["kind"], "launcher");
+  EXPECT_EQ(Report(1)["code"], nullptr);
+}
+
+// Of what it had there nothing is known any more, but how the launcher ended.
+TEST_F(RunProgram, ItsDirectoryMayBeRemoved) {
+  const auto run = [&](const std::string& program, const std::string& options) {
+    return Run(absl::StrCat("rm -f ready; " STRETTO_RUN " --launcher env ", options,
+                            " -- sh -c '[ $STRETTO_RESTARTS = 1 ] || echo > ready; while [ -e "
+                            "ready ]; do sleep 0.01; done; ",
+                            program,
+                            "' > log 2>&1 & until [ -s ready ]; do sleep 0.01; done; "
+                            "rm -rf incidents; rm ready; wait $!; echo $?; cat log"));
+  };
+  const std::string removed = " was removed while the job ran, so that only the launcher's end";
+  Result r = run("exit 0", "");
+  EXPECT_EQ(r.output.substr(0, 2), "0\n") << r.output;
+  EXPECT_THAT(r.output, HasSubstr(removed));
+  r = run("exit 75", "");
+  EXPECT_EQ(r.output.substr(0, 3), "75\n") << r.output;
+  r = run("[ $STRETTO_RESTARTS = 1 ] || exit 3", "--delay 0.01");
+  EXPECT_EQ(r.output.substr(0, 2), "0\n") << r.output;
+  EXPECT_THAT(r.output, HasSubstr("the job failed for an unknown reason; restart 1"));
+  EXPECT_TRUE(Report(1).is_object());
+}
+
+TEST_F(RunProgram, WhereNoReportCanBeWrittenItSaysWhy) {
+  const Result r = Run(STRETTO_RUN
+                       " --launcher env --restarts 0 -- "
+                       "sh -c 'rm -r incidents; touch incidents; exit 3' 2>&1");
+  EXPECT_EQ(r.code, 1) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("no restart: --restarts is 0; no report ("));
+  EXPECT_THAT(r.output, HasSubstr("/incidents/incident-0001: Not a directory)\n"));
+  EXPECT_THAT(r.output, Not(HasSubstr("report.txt")));
+}
+
 TEST_F(RunProgram, AMessageBeginsALine) {
   WriteLauncher("printf 'no slots' >&2; exit 1");
   const Result r = Run(STRETTO_RUN " --mpirun ./mpirun.sh --restarts 0 -- true 2>&1");

@@ -19,6 +19,7 @@ import argparse
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -54,16 +55,32 @@ LEAST_SHARE = 0.85  # of the copy rate, of kernels that their bytes bound
 def run(command, path):
     """Runs a program that writes its results to `path`."""
     print("+", " ".join(map(str, command)), file=sys.stderr, flush=True)
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    try:
+        done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
+                              errors="replace")
+    except OSError as error:
+        sys.exit(f"gpu_table.py: {command[0]} cannot be started: {error.strerror}")
     if done.returncode != 0:
         sys.exit(f"gpu_table.py: {command[0]} ended with {done.returncode}:\n"
                  f"{done.stdout[-2000:]}{done.stderr[-2000:]}")
     if command[0] == sys.executable:
+        if not done.stdout.strip():
+            sys.exit(f"gpu_table.py: {command[1]} has printed no results")
         path.write_text(done.stdout.splitlines()[-1] + "\n")
 
 
 def load(path):
-    return json.loads(path.read_text())
+    """What a program has measured: a device, and results that are not empty."""
+    try:
+        read = json.loads(path.read_text())
+    except OSError as error:
+        sys.exit(f"gpu_table.py: {path} cannot be read: {error.strerror}; measure again, into a new "
+                 "folder")
+    except ValueError as error:
+        sys.exit(f"gpu_table.py: {path} is no JSON ({error}); measure again, into a new folder")
+    if not isinstance(read, dict) or read.get("results", [0]) == []:
+        sys.exit(f"gpu_table.py: {path} holds no results; measure again, into a new folder")
+    return read
 
 
 def config_of(row):
@@ -266,7 +283,11 @@ def main():
         there = [row for row in rows if (args.print / f"{row}.kernels.json").exists()]
         if not there:
             parser.error(f"--print: '{args.print}' has no measurements")
-        return show(args.print, there)
+        try:
+            return show(args.print, there)
+        except (LookupError, TypeError, ArithmeticError) as error:
+            sys.exit(f"gpu_table.py: the files in {args.print} are not of this version "
+                     f"({type(error).__name__}: {error}); measure again, into a new folder")
     if not args.build or not args.output:
         parser.error("--build and --output are needed, or --print")
     if args.steps < 1:
@@ -274,7 +295,10 @@ def main():
     if not (args.build / "benchmarks" / "stretto-bench").exists():
         parser.error(f"--build: '{args.build}' has no benchmarks/stretto-bench; build with "
                      "-DSTRETTO_BUILD_BENCHMARKS=ON")
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: '{args.output}' cannot be made: {error.strerror}")
     if any(args.output.iterdir()):
         parser.error(f"--output: '{args.output}' is not empty; name a new folder")
     for row in rows:
@@ -283,4 +307,7 @@ def main():
 
 
 if __name__ == "__main__":
+    # What runs ends with it.
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, lambda number, _: sys.exit(128 + number))
     main()

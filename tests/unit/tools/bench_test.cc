@@ -656,5 +656,43 @@ TEST_F(BenchProgram, FileThatCannotBeWrittenIsAnError) {
               HasSubstr("pipe is a pipe"));
 }
 
+#ifdef STRETTO_GPU_TABLE
+class GpuTable : public Programs {
+ protected:
+  Result Table(const std::string& arguments) const {
+    return Run(absl::StrCat(STRETTO_PYTHON " " STRETTO_GPU_TABLE " ", arguments));
+  }
+};
+
+TEST_F(GpuTable, FilesThatAreNotItsOwnAreNamedInOneSentence) {
+  const auto print = [&](const std::string& step, const std::string& kernels) {
+    WriteText("0.5b.json", step);
+    WriteText("0.5b.kernels.json", kernels);
+    const Result r = Table("--print . 2>&1 > tables");
+    EXPECT_EQ(r.code, 1) << r.output;
+    EXPECT_TRUE(IsOneSentence(r.output)) << r.output;
+    return r.output;
+  };
+  const std::string step = R"({"device": "x", "results": [{}]})";
+  EXPECT_THAT(print(R"({"resu)", "{}"), HasSubstr("0.5b.json is no JSON"));
+  EXPECT_THAT(print("\xff", "{}"), HasSubstr("0.5b.json is no JSON"));
+  EXPECT_THAT(print("[]", "{}"), HasSubstr("0.5b.json holds no results"));
+  EXPECT_THAT(print(step, R"({"results": []})"), HasSubstr("0.5b.kernels.json holds no results"));
+  EXPECT_THAT(print(step, step), HasSubstr("not of this version"));
+  std::filesystem::remove(Path("0.5b.json"));
+  EXPECT_THAT(Table("--print . 2>&1").output,
+              HasSubstr("0.5b.json cannot be read: No such file or directory"));
+}
+
+TEST_F(GpuTable, AFolderThatCannotBeMadeIsWrongUsage) {
+  std::filesystem::create_directory(Path("benchmarks"));
+  WriteText("benchmarks/stretto-bench", "");
+  WriteText("file", "");
+  const Result r = Table("--build . --output file 2>&1");
+  EXPECT_EQ(r.code, 2) << r.output;
+  EXPECT_THAT(r.output, HasSubstr("--output: 'file' cannot be made: File exists"));
+}
+#endif
+
 }  // namespace
 }  // namespace stretto::testing

@@ -22,6 +22,12 @@ stop() {
   if [ "$child" != 0 ]; then
     kill -TERM -- "-$child" 2> /dev/null || true
     wait "$child" 2> /dev/null || true
+    # A function of the script ends before what it has started, which has ten seconds.
+    for _ in $(seq 100); do
+      kill -0 -- "-$child" 2> /dev/null || break
+      sleep 0.1
+    done
+    kill -KILL -- "-$child" 2> /dev/null || true
   fi
   echo "$(basename "$0"): stopped by a signal" >&2
   exit "$1"

@@ -48,3 +48,19 @@ wrong varlen.sh --steps 0
 wrong quickstart.sh --steps 0
 wrong test.sh --jobs x
 wrong fuzz.sh x
+
+# A script that is stopped ends behind what its functions have started.
+cat > "$output/slow.sh" << EOF
+source "$scripts/common.sh"
+slow() { bash -c 'trap "sleep 1; exit" TERM; echo \$\$ > "$output/ready"; while true; do sleep 0.05; done'; true; }
+run slow
+EOF
+bash "$output/slow.sh" 2> /dev/null &
+stopped=$!
+until [ -s "$output/ready" ]; do sleep 0.05; done
+kill "$stopped"
+wait "$stopped" || true
+if kill -0 "$(cat "$output/ready")" 2> /dev/null; then
+  echo "a process of a script that was stopped is left"
+  exit 1
+fi

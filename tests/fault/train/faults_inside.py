@@ -103,6 +103,18 @@ def seconds(output):
     return said - float(re.search(r"LOST rank \d+ at ([\d.]+)", output)[1])
 
 
+def waits_for(case, lost, said):
+    """Whether a rank that says this waited for the operation in which the victim was lost."""
+    if case.partner:
+        return re.search(case.partner, said) is not None
+    if re.search(re.escape(plain(lost).split(" seq")[0]), plain(said)):
+        return True
+    # Several are in flight on an axis, and the victim may have left those before it first.
+    operation = re.search(r"(\(\w+\)) seq (\d+)", lost)
+    before = operation and re.search(rf"waited for \w+{re.escape(operation[1])} seq (\d+)", said)
+    return bool(before) and int(operation[2]) - 4 <= int(before[1]) < int(operation[2])
+
+
 def judge(case, which, code, output):
     """What is wrong with the end of a job; empty: nothing."""
     lost = re.search(r"LOST rank \d+ at [\d.]+ inside (.*)", output)
@@ -124,8 +136,7 @@ def judge(case, which, code, output):
             return f"rank {rank} does not name an operation with its axis"
         if re.search(r"\(?group \d", said):
             return f"rank {rank} speaks of a group without its axis's name"
-        inside = case.partner or re.escape(plain(lost[1]).split(" seq")[0])
-        partners += re.search(inside, said if case.partner else plain(said)) is not None
+        partners += waits_for(case, lost[1], said)
     if partners == 0:
         return f"nobody was in {lost[1]}"
     limit = NOTICING if which == signal.SIGKILL else TIMEOUT + ASKING

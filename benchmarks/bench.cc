@@ -133,10 +133,7 @@ absl::Status CheckOutput(World& world, const std::string& path) {
 
 void Tell(const World& world, const std::string& line) {
   if (world.rank() != 0) return;
-  // Without the library's own lines of this level, of which each trainer has some.
-  SetLogLevel(LogLevel::kInfo);
-  LogInfo(line);
-  SetLogLevel(LogLevel::kWarning);
+  std::fprintf(stderr, "stretto-bench: %s\n", line.c_str());
 }
 
 int RunInWorld(const std::function<absl::Status(World&)>& work) {

@@ -418,13 +418,6 @@ struct FusedLimits {
     }();
     return limits;
   }
-  // Blocks of FusedKernel that the device runs at a time.
-  int64_t Blocks(unsigned threads, int64_t bytes) const {
-    int each = 1;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, FusedKernel<T>, static_cast<int>(threads),
-                                                  static_cast<size_t>(bytes));
-    return int64_t{std::max(each, 1)} * processors;
-  }
 };
 
 // One thread for each token: what `ranks` parts have of its state, one part behind the other.
@@ -515,7 +508,9 @@ class CudaLoss final : public LossKernels {
         // Two blocks of 512 threads on a multiprocessor as long as two rows fit, else one of 1024.
         const unsigned threads =
             Threads<T>(columns, row_bytes <= limits.shared / 2 - 1024 ? 512 : kMaxThreads);
-        const int64_t blocks = std::min<int64_t>(rows, limits.Blocks(threads, row_bytes));
+        // About as many as run at a time: a multiprocessor has registers for kMaxThreads.
+        const int64_t blocks =
+            std::min<int64_t>(rows, int64_t{limits.processors} * (kMaxThreads / threads));
         FusedKernel<T><<<static_cast<unsigned>(blocks), threads, row_bytes, Native(s)>>>(
             Data<T>(logits), logits.row_stride, rows, columns, Data<float>(losses),
             Data<int32_t>(targets), Data<float>(weights), s.fault());

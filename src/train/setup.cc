@@ -551,13 +551,19 @@ void Trainer::Impl::WriteFacts() const {
   if (!written.ok()) LogWarning(std::string(written.message()));
 }
 
+namespace {
+constexpr char kSetUpPayload[] = "stretto/set-up", kNoRoomPayload[] = "stretto/no-room";
+}  // namespace
+
 absl::Status Trainer::Impl::SetUp() {
   dp_fixed = config.parallel.dp != 0;
   OpenProgress();
   STRETTO_RETURN_IF_ERROR(world.Agree("setting up the runtime", SetUpRuntime()));
   set_up.Enter("communicators");
-  const absl::Status built = world.Agree("planning and building the model", SetUpModel());
-  no_room = IsAgreed(built) && absl::IsResourceExhausted(built);
+  absl::Status built = world.Agree("planning and building the model", SetUpModel());
+  if (IsAgreed(built) && absl::IsResourceExhausted(built)) {
+    built.SetPayload(kNoRoomPayload, absl::Cord("1"));
+  }
   STRETTO_RETURN_IF_ERROR(built);
   STRETTO_RETURN_IF_ERROR(world.Agree("sharing memory", ShareMemory()));
   set_up.Enter("arenas");
@@ -577,11 +583,6 @@ absl::Status Trainer::Impl::SetUp() {
   return absl::OkStatus();
 }
 
-namespace {
-constexpr char kSetUpPayload[] = "stretto/set-up";
-constexpr char kNoRoom[] = "no room";
-}  // namespace
-
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const TrainConfig& config,
                                                          TrainerOptions options) {
   auto impl = std::make_unique<Impl>(world, config);
@@ -589,9 +590,7 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(World& world, const Tra
   absl::Status status = impl->SetUp();
   if (status.ok()) return std::unique_ptr<Trainer>(new Trainer(std::move(impl)));
   // What ranks do not agree on is an error between them.
-  if (IsAgreed(status)) {
-    status.SetPayload(kSetUpPayload, absl::Cord(impl->no_room ? kNoRoom : "1"));
-  }
+  if (IsAgreed(status)) status.SetPayload(kSetUpPayload, absl::Cord("1"));
   return status;
 }
 
@@ -601,8 +600,6 @@ int TrainerExitCode(const absl::Status& status) {
   return by_code || status.ok() ? ExitCodeOf(status) : kExitFailed;
 }
 
-bool IsNoRoom(const absl::Status& status) {
-  return status.GetPayload(kSetUpPayload) == absl::Cord(kNoRoom);
-}
+bool IsNoRoom(const absl::Status& status) { return status.GetPayload(kNoRoomPayload).has_value(); }
 
 }  // namespace stretto

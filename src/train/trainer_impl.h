@@ -115,7 +115,6 @@ struct Trainer::Impl {
   TrainerOptions options;
   Budget budget;
   RunPlan plan;
-  bool no_room = false;  // for the model on some rank, as all have agreed
   const KernelTable* kernels = nullptr;
   std::optional<Mesh> mesh;
   std::vector<int> machines;  // of the ranks

@@ -71,14 +71,18 @@ void Stream::Write(const std::string& text) {
   (void)observe_internal::WriteAll(to_, "output", text).ok();
 }
 
+bool IsReady(int descriptor, short events, double seconds) {
+  struct pollfd watched = {.fd = descriptor, .events = events, .revents = 0};
+  int ready = 0;
+  while ((ready = poll(&watched, 1, static_cast<int>(1e3 * seconds))) < 0 && errno == EINTR) {
+  }
+  return ready > 0;
+}
+
 bool WriteUnlessStuck(int to, const std::string& text, double seconds) {
-  constexpr size_t kPiece = 4096;  // bytes that a pipe with room takes at once
   for (size_t done = 0; done < text.size(); done += kPiece) {
-    struct pollfd room = {.fd = to, .events = POLLOUT, .revents = 0};
-    int ready = 0;
-    while ((ready = poll(&room, 1, static_cast<int>(1e3 * seconds))) < 0 && errno == EINTR) {
-    }
-    if (ready <= 0 || !observe_internal::WriteAll(to, "output", text.substr(done, kPiece)).ok()) {
+    if (!IsReady(to, POLLOUT, seconds) ||
+        !observe_internal::WriteAll(to, "output", text.substr(done, kPiece)).ok()) {
       return false;
     }
   }

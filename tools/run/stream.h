@@ -37,6 +37,10 @@ class Stream {
   bool within_line_ = false;
 };
 
+// Bytes that a pipe with room takes at once.
+inline constexpr size_t kPiece = 4096;
+// Whether the descriptor is ready for `events` (POLLIN, POLLOUT) within so many seconds.
+bool IsReady(int descriptor, short events, double seconds);
 // Writes it where somebody reads, or whoever reads goes on within so many seconds; otherwise false,
 // and some of it or all is not written.
 bool WriteUnlessStuck(int to, const std::string& text, double seconds);

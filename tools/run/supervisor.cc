@@ -41,7 +41,6 @@ namespace {
 using observe_internal::UnixSeconds;
 
 constexpr double kTick = 0.1;        // seconds between looks
-constexpr size_t kPiece = 4096;      // bytes that a pipe with room takes at once
 constexpr int kKeeperEnds = 10;      // that are made good
 constexpr double kAfterRanks = 0.5;  // seconds in which a launcher follows its ranks
 constexpr double kFarewell = 3;      // seconds in which ranks leave by themselves, and dump records
@@ -86,8 +85,8 @@ class Supervisor {
   void PassOn(double seconds);
   // The same of its last words, which are kept also where nobody takes them.
   void PassOnTheRest();
-  // Handles signals and ends of children until `until` holds or `seconds` are over or, but for
-  // `hurry`, it is asked to stop at once.
+  // Handles signals and ends of children until `until` holds or `seconds` are over or it is asked
+  // to stop at once.
   void WaitFor(double seconds, const std::function<bool()>& until);
   void Collect();
   absl::Status StartJob();
@@ -214,12 +213,8 @@ void Supervisor::PassOn(double seconds) {
 
 void Supervisor::PassOnTheRest() {
   Stream& words = job_->words();
-  const auto ready = [](int descriptor, short events, double seconds) {
-    struct pollfd watched = {.fd = descriptor, .events = events, .revents = 0};
-    return poll(&watched, 1, static_cast<int>(1e3 * seconds)) > 0;
-  };
-  while (ready(words.from(), POLLIN, 0)) {
-    if (!words.muted() && !ready(STDERR_FILENO, POLLOUT, kPatience)) words.Mute();
+  while (IsReady(words.from(), POLLIN, 0)) {
+    if (!words.muted() && !IsReady(STDERR_FILENO, POLLOUT, kPatience)) words.Mute();
     if (!words.Pump(kPiece)) break;
   }
   words.EndLine();
